@@ -1,0 +1,174 @@
+"""How TransformerLens sees a BD3LM checkpoint: the component mapping and cfg.
+
+Components map by the checkpoint's parameter names alone, so the same mapping wraps our plain modules and, with
+``trust_remote_code=True``, a repository's own. A repository's code is imported only when the user says so.
+
+Folding into weights is another module's subject; until it is exact it is refused here.
+"""
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    LinearBridge,
+    MLPBridge,
+    UnembeddingBridge,
+)
+from transformer_lens.model_bridge.supported_architectures._remote_code_compat import (
+    disable_tied_weights_lookup,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
+from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
+from transformer_lens_bd3lm.bridge.conditioning import (
+    MODULATION,
+    AdaLNBridge,
+    BD3LMEmbeddingBridge,
+    BD3LMNormBridge,
+    TimestepEmbedBridge,
+)
+from transformer_lens_bd3lm.bridge.forward import install
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
+from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
+from transformer_lens_bd3lm.checkpoint.views import read_block_size
+from transformer_lens_bd3lm.checkpoint.weights import check_weights
+from transformer_lens_bd3lm.errors import NotExactError
+
+logger = logging.getLogger("transformer_lens_bd3lm")
+
+
+class BD3LMArchitectureAdapter(ArchitectureAdapter):
+    """Adapter for ``architectures: ["BD3LM"]``, every hook point exact and editable."""
+
+    applicable_phases: list[int] = [1, 2]
+    supports_generation: bool = False
+    supports_kv_cache: bool = False
+    supports_causal_loss: bool = False
+    supports_hf_output_attentions: bool = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        cfg.block_size = read_block_size(cfg.block_size, cfg.model_length)
+        cfg.n_ctx = cfg.model_length
+        cfg.d_mlp = 4 * cfg.d_model
+        cfg.act_fn = "gelu_new"
+        cfg.eps = NORM_EPS
+        cfg.normalization_type = "LN"
+        cfg.uses_rms_norm = False
+        cfg.final_rms = False
+        cfg.gated_mlp = False
+        cfg.attn_only = False
+        cfg.tie_word_embeddings = False
+        cfg.positional_embedding_type = "rotary"
+        cfg.rotary_dim = cfg.d_head
+        cfg.rotary_adjacent_pairs = False
+        cfg.attention_dir = "bidirectional"
+        cfg.default_padding_side = "right"
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
+        self.component_mapping = self.mapping()
+
+    def mapping(self) -> dict[str, Any]:
+        """TransformerLens's names for the checkpoint's modules."""
+        cfg = self.cfg
+        layer = {
+            "ln1": BD3LMNormBridge(name="norm1", config=cfg),
+            "attn": BD3LMAttentionBridge(config=cfg, submodules={"o": LinearBridge(name="attn_out")}),
+            "ln2": BD3LMNormBridge(name="norm2", config=cfg),
+            "mlp": MLPBridge(
+                name="mlp",
+                config=cfg,
+                submodules={"in": LinearBridge(name="0"), "out": LinearBridge(name="2")},
+            ),
+        }
+        if cfg.adaln:
+            layer["adaln"] = AdaLNBridge("adaLN_modulation", MODULATION)
+        return {
+            "embed": BD3LMEmbeddingBridge(name="backbone.vocab_embed", config=cfg),
+            "blocks": BD3LMBlockBridge("backbone.blocks", cfg, layer),
+            "ln_final": BD3LMNormBridge(name="backbone.output_layer.norm_final", config=cfg),
+            "unembed": UnembeddingBridge(name="backbone.output_layer.linear", config=cfg),
+        }
+
+    def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
+        """With the user's trust, choose the repository's own classes; else ours, and none of its code.
+
+        Raises:
+            CheckpointError: if the weights would not fill the model that the config describes.
+        """
+        config = model_kwargs["config"]
+        self.cfg.time_conditioning = config.time_conditioning
+        revision = model_kwargs.get("revision")
+        auto_map = getattr(config, "auto_map", None) or {}
+        if not (model_kwargs.get("trust_remote_code") and "AutoModelForMaskedLM" in auto_map):
+            return
+        code = {"code_revision": model_kwargs.get("code_revision"), "revision": revision}
+        check_weights(model_name, config, revision)
+        if isinstance(config, BD3LMConfig):
+            # The registration wins over remote code unless the config object is the repository's own.
+            remote = get_class_from_dynamic_module(auto_map["AutoConfig"], model_name, **code)
+            model_kwargs["config"] = remote.from_dict(config.to_dict())
+        cls = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], model_name, **code)
+        disable_tied_weights_lookup(cls)
+        logger.info("wrapping the modules of %s's own code", model_name)
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Record what cfg could not know before the model was there."""
+        self.cfg.time_conditioning = hf_model.config.time_conditioning
+        self.cfg.causal = hf_model.config.causal
+
+    def setup_hook_compatibility(self, bridge: Any) -> None:
+        """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
+        model = bridge.original_model
+        install(model, bridge.cfg)
+        if self.cfg.adaln and "timestep_embed" not in bridge._modules:
+            mount_conditioning(bridge, model.backbone)
+        if bridge.tokenizer is not None:
+            bridge.cfg.mask_token_id = teach_mask(bridge.tokenizer, model.config.vocab_size)
+        elif getattr(bridge.cfg, "mask_token_id", None) is None:
+            bridge.cfg.mask_token_id = model.config.vocab_size - 1
+
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Refuse, until folding is exact.
+
+        Raises:
+            NotExactError: always.
+        """
+        raise NotExactError(FOLDING)
+
+    @property
+    def supports_compatibility_mode(self) -> bool:
+        """Refuse before the host has changed anything.
+
+        Raises:
+            NotExactError: always.
+        """
+        raise NotExactError(FOLDING)
+
+
+FOLDING = (
+    "weight processing is not exact on BD3LM yet: the host folds norms without the adaLN shift, scale and gate "
+    "between them. Use the bridge as booted; its hooks and logits are exact"
+)
+
+
+def mount_conditioning(bridge: Any, backbone: nn.Module) -> None:
+    """Wrap ``sigma_map`` and the final modulation, as ``timestep_embed`` and ``final_adaln``.
+
+    They stay out of ``component_mapping``, whose tools feed every component a residual. The plain
+    ``sigma_map`` stays mounted under its own name: by it the host's lenses know that the readout is modulated.
+    """
+    plain = backbone.sigma_map
+    bridge.sigma_map = plain
+    timestep_embed = TimestepEmbedBridge("backbone.sigma_map")
+    timestep_embed.set_original_component(plain)
+    backbone.sigma_map = timestep_embed
+    bridge.timestep_embed = timestep_embed
+
+    final_adaln = AdaLNBridge("backbone.output_layer.adaLN_modulation", ("shift", "scale"))
+    final_adaln.set_original_component(backbone.output_layer.adaLN_modulation)
+    backbone.output_layer.adaLN_modulation = final_adaln
+    bridge.final_adaln = final_adaln

@@ -1,0 +1,309 @@
+"""Attention with every hook point exact, and none of a mask's empty area computed.
+
+With rotated queries and keys of head h, over the keys that the view's mask lets a query read::
+
+    z = softmax(q k^T / sqrt(d_head)) v
+
+A view's square is mostly empty: n of a dual view's 2n x 2n columns are never read by anyone in another
+block. ``Routing`` cuts it into tiles, each a few rows of queries with just the keys that they can read, so a
+dual pass costs about a third of the dense square. While nobody looks at scores or pattern a tile is one fused
+kernel; as soon as somebody does, the whole square is explicit, with the same numbers.
+
+Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into q, k and v, which share its
+storage as booted, and the joint module is dropped, so no parameter is counted twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import einops
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
+
+from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.checkpoint.masks import sampling_mask
+from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables, rotate
+from transformer_lens_bd3lm.checkpoint.views import View
+from transformer_lens_bd3lm.errors import InputError
+
+TILE = 128
+
+
+def watched(*hooks: HookPoint) -> bool:
+    """Whether anybody looks at these hook points, through the host or through plain torch hooks."""
+    return any(
+        hook._forward_hooks
+        or hook._backward_hooks
+        or hook._forward_pre_hooks
+        or hook._backward_pre_hooks
+        for hook in hooks
+    )
+
+
+def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
+    """Fire a hook on a value that nothing downstream reads; an edit is refused, not lost.
+
+    Raises:
+        InputError: if the hook edited, in place or by returning another tensor.
+    """
+    version = x._version
+    if hook(x) is not x or x._version != version:
+        raise InputError(f"an edit at {hook.name} would have no effect: {why}")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of queries, the rows of keys that they may read, and a mask where not each reads all."""
+
+    queries: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    mask: Bool[Tensor, "*batch q k"] | None
+
+
+def rows(x: Tensor, slices: tuple[slice, ...]) -> Tensor:
+    """The named rows of ``[batch, head, pos, d_head]``, in that order."""
+    parts = [x[:, :, part] for part in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def spans(length: int, block_size: int) -> list[tuple[int, int]]:
+    """Whole blocks, at most about ``TILE`` tokens together, as ``(start, end)``."""
+    step = max(TILE // block_size, 1) * block_size
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def dual_tiles(length: int, block_size: int, device: torch.device) -> list[Tile]:
+    """The dual view: ``[noisy | clean]`` queries, each span over the clean past and itself."""
+    tiles = []
+    for start, end in spans(length, block_size):
+        noisy, clean = slice(start, end), slice(length + start, length + end)
+        past = slice(length, length + start)
+        if end - start <= block_size:
+            tiles.append(Tile((noisy,), (past, noisy), None))
+            tiles.append(Tile((clean,), (slice(length, length + end),), None))
+            continue
+        block = torch.arange(start, end, device=device) // block_size
+        visible = torch.ones(end - start, start, dtype=torch.bool, device=device)
+        within_noisy = block[:, None] == block[None, :]
+        noisy_reads_past = block[:, None] > block[None, :]
+        clean_reads_past = block[:, None] >= block[None, :]
+        never = torch.zeros_like(within_noisy)
+        upper = torch.cat([visible, noisy_reads_past, within_noisy], dim=1)
+        lower = torch.cat([visible, clean_reads_past, never], dim=1)
+        keys = (slice(length, length + end), noisy)
+        tiles.append(Tile((noisy, clean), keys, torch.cat([upper, lower])))
+    return tiles
+
+
+def block_tiles(length: int, block_size: int, device: torch.device) -> list[Tile]:
+    """The sampling view: each span over everything up to its own end."""
+    tiles = []
+    for start, end in spans(length, block_size):
+        whole = end - start <= block_size
+        mask = None if whole else sampling_mask(end - start, end, block_size, device)
+        tiles.append(Tile((slice(start, end),), (slice(0, end),), mask))
+    return tiles
+
+
+@dataclass
+class Routing:
+    """How the rows of one pass read each other, shared by all its layers.
+
+    Attributes:
+        cos: rotary cosines of the pass's rows ``[row, d_head]``.
+        sin: rotary sines.
+        tiles: queries and keys of the fused path.
+        dense: the same rules as one square ``[*batch, row, key]``; None where all is visible.
+        cache: where finished blocks' keys and values are kept, if this pass reads them.
+    """
+
+    cos: Float[Tensor, "row d_head"]
+    sin: Float[Tensor, "row d_head"]
+    tiles: list[Tile]
+    dense: Bool[Tensor, "*batch row key"] | None
+    cache: KVCache | None = None
+
+    @classmethod
+    def of_view(
+        cls,
+        view: View,
+        inv_freq: Tensor,
+        dtype: torch.dtype,
+        padding: Bool[Tensor, "batch pos"] | None = None,
+    ) -> "Routing":
+        """The routing of a whole sampling or dual view; ``padding`` is False where a key is none."""
+        device, n = view.ids.device, view.length
+        cos, sin = rotary_tables(view.positions(), inv_freq, dtype)
+        dense = view.mask()
+        if padding is not None:
+            keys = padding.repeat(1, 2) if view.dual else padding
+            dense = keys[:, None, None, :] if dense is None else dense & keys[:, None, None, :]
+            everything = slice(0, view.ids.shape[1])
+            return cls(cos, sin, [Tile((everything,), (everything,), dense)], dense)
+        if view.kind == "open":
+            tiles = block_tiles(n, n, device)
+        elif view.kind == "causal":
+            tiles = block_tiles(n, 1, device)
+        else:
+            tiles = (dual_tiles if view.dual else block_tiles)(n, view.block_size, device)
+        return cls(cos, sin, tiles, dense)
+
+    @classmethod
+    def of_window(
+        cls, start: int, end: int, block_size: int, cache: KVCache, inv_freq: Tensor, like: Tensor
+    ) -> "Routing":
+        """Rows ``start:end`` over everything stored before them and themselves."""
+        cos, sin = rotary_tables(torch.arange(start, end, device=like.device), inv_freq, like.dtype)
+        dense = None
+        if (end - 1) // block_size > start // block_size:
+            dense = sampling_mask(end - start, end, block_size, like.device)
+        tile = Tile((slice(0, end - start),), (slice(0, end),), dense)
+        return cls(cos, sin, [tile], dense, cache)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch head row d_head"]:
+        """``z``, tile by tile, with the scores never in memory."""
+        parts: list[tuple[int, Tensor]] = []
+        for tile in self.tiles:
+            z = F.scaled_dot_product_attention(
+                rows(q, tile.queries), rows(k, tile.keys), rows(v, tile.keys), attn_mask=tile.mask
+            )
+            sizes = [part.stop - part.start for part in tile.queries]
+            starts = [part.start for part in tile.queries]
+            parts += zip(starts, z.split(sizes, dim=2), strict=True)
+        ordered = [z for _, z in sorted(parts, key=lambda part: part[0])]
+        return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=2)
+
+
+class BD3LMAttentionBridge(JointQKVAttentionBridge):
+    """Bidirectional block attention over rotated heads; lives directly on the checkpoint's block."""
+
+    def __init__(self, config: Any, submodules: dict[str, Any]):
+        super().__init__(
+            name=None,  # type: ignore[arg-type]  # the host's signature for a containerless component
+            config=config,
+            split_qkv_matrix=split_joint_projection,
+            submodules=submodules,
+        )
+        del self.hook_hidden_states
+        self._hook_registry.pop("hook_hidden_states")
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        """Take q, k and v out of the block's joint projection, and drop the joint module."""
+        super().set_original_component(original_component)
+        del original_component.attn_qkv
+        # The block is reached through its own bridge; as a child here it would be its own descendant.
+        self._modules.pop("_original_component", None)
+
+    def forward(
+        self,
+        h: Float[Tensor, "batch row d_model"],
+        routing: Routing,
+        gate: Float[Tensor, "batch 1 d_model"] | None = None,
+        fork: "Fork | None" = None,
+    ) -> Float[Tensor, "batch row d_model"]:
+        """The gated residual write of attention.
+
+        Args:
+            h: what attention reads, modulated.
+            routing: how rows read each other.
+            gate: adaLN's ``gate_msa``; None is 1.
+            fork: the residual and its norm, when the split input hooks are on.
+        """
+        if fork is None:
+            h = self.hook_in(h)
+            q, k, v = self.q(h), self.k(h), self.v(h)
+        else:
+            q, k, v = self.project_forked(fork)
+        q, k, v = (x.view(*x.shape[:2], -1, self.config.d_head).transpose(1, 2) for x in (q, k, v))
+        q = self.hook_rot_q(rotate(q, routing.cos, routing.sin))
+        k = self.hook_rot_k(rotate(k, routing.cos, routing.sin))
+        if routing.cache is not None:
+            k, v = routing.cache.extend(self._layer_idx, k, v)
+        if watched(self.hook_attn_scores, self.hook_pattern):
+            z = self.explicit(q, k, v, routing.dense)
+        else:
+            z = routing.fused(q, k, v)
+        z = z.transpose(1, 2).flatten(2)
+        if self.config.use_attn_result:
+            return self.write_by_head(self.o.hook_in(z), gate)
+        out = self.hook_out(self.o(z))
+        return out if gate is None else gate * out
+
+    def explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None
+    ) -> Float[Tensor, "batch head row d_head"]:
+        """The same with scores (masked ones are -inf) and pattern in the open, softmax in float32+."""
+        scores = q @ k.transpose(-1, -2) * self.config.d_head**-0.5
+        if dense is not None:
+            scores = scores.masked_fill(~dense, -torch.inf)
+        scores = self.hook_attn_scores(scores)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        pattern = scores.softmax(dim=-1, dtype=wide).to(v.dtype)
+        return self.hook_pattern(pattern) @ v
+
+    def write_by_head(self, z: Tensor, gate: Tensor | None) -> Float[Tensor, "batch row d_model"]:
+        """The write as a sum of gated per-head results; ``hook_out`` stays live, before the gate."""
+        n_heads = self.config.n_heads
+        w_o = einops.rearrange(self.o.weight, "d (h e) -> h e d", h=n_heads)
+        per_head = torch.einsum("bphe,hed->bphd", z.unflatten(-1, (n_heads, -1)), w_o)
+        result = per_head if gate is None else per_head * gate[:, :, None]
+        write = self.hook_result(result).sum(dim=2)
+        if self.o.original_component.bias is not None:
+            bias = self.o.original_component.bias
+            write = write + (bias if gate is None else gate * bias)
+        if watched(self.hook_out):
+            ungated = per_head.sum(dim=2)
+            edit = self.hook_out(ungated.clone()) - ungated
+            write = write + (edit if gate is None else gate * edit)
+        return write
+
+    def project_forked(self, fork: "Fork") -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v from per-head copies of the residual, hooked before the norm."""
+        heads, width = self.config.n_heads, self.config.d_head
+        if self.config.use_split_qkv_input:
+            hooks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+            inputs = [fork.per_head(hook, heads) for hook in hooks]
+        else:
+            inputs = [fork.per_head(self.hook_attn_in, heads)] * 3
+        projections = zip((self.q, self.k, self.v), inputs, strict=True)
+        q, k, v = (
+            self._project_per_head_qkv(linear, x, heads, width).flatten(2) for linear, x in projections
+        )
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A residual to copy once a head, and the norm and modulation that each copy goes through."""
+
+    residual: Float[Tensor, "batch row d_model"]
+    weight: Float[Tensor, " d_model"]
+    shift: Float[Tensor, "batch 1 d_model"] | None
+    scale: Float[Tensor, "batch 1 d_model"] | None
+    eps: float
+
+    def per_head(self, hook: HookPoint, heads: int) -> Float[Tensor, "batch row head d_model"]:
+        """The hooked copies, normalised and modulated."""
+        x = hook(einops.repeat(self.residual, "b p d -> b p h d", h=heads).contiguous())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=self.eps)
+        h = (normed * self.weight).to(x.dtype)
+        if self.shift is None or self.scale is None:
+            return h
+        return h * (1 + self.scale[:, :, None]) + self.shift[:, :, None]
+
+
+def split_joint_projection(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """q, k and v as linears over the joint weight's own storage; its rows are q, k, then v heads."""
+    joint = block.attn_qkv
+    parts = []
+    for weight in joint.weight.detach().chunk(3):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=joint.weight.requires_grad)
+        parts.append(linear)
+    q, k, v = parts
+    return q, k, v

@@ -1,0 +1,109 @@
+"""Norms and adaLN: the conditioning vector, and what it does to each layer.
+
+With ``c = silu(sigma_map(sigma))``, a layer's ``adaLN_modulation(c)`` is six vectors, and a norm's output is
+``norm(x) * (1 + scale) + shift``. Without time conditioning sigma is zero and all of them are constants of the
+checkpoint; they are still computed, hooked and editable at every forward.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, NormalizationBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from transformer_lens_bd3lm.bridge.attention import read_only, watched
+from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timestep_features
+
+MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+
+
+def modulate(
+    h: Float[Tensor, "batch row d_model"], shift: Tensor | None, scale: Tensor | None
+) -> Float[Tensor, "batch row d_model"]:
+    """``h * (1 + scale) + shift``; the identity where there is no adaLN."""
+    return h if shift is None or scale is None else h * (1 + scale) + shift
+
+
+class BD3LMEmbeddingBridge(EmbeddingBridge):
+    """The token table, a bare parameter named ``embedding``."""
+
+    @property
+    def weight(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The table, under the name that the host reads."""
+        return self.original_component.embedding
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
+        """The table, ``[d_vocab, d_model]``."""
+        return self.weight
+
+    def forward(
+        self, input_ids: Int[Tensor, "batch row"], **kwargs: Any
+    ) -> Float[Tensor, "batch row d_model"]:
+        """Rows of the table."""
+        return self.hook_out(F.embedding(self.hook_in(input_ids), self.weight))
+
+
+class BD3LMNormBridge(NormalizationBridge):
+    """Layer norm in float32 or wider times a weight; one kernel unless its insides are looked at."""
+
+    def forward(
+        self, hidden_states: Float[Tensor, "batch row d_model"], **kwargs: Any
+    ) -> Float[Tensor, "batch row d_model"]:
+        """Normalised over the last axis; ``hook_out`` is after the weight."""
+        x = self.hook_in(hidden_states)
+        if watched(self.hook_scale, self.hook_normalized):
+            return self.hook_out(self._python_norm_forward(x))
+        normed = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=self.config.eps)
+        return self.hook_out((normed * self.weight).to(x.dtype))
+
+    def observe(
+        self, x: Float[Tensor, "batch row d_model"], why: str
+    ) -> Float[Tensor, "batch row d_model"]:
+        """The same, where nothing downstream reads it: its hooks may look, but an edit is refused."""
+        read_only(self.hook_in, x, why)
+        wide = at_least_float32(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = (centred.pow(2).mean(-1, keepdim=True) + self.config.eps).sqrt()
+        normalized = centred / scale
+        h = (normalized * self.weight).to(x.dtype)
+        for hook, value in (
+            (self.hook_scale, scale),
+            (self.hook_normalized, normalized),
+            (self.hook_out, h),
+        ):
+            read_only(hook, value, why)
+        return h
+
+
+class TimestepEmbedBridge(GeneralizedComponent):
+    """``sigma_map(sigma)``, before its SiLU."""
+
+    def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
+        """Features of sigma through the checkpoint's two linears."""
+        mlp = self.original_component.mlp
+        return self.hook_out(mlp(timestep_features(self.hook_in(sigma)).to(mlp[0].weight.dtype)))
+
+
+class AdaLNBridge(GeneralizedComponent):
+    """One ``adaLN_modulation``, with a hook point for each of its vectors ``[batch, 1, d_model]``."""
+
+    def __init__(self, name: str, vectors: tuple[str, ...], config: Any = None):
+        super().__init__(name, config=config)
+        self._vectors = vectors
+        for vector in vectors:
+            setattr(self, f"hook_{vector}", HookPoint())
+
+    def forward(
+        self, c: Float[Tensor, "batch cond"]
+    ) -> tuple[Float[Tensor, "batch 1 d_model"], ...]:
+        """The vectors, in the checkpoint's order."""
+        joint = self.hook_out(self.original_component(self.hook_in(c))[:, None])
+        parts = joint.chunk(len(self._vectors), dim=-1)
+        return tuple(
+            getattr(self, f"hook_{vector}")(part)
+            for vector, part in zip(self._vectors, parts, strict=True)
+        )

@@ -1,0 +1,194 @@
+"""One forward for both views, over hooked components, and the dial.
+
+The wrapped model keeps its class and its weights; ``install`` puts this forward in front of its own, so the
+same code runs over our plain modules and over a repository's. What it reads at the door is the same as the
+plain forward's, and adds what the host needs: strings as ``clean``, padding of string batches, embeddings in
+place of ids, and ``pad_block``.
+
+**The dial.** ``block_size`` only changes the mask. It may be given per call, for a while, or for good; it
+lives in ``bridge.cfg.block_size``. A checkpoint at another block size than it was trained at is off-distribution.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.checkpoint.views import (
+    View,
+    read_block_size,
+    read_input,
+    read_sigma,
+)
+from transformer_lens_bd3lm.errors import InputError
+
+
+def run(
+    model: nn.Module,
+    x: Float[Tensor, "batch row d_model"],
+    sigma: Float[Tensor, " batch"],
+    routing: Routing,
+    readout: slice,
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """The residual stream through every layer; raw logits at the rows ``readout``."""
+    backbone = model.backbone
+    adaln = hasattr(backbone, "sigma_map")
+    c = F.silu(backbone.sigma_map(sigma)) if adaln else None
+    for block in backbone.blocks:
+        x = block(x, c, routing)
+    output = backbone.output_layer
+    h = output.norm_final(x[:, readout])
+    shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
+    return output.linear(modulate(h, shift, scale))
+
+
+def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
+    """Which positions are real, ``[batch, pos]``; None where all are.
+
+    Raises:
+        InputError: if the mask does not fit, or pads on the left, where positions would shift.
+    """
+    if attention_mask is None:
+        return None
+    shape = (view.ids.shape[0], view.length)
+    if attention_mask.shape != shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = {list(shape)}"
+        )
+    real = attention_mask.to(view.ids.device).bool()
+    if bool(real.all()):
+        return None
+    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
+        raise InputError(
+            "attention_mask hides a token before a visible one: positions would shift, and blocks with "
+            'them; pad on the right (padding_side="right")'
+        )
+    return real
+
+
+class HookedForward:
+    """Mixed in front of the wrapped model's class; every pass of a bridge goes through here."""
+
+    def forward(
+        self: Any,
+        input_ids: Any = None,
+        timesteps: Any = None,
+        sample_mode: bool | None = None,
+        clean: Any = None,
+        block_size: int | str | None = None,
+        pad_block: bool = False,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Float[Tensor, "batch row d_model"] | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Raw logits: every position of the sampling view, or the dual view's noisy half.
+
+        Args:
+            input_ids: ids ``[batch, pos]`` at any length up to the context, or the checkpoint's own
+                ``[x_t | x_0]`` of exactly twice the context.
+            timesteps: sigma, one number or one a row; 0 by default.
+            sample_mode: the checkpoint's own keyword: False is the dual view over joined streams.
+            clean: x_0 as ids, a string or strings; makes the view dual. Activations then have 2n
+                positions ``[noisy | clean]``, but ``ln_final`` and ``unembed`` have n.
+            block_size: the dial for this call, in tokens, or ``"full"``.
+            pad_block: complete the last block with mask tokens; logits cover them too. A prompt whose
+                active block is cut short is off-distribution.
+            attention_mask: True at real tokens, for batches padded on the right.
+            inputs_embeds: the embedded stream in place of ids (the host's ``start_at_layer``).
+
+        Raises:
+            InputError: for anything that does not fit; nothing has been run then.
+        """
+        cfg = self.tl_cfg
+        config = Dial(self.config, cfg)
+        if inputs_embeds is not None:
+            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        if clean is not None and not isinstance(clean, Tensor):
+            clean = cfg._bridge_ref().to_tokens(clean)
+        if pad_block:
+            input_ids, clean, attention_mask = complete_block(
+                config, input_ids, clean, attention_mask, block_size
+            )
+        view = read_input(
+            config, input_ids, clean=clean, sample_mode=sample_mode, block_size=block_size
+        )
+        x = self.backbone.vocab_embed(view.ids) if inputs_embeds is None else inputs_embeds
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sigma = read_sigma(config, timesteps, view.ids, wide)
+        padding = read_padding(view, attention_mask)
+        routing = Routing.of_view(view, self.backbone.rotary_emb.inv_freq, x.dtype, padding)
+        return run(self, x, sigma, routing, slice(0, view.length))
+
+
+class Dial:
+    """The checkpoint's config as one call sees it: the dial is the bridge's."""
+
+    def __init__(self, config: Any, cfg: Any):
+        self.model_length: int = config.model_length
+        self.vocab_size: int = config.vocab_size
+        self.cross_attn: bool = config.cross_attn
+        self.causal: bool = config.causal
+        self.time_conditioning: bool = config.time_conditioning
+        self.block_size: int = cfg.block_size
+        self.mask_id: int = cfg.mask_token_id
+
+
+def complete_block(
+    config: Dial, input_ids: Any, clean: Any, attention_mask: Any, block_size: Any
+) -> tuple[Int[Tensor, "batch pos"], None, None]:
+    """Fill the last block up with mask tokens, at most to the context.
+
+    Raises:
+        InputError: beside ``clean`` or padding, whose streams it would tear apart.
+    """
+    if clean is not None or attention_mask is not None:
+        raise InputError(
+            "pad_block=True is for one stream of equal lengths: drop clean, and pass rows of one length"
+        )
+    view = read_input(config, input_ids, sample_mode=True, block_size=block_size)
+    size = view.block_size if view.kind == "block" else view.length
+    target = min(-(-view.length // size) * size, config.model_length)
+    return F.pad(view.ids, (0, target - view.length), value=config.mask_id), None, None
+
+
+def install(model: nn.Module, cfg: Any) -> None:
+    """Put ``HookedForward`` in front of the model's own class, once."""
+    model.tl_cfg = cfg
+    cls = type(model)
+    if not issubclass(cls, HookedForward):
+        model.__class__ = type(cls.__name__, (HookedForward, cls), {"__module__": cls.__module__})
+
+
+def set_block_size(bridge: Any, block_size: int | str) -> None:
+    """Set the dial for good.
+
+    Args:
+        bridge: a BD3LM bridge.
+        block_size: tokens a block, 1 to the context, or ``"full"``.
+
+    Raises:
+        BlockSizeError: if it is none; the dial stays where it was.
+    """
+    model = bridge.original_model
+    size = read_block_size(block_size, model.config.model_length, model.config.cross_attn)
+    bridge.cfg.block_size = size
+
+
+@contextmanager
+def block_size(bridge: Any, size: int | str) -> Iterator[Any]:
+    """Set the dial for a while; it is restored on the way out, whatever happens.
+
+    Raises:
+        BlockSizeError: if ``size`` is no block size.
+    """
+    before = bridge.cfg.block_size
+    set_block_size(bridge, size)
+    try:
+        yield bridge
+    finally:
+        bridge.cfg.block_size = before

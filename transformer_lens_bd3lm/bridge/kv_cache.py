@@ -1,0 +1,49 @@
+"""Finished blocks' keys and values, so that a denoising step runs only the active block.
+
+A block attends to everything before it and to itself, and earlier blocks never read it. So once a block is
+clean its keys and values are final, and a step over rows ``start:end`` needs only what is stored for
+``0:start``. Exact while the network does not see t; with time conditioning the stored prefix would have to be
+modulated anew at every step's sigma, and the cache is refused where it is asked for.
+
+One buffer a layer, sized for the whole canvas: the active rows are written behind what is stored and are
+overwritten at the next step, until ``commit`` makes them final. It does not slide past the context.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` positions are final."""
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        positions: int,
+        d_head: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (layers, batch, heads, positions, d_head)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(
+        self,
+        layer: int,
+        k: Float[Tensor, "batch head row d_head"],
+        v: Float[Tensor, "batch head row d_head"],
+    ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
+        """Write the pass's rows behind what is final; returns everything up to their end."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def commit(self, length: int) -> None:
+        """Declare the rows written up to ``length`` final."""
+        self.length = length

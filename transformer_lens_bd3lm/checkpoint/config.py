@@ -1,0 +1,123 @@
+"""The checkpoint's config, under the names that released ``config.json`` files use.
+
+Registered with transformers' ``AutoConfig``, it lets a BD3LM repository load without running any of the
+repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*``) carries the same
+``model_type`` over other modules and another stream order; its config is refused by name.
+
+It does not decide anything at run time: the dial lives on ``bridge.cfg.block_size``.
+"""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from transformer_lens_bd3lm.errors import CheckpointError
+
+REQUIRED = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
+
+
+class BD3LMConfig(PretrainedConfig):
+    """Config of a BD3LM checkpoint (Arriola et al., ICLR 2025); keys as in the released files.
+
+    Args:
+        block_size: tokens a diffusion block, the checkpoint's training value.
+        model_length: context length n; the dual view is 2n long.
+        vocab_size: size of the vocabulary; the mask token is the last id.
+        hidden_dim: width of the residual stream.
+        cond_dim: width of the conditioning vector (only used if ``adaln``).
+        n_blocks: transformer layers.
+        n_heads: attention heads; ``hidden_dim / n_heads`` is a head's width.
+        dropout: residual dropout in training.
+        adaln: adaLN modulation in every layer and before the unembedding.
+        cross_attn: the dual view's block mask. False: one view, no block structure (MDLM, AR).
+        causal: with ``cross_attn=False``, plain causal attention (the autoregressive baseline).
+        time_conditioning: whether the network sees sigma; False replaces it by zeros.
+        attn_backend: kept as found in the file, and not used here.
+        var_min: whether the learned clipping interval is among the weights.
+        sampling_eps_min: lower end of that interval.
+        sampling_eps_max: upper end of that interval.
+        **kwargs: what transformers' own config takes.
+
+    Raises:
+        CheckpointError: if the values cannot belong to a BD3LM checkpoint.
+    """
+
+    model_type = "bd3lm"
+    attribute_map = {
+        "hidden_size": "hidden_dim",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "model_length",
+    }
+
+    def __init__(
+        self,
+        block_size: int = 1,
+        model_length: int = 1024,
+        vocab_size: int = 50258,
+        hidden_dim: int = 768,
+        cond_dim: int = 129,
+        n_blocks: int = 12,
+        n_heads: int = 12,
+        dropout: float = 0.1,
+        adaln: bool = True,
+        cross_attn: bool = True,
+        causal: bool = False,
+        time_conditioning: bool = False,
+        attn_backend: str = "flex",
+        var_min: bool = True,
+        sampling_eps_min: float = 1e-3,
+        sampling_eps_max: float = 0.999,
+        **kwargs: Any,
+    ):
+        self.block_size = block_size
+        self.model_length = model_length
+        self.vocab_size = vocab_size
+        self.hidden_dim = hidden_dim
+        self.cond_dim = cond_dim
+        self.n_blocks = n_blocks
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.adaln = adaln
+        self.cross_attn = cross_attn
+        self.causal = causal
+        self.time_conditioning = time_conditioning
+        self.attn_backend = attn_backend
+        self.var_min = var_min
+        self.sampling_eps_min = sampling_eps_min
+        self.sampling_eps_max = sampling_eps_max
+        # A library default that some released files carry; the embeddings are never tied.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
+        if hidden_dim % n_heads or (hidden_dim // n_heads) % 2:
+            raise CheckpointError(
+                f"hidden_dim={hidden_dim} with n_heads={n_heads}: rotary heads need hidden_dim to be "
+                "an even multiple of n_heads; check config.json"
+            )
+        if causal and cross_attn:
+            raise CheckpointError(
+                "causal=True with cross_attn=True: no BD3LM checkpoint is both; set cross_attn=False "
+                "for the autoregressive baseline or causal=False for block diffusion"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', after refusing what only calls itself BD3LM.
+
+        Raises:
+            CheckpointError: if a key that fixes the architecture is missing.
+        """
+        missing = [key for key in REQUIRED if key not in config_dict]
+        if missing:
+            family = (
+                "it looks like the E2D2 family (kuleshov-group/*-bd3lm-s*), other modules with the "
+                "streams in the other order under the same name"
+                if {"hidden_dim", "n_blocks"} & set(missing)
+                else "it is not a complete BD3LM config"
+            )
+            raise CheckpointError(
+                f"config.json says model_type 'bd3lm' but has no {', '.join(missing)}: {family}. "
+                "Supported are the block-diffusion checkpoints of Arriola et al. (ICLR 2025), such as "
+                "kuleshov-group/bd3lm-owt-block_size4"
+            )
+        return super().from_dict(config_dict, **kwargs)

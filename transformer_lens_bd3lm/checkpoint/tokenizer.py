@@ -1,0 +1,76 @@
+"""Which tokenizer a checkpoint speaks, when its repository ships none.
+
+Released checkpoints carry weights and a config, but no tokenizer: the vocabulary's size tells which one it
+is (50257 GPT-2 tokens and one mask; 30522 of BERT, whose own ``[MASK]`` serves). It is looked for in the
+Hub cache (or on the Hub, when online); a wrong guess is refused rather than used.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import AddedToken
+from transformers.utils.hub import cached_file
+
+from transformer_lens_bd3lm.errors import TokenizerError
+
+MASK_TOKEN = "[MASK]"
+BY_VOCABULARY = {
+    50257: ("gpt2", "openai-community/gpt2"),
+    50258: ("gpt2", "openai-community/gpt2"),
+    30522: ("bert-base-uncased", "google-bert/bert-base-uncased"),
+}
+FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+
+
+class BD3LMTokenizer(PreTrainedTokenizerFast):
+    """What ``AutoTokenizer`` falls back to for a BD3LM config; a repository's own files come first."""
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:  # noqa: D417
+        """The repository's tokenizer, else the one that its vocabulary size names.
+
+        Raises:
+            TokenizerError: if neither is to be found.
+        """
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+        quiet = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_gated_repo": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        if any(cached_file(name, file, **where, **quiet) for file in FILES):
+            return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
+        size = AutoConfig.from_pretrained(name, **where).vocab_size
+        candidates = BY_VOCABULARY.get(size, ())
+        for candidate in candidates:
+            try:
+                return AutoTokenizer.from_pretrained(candidate)
+            except (OSError, ValueError):
+                continue
+        tried = f"tried {' and '.join(candidates)}" if candidates else "no known tokenizer has that many"
+        raise TokenizerError(
+            f"{name} has no tokenizer files, and its vocabulary has {size} tokens ({tried}). Put the "
+            "tokenizer's files into the folder, download its repository into the Hub cache, or pass "
+            "tokenizer=... to boot_transformers"
+        )
+
+
+def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Make the mask a token of the tokenizer, and return its id.
+
+    A tokenizer with a mask token of its own keeps it; else ``[MASK]`` is added as the last id.
+
+    Raises:
+        TokenizerError: if tokenizer and checkpoint do not share a vocabulary.
+    """
+    if tokenizer.mask_token_id is None:
+        # lstrip: "to [MASK]" is one token after "to", without a stray space token between.
+        mask = AddedToken(MASK_TOKEN, lstrip=True, special=True, normalized=False)
+        tokenizer.add_special_tokens({"mask_token": mask})
+    mask_id = tokenizer.mask_token_id
+    if len(tokenizer) > vocab_size or mask_id >= vocab_size:
+        raise TokenizerError(
+            f"the tokenizer knows {len(tokenizer)} tokens with its mask, the checkpoint {vocab_size}: they do "
+            "not belong together; pass the checkpoint's own tokenizer=... to boot_transformers"
+        )
+    return mask_id

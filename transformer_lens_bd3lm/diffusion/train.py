@@ -1,0 +1,313 @@
+"""The recipe that made the embedded default: one small BD3LM trained over the whole dial.
+
+Every step draws a block size B, so that one set of weights is on-distribution from autoregressive (B = 1)
+to full diffusion. The loss is the NELBO with its integral over time done in closed form: for a block of k
+maskable tokens, draw the number of masks m uniformly from 1..k and a subset of that size uniformly, and ::
+
+    loss = sum over blocks of  (k / m) * sum over masked i of  -log p(x_i | x_t, clean earlier blocks)
+
+Its expectation is the NELBO of Arriola et al. (equation 8 with the log-linear schedule), because the integral
+of t^(m-1) (1-t)^(k-m) over t is 1 / (m C(k, m)). At B = 1 it is the exact autoregressive NLL. The numbers
+of masks are stratified over the blocks of a batch, the strata permuted.
+
+Everything random comes from (seed, step), so a run that was stopped resumes as if it had not been:
+``python -m transformer_lens_bd3lm.diffusion.train TRAIN.txt VALID.txt OUT`` does both.
+
+Nothing here is needed to study a checkpoint; several processes and mixed corpora are out of scope.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn as Bar
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
+
+BOS = "<|endoftext|>"
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, beside the text.
+
+    Attributes:
+        vocab_size: byte-level BPE tokens, the mask (last id) included.
+        context: tokens a row, BOS included.
+        block_sizes: the dial's settings, one drawn a step; each divides ``context``.
+        hidden_dim: width of the residual stream.
+        n_blocks: layers.
+        n_heads: heads.
+        cond_dim: width of the conditioning vector.
+        dropout: residual dropout.
+        steps: optimizer steps.
+        batch: rows a step.
+        learning_rate: peak of the cosine schedule.
+        warmup: steps of linear warm-up.
+        weight_decay: AdamW's.
+        ema: decay of the averaged weights, which are what ships.
+        seed: of weights, data order, masks and dropout.
+    """
+
+    vocab_size: int = 1024
+    context: int = 256
+    block_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256)
+    hidden_dim: int = 192
+    n_blocks: int = 6
+    n_heads: int = 6
+    cond_dim: int = 32
+    dropout: float = 0.0
+    steps: int = 4_000
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    ema: float = 0.999
+    seed: int = 0
+
+    def config(self) -> BD3LMConfig:
+        """The checkpoint's config: the released architecture, small."""
+        return BD3LMConfig(
+            block_size=4, model_length=self.context, vocab_size=self.vocab_size,
+            hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
+            n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
+            architectures=["BD3LM"], return_dict=False, dtype="float32", bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+
+
+def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as a fast tokenizer; BOS (also EOS) is id 0, the mask the last id."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
+    bpe.add_special_tokens([AddedToken(MASK, lstrip=True, special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=BOS, pad_token=BOS, mask_token=MASK,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def windows(
+    ids: Int[Tensor, " text"], rows: int, context: int, generator: torch.Generator
+) -> Int[Tensor, "batch pos"]:
+    """Random rows of BOS (id 0) and ``context - 1`` consecutive tokens."""
+    starts = torch.randint(len(ids) - context + 2, (rows, 1), generator=generator)
+    x_0 = ids[starts + torch.arange(context - 1)]
+    return torch.cat([torch.zeros_like(starts), x_0], dim=1)
+
+
+def draw_masks(
+    rows: int, context: int, block_size: int, generator: torch.Generator
+) -> tuple[Tensor, Float[Tensor, "batch pos"]]:
+    """Which positions are masked, and the weight ``k / m`` of each position's loss.
+
+    Position 0 (BOS) is never masked. ``m`` is uniform on 1..k a block, stratified over all blocks.
+    """
+    blocks = context // block_size
+    maskable = torch.full((rows, blocks), block_size)
+    maskable[:, 0] -= 1
+    count = rows * blocks
+    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    m = (strata.view(rows, blocks) * maskable).long().clamp(max=maskable - 1) + 1
+    m = torch.where(maskable > 0, m, 0)
+    order = torch.rand(rows, blocks, block_size, generator=generator)
+    order[:, 0, 0] = 2.0
+    masked = order.argsort(-1).argsort(-1) < m[..., None]
+    weight = (maskable / m.clamp(min=1))[..., None].expand_as(masked)
+    return masked.reshape(rows, context), weight.reshape(rows, context)
+
+
+def nelbo_loss(
+    model: BD3LM,
+    x_0: Int[Tensor, "batch pos"],
+    block_size: int,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """One unbiased draw of the NELBO, in nats a token (BOS not counted)."""
+    rows, context = x_0.shape
+    mask_id = model.config.vocab_size - 1
+    masked, weight = draw_masks(rows, context, block_size, generator)
+    x_t = torch.where(masked, mask_id, x_0)
+    logits = model(x_t, clean=x_0, block_size=block_size)
+    log_p = masked_log_probs(logits[masked].float(), mask_id)
+    nll = -log_p.gather(-1, x_0[masked][:, None])[:, 0]
+    return (weight[masked] * nll).sum() / (rows * (context - 1))
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
+
+
+class Run:
+    """Weights, their average, Adam's moments and the step: what a stopped run needs to go on."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        torch.manual_seed(recipe.seed)
+        self.model = BD3LM(recipe.config())
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        plain = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True,
+        )  # fmt: skip
+        self.step = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state under a flat name."""
+        state = {f"ema/{name}": p for name, p in self.ema.items()}
+        for name, p in self.model.named_parameters():
+            state[f"model/{name}"] = p.detach()
+            for key, value in self.optimizer.state[p].items():
+                state[f"{key}/{name}"] = value
+        return state
+
+    def save(self, path: Path) -> None:
+        """Write the state whole or not at all."""
+        partial = path.with_suffix(".partial")
+        metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+        save_file({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: if it was written by another recipe.
+        """
+        with safe_open(path, framework="pt") as saved:
+            metadata = saved.metadata()
+            if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(self.recipe))):
+                raise ValueError(f"{path} was written by another recipe: use another folder, or remove it")
+            self.step = int(metadata["step"])
+            for name, p in self.model.named_parameters():
+                p.data.copy_(saved.get_tensor(f"model/{name}"))
+                self.ema[name].copy_(saved.get_tensor(f"ema/{name}"))
+                self.optimizer.state[p] = {
+                    key: saved.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+
+    def advance(self, ids: Int[Tensor, " text"]) -> tuple[int, float]:
+        """One optimizer step; returns the block size drawn and the loss in nats a token."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+        choice = int(torch.randint(len(recipe.block_sizes), (), generator=generator))
+        block_size = recipe.block_sizes[choice]
+        x_0 = windows(ids, recipe.batch, recipe.context, generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, self.step)
+        self.model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nelbo_loss(self.model, x_0, block_size, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
+        for name, p in self.model.named_parameters():
+            self.ema[name].lerp_(p.detach(), 1 - decay)
+        return block_size, loss.item()
+
+    @torch.no_grad()
+    def validate(self, ids: Int[Tensor, " text"], block_size: int, rows: int = 64) -> float:
+        """NELBO in nats a token of the averaged weights on fixed windows and masks (exact NLL at 1)."""
+        generator = torch.Generator().manual_seed(12345)
+        own = {name: p.data for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            p.data = self.ema[name]
+        self.model.eval()
+        loss = nelbo_loss(self.model, windows(ids, rows, self.recipe.context, generator), block_size, generator)
+        for name, p in self.model.named_parameters():
+            p.data = own[name]
+        return loss.item()
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights as a checkpoint: float16 on disk, float32 when loaded."""
+        model = BD3LM(self.recipe.config())
+        model.load_state_dict(self.ema, strict=False)
+        model.config.save_pretrained(folder)
+        state = {
+            name: (p if name.endswith("inv_freq") else p.half()).contiguous()
+            for name, p in model.state_dict().items()
+        }
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def train(recipe: Recipe, train_text: str, valid_text: str, out: Path) -> Iterator[dict[str, float]]:
+    """Train, or go on training, in ``out``; yields a report every 250 steps and ends with the export."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = train_tokenizer(train_text, recipe.vocab_size)
+        tokenizer.save_pretrained(out)
+    ids = torch.tensor(tokenizer(train_text)["input_ids"])
+    valid = torch.tensor(tokenizer(valid_text)["input_ids"])
+    run = Run(recipe)
+    state = out / "state.safetensors"
+    if state.exists():
+        run.load(state)
+    recent: list[float] = []
+    while run.step < recipe.steps:
+        _, loss = run.advance(ids)
+        recent.append(loss)
+        if run.step % 250 == 0 or run.step == recipe.steps:
+            run.save(state)
+            report = {"step": run.step, "loss": sum(recent) / len(recent)}
+            if run.step % 1000 == 0 or run.step == recipe.steps:
+                report |= {f"valid_{size}": run.validate(valid, size) for size in (1, 4, 16, recipe.context)}
+            recent.clear()
+            yield report
+    run.export(out)
+
+
+def main(
+    train_file: Annotated[Path, typer.Argument(help="Text to train on.", exists=True)],
+    valid_file: Annotated[Path, typer.Argument(help="Text to validate on.", exists=True)],
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run in it goes on.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
+) -> None:
+    """Train the embedded default (about 3 M parameters) over the whole dial."""
+    console = Console()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), Bar(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps)
+        reports = train(Recipe(steps=steps), train_file.read_text(), valid_file.read_text(), out)
+        for report in reports:
+            told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
+            progress.update(task, completed=report["step"], description=f"loss {report['loss']:.3f}")
+            console.print(told)
+
+
+if __name__ == "__main__":
+    typer.run(main)

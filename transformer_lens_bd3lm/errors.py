@@ -1,0 +1,51 @@
+"""Every error this package raises on purpose, in one tree.
+
+::
+
+    BD3LMError
+    ├── InputError (ValueError)        ids, shapes, timesteps, keywords: what a forward was given
+    │   └── BlockSizeError             the dial was set to something that is not a block size
+    ├── CheckpointError (ValueError)   a repository, config or weights file that cannot be loaded as it is
+    ├── TokenizerError (OSError)       no tokenizer to be found
+    ├── HookNameError (KeyError)       a hook name that this bridge does not have
+    ├── HookReturnError (ValueError)   a hook returned something other than None or a same-shaped tensor
+    └── NotExactError (RuntimeError)   what was asked for cannot be exact on this checkpoint, so it is refused
+
+Each says what came, the rule, and the way out. Nothing here is a warning.
+"""
+
+
+class BD3LMError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(BD3LMError, ValueError):
+    """Token ids, shapes, timesteps or keywords that a forward pass cannot take."""
+
+
+class BlockSizeError(InputError):
+    """A value that is not a block size of this checkpoint."""
+
+
+class CheckpointError(BD3LMError, ValueError):
+    """A repository, config or weights file that cannot be loaded as it is."""
+
+
+class TokenizerError(BD3LMError, OSError):
+    """No tokenizer was found for a checkpoint."""
+
+
+class HookNameError(BD3LMError, KeyError):
+    """A hook name that the bridge does not have."""
+
+    def __str__(self) -> str:
+        """The message itself; ``KeyError`` would print its ``repr``."""
+        return str(self.args[0]) if self.args else ""
+
+
+class HookReturnError(BD3LMError, ValueError):
+    """A hook returned something other than None or a tensor of the shape it was given."""
+
+
+class NotExactError(BD3LMError, RuntimeError):
+    """What was asked for cannot be exact here, and an approximation would be silent."""
