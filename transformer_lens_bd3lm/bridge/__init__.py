@@ -1,0 +1,1 @@
+"""How TransformerLens sees a checkpoint."""

@@ -202,7 +202,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         self,
         h: Float[Tensor, "batch row d_model"],
         routing: Routing,
-        gate: Float[Tensor, "batch 1 d_model"] | None = None,
+        gate: Float[Tensor, "batch row_or_1 d_model"] | None = None,
         fork: "Fork | None" = None,
     ) -> Float[Tensor, "batch row d_model"]:
         """The gated residual write of attention.
@@ -282,8 +282,8 @@ class Fork:
 
     residual: Float[Tensor, "batch row d_model"]
     weight: Float[Tensor, " d_model"]
-    shift: Float[Tensor, "batch 1 d_model"] | None
-    scale: Float[Tensor, "batch 1 d_model"] | None
+    shift: Float[Tensor, "batch row_or_1 d_model"] | None
+    scale: Float[Tensor, "batch row_or_1 d_model"] | None
     eps: float
 
     def per_head(self, hook: HookPoint, heads: int) -> Float[Tensor, "batch row head d_model"]:

@@ -42,7 +42,7 @@ class BD3LMBlockBridge(BlockBridge):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch row d_model"],
-        c: Float[Tensor, "batch cond"] | None,
+        c: Float[Tensor, "batch *row cond"] | None,
         routing: Routing,
     ) -> Float[Tensor, "batch row d_model"]:
         """The residual stream after this layer."""
@@ -52,7 +52,8 @@ class BD3LMBlockBridge(BlockBridge):
         vectors = (None,) * 6 if c is None else self.adaln(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
 
-        if self.config.use_split_qkv_input or self.config.use_attn_in:
+        flags = self.attn.config  # shared with the bridge; a block's own config is a copy
+        if flags.use_split_qkv_input or flags.use_attn_in:
             h = modulate(self.ln1.observe(x, OFF_THE_PATH), shift_msa, scale_msa)
             read_only(self.hook_modulated_msa, h, OFF_THE_PATH)
             read_only(self.attn.hook_in, h, OFF_THE_PATH)

@@ -98,10 +98,11 @@ class AdaLNBridge(GeneralizedComponent):
             setattr(self, f"hook_{vector}", HookPoint())
 
     def forward(
-        self, c: Float[Tensor, "batch cond"]
-    ) -> tuple[Float[Tensor, "batch 1 d_model"], ...]:
-        """The vectors, in the checkpoint's order."""
-        joint = self.hook_out(self.original_component(self.hook_in(c))[:, None])
+        self, c: Float[Tensor, "batch *row cond"]
+    ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
+        """The vectors, in the checkpoint's order; one a row if ``c`` was edited on some rows only."""
+        joint = self.original_component(self.hook_in(c))
+        joint = self.hook_out(joint[:, None] if joint.ndim == 2 else joint)
         parts = joint.chunk(len(self._vectors), dim=-1)
         return tuple(
             getattr(self, f"hook_{vector}")(part)

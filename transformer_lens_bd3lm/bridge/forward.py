@@ -44,6 +44,8 @@ def run(
         x = block(x, c, routing)
     output = backbone.output_layer
     h = output.norm_final(x[:, readout])
+    if c is not None and c.ndim == 3:
+        c = c[:, readout]
     shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
     return output.linear(modulate(h, shift, scale))
 
