@@ -1,4 +1,4 @@
-"""Block-diffusion language models (BD3LM) in TransformerLens; importing this registers the adapter."""
+"""Block-diffusion language models in TransformerLens; importing this registers the adapter."""
 
 from pathlib import Path
 

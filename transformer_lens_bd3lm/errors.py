@@ -3,13 +3,13 @@
 ::
 
     BD3LMError
-    ├── InputError (ValueError)        ids, shapes, timesteps, keywords: what a forward was given
-    │   └── BlockSizeError             the dial was set to something that is not a block size
-    ├── CheckpointError (ValueError)   a repository, config or weights file that cannot be loaded as it is
-    ├── TokenizerError (OSError)       no tokenizer to be found
-    ├── HookNameError (KeyError)       a hook name that this bridge does not have
-    ├── HookReturnError (ValueError)   a hook returned something other than None or a same-shaped tensor
-    └── NotExactError (RuntimeError)   what was asked for cannot be exact on this checkpoint, so it is refused
+    ├── InputError (ValueError)       ids, shapes, timesteps: what a forward was given
+    │   └── BlockSizeError            the dial was set to something that is no block size
+    ├── CheckpointError (ValueError)  a config or weights file that cannot be loaded as it is
+    ├── TokenizerError (OSError)      no tokenizer to be found, or not the checkpoint's
+    ├── HookNameError (KeyError)      a hook name that this bridge does not have
+    ├── HookReturnError (ValueError)  a hook returned neither None nor a same-shaped tensor
+    └── NotExactError (RuntimeError)  what was asked for cannot be exact here, so it is refused
 
 Each says what came, the rule, and the way out. Nothing here is a warning.
 """

@@ -1,7 +1,9 @@
 """How TransformerLens sees a BD3LM checkpoint: the component mapping and cfg.
 
-Components map by the checkpoint's parameter names alone, so the same mapping wraps our plain modules and, with
-``trust_remote_code=True``, a repository's own. A repository's code is imported only when the user says so.
+Components map by the checkpoint's parameter names alone, so the same mapping wraps our plain
+modules and, with
+``trust_remote_code=True``, a repository's own. A repository's code is imported only when the user
+says so.
 
 Folding into weights is another module's subject; until it is exact it is refused here.
 """
@@ -9,7 +11,6 @@ Folding into weights is another module's subject; until it is exact it is refuse
 import logging
 from typing import Any
 
-from torch import nn
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
@@ -49,7 +50,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
     supports_kv_cache: bool = False
     supports_causal_loss: bool = False
     supports_hf_output_attentions: bool = False
-    # The host feeds components a residual in isolation: attention lives on the checkpoint's block and needs
+    # The host feeds components a residual in isolation: attention lives on the checkpoint's block
+    # and needs
     # its routing, adaLN reads the conditioning vector.
     component_test_skip_suffixes: tuple[str, ...] = (".attn", ".adaln")
 
@@ -79,7 +81,9 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         cfg = self.cfg
         layer = {
             "ln1": BD3LMNormBridge(name="norm1", config=cfg),
-            "attn": BD3LMAttentionBridge(config=cfg, submodules={"o": LinearBridge(name="attn_out")}),
+            "attn": BD3LMAttentionBridge(
+                config=cfg, submodules={"o": LinearBridge(name="attn_out")}
+            ),
             "ln2": BD3LMNormBridge(name="norm2", config=cfg),
             "mlp": MLPBridge(
                 name="mlp",
@@ -97,7 +101,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         }
 
     def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
-        """With the user's trust, choose the repository's own classes; else ours, and none of its code.
+        """With the user's trust, the repository's own classes; else ours, and none of its code.
 
         Raises:
             CheckpointError: if the weights would not fill the model that the config describes.
@@ -108,10 +112,14 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         auto_map = getattr(config, "auto_map", None) or {}
         if not (model_kwargs.get("trust_remote_code") and "AutoModelForMaskedLM" in auto_map):
             return
-        code = {"code_revision": model_kwargs.get("code_revision"), "revision": revision}
+        code: dict[str, Any] = {
+            "code_revision": model_kwargs.get("code_revision"),
+            "revision": revision,
+        }
         check_weights(model_name, config, revision)
         if isinstance(config, BD3LMConfig):
-            # The registration wins over remote code unless the config object is the repository's own.
+            # The registration wins over remote code unless the config object is the repository's
+            # own.
             remote = get_class_from_dynamic_module(auto_map["AutoConfig"], model_name, **code)
             model_kwargs["config"] = remote.from_dict(config.to_dict())
         cls = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], model_name, **code)
@@ -153,16 +161,18 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
 
 FOLDING = (
-    "weight processing is not exact on BD3LM yet: the host folds norms without the adaLN shift, scale and gate "
+    "weight processing is not exact on BD3LM yet: the host folds norms without the adaLN shift, "
+    "scale and gate "
     "between them. Use the bridge as booted; its hooks and logits are exact"
 )
 
 
-def mount_conditioning(bridge: Any, backbone: nn.Module) -> None:
+def mount_conditioning(bridge: Any, backbone: Any) -> None:
     """Wrap ``sigma_map`` and the final modulation, as ``timestep_embed`` and ``final_adaln``.
 
     They stay out of ``component_mapping``, whose tools feed every component a residual. The plain
-    ``sigma_map`` stays mounted under its own name: by it the host's lenses know that the readout is modulated.
+    ``sigma_map`` stays mounted under its own name: by it the host's lenses know that the readout is
+    modulated.
     """
     plain = backbone.sigma_map
     bridge.sigma_map = plain

@@ -4,17 +4,18 @@ With rotated queries and keys of head h, over the keys that the view's mask lets
 
     z = softmax(q k^T / sqrt(d_head)) v
 
-A view's square is mostly empty: n of a dual view's 2n x 2n columns are never read by anyone in another
-block. ``Routing`` cuts it into tiles, each a few rows of queries with just the keys that they can read, so a
-dual pass costs about a third of the dense square. While nobody looks at scores or pattern a tile is one fused
-kernel; as soon as somebody does, the whole square is explicit, with the same numbers.
+A view's square is mostly empty: n of a dual view's 2n x 2n columns are never read by anyone in
+another block. ``Routing`` cuts it into tiles, each a few rows of queries with just the keys that
+they can read, so a dual pass costs about a third of the dense square. While nobody looks at scores
+or pattern a tile is one fused kernel; as soon as somebody does, the whole square is explicit, with
+the same numbers.
 
-Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into q, k and v, which share its
-storage as booted, and the joint module is dropped, so no parameter is counted twice.
+Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into q, k and v, which
+share its storage as booted, and the joint module is dropped, so no parameter is counted twice.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import einops
 import torch
@@ -135,7 +136,7 @@ class Routing:
         dtype: torch.dtype,
         padding: Bool[Tensor, "batch pos"] | None = None,
     ) -> "Routing":
-        """The routing of a whole sampling or dual view; ``padding`` is False where a key is none."""
+        """The routing of a whole view; ``padding`` is False where a key is none."""
         device, n = view.ids.device, view.length
         cos, sin = rotary_tables(view.positions(), inv_freq, dtype)
         dense = view.mask()
@@ -179,11 +180,11 @@ class Routing:
 
 
 class BD3LMAttentionBridge(JointQKVAttentionBridge):
-    """Bidirectional block attention over rotated heads; lives directly on the checkpoint's block."""
+    """Bidirectional block attention over rotated heads, living on the checkpoint's block."""
 
     def __init__(self, config: Any, submodules: dict[str, Any]):
         super().__init__(
-            name=None,  # type: ignore[arg-type]  # the host's signature for a containerless component
+            name=cast(Any, None),  # containerless: the projections lie on the block itself
             config=config,
             split_qkv_matrix=split_joint_projection,
             submodules=submodules,
@@ -195,7 +196,8 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         """Take q, k and v out of the block's joint projection, and drop the joint module."""
         super().set_original_component(original_component)
         del original_component.attn_qkv
-        # The block is reached through its own bridge; as a child here it would be its own descendant.
+        # The block is reached through its own bridge; as a child here it would be its own
+        # descendant.
         self._modules.pop("_original_component", None)
 
     def forward(
@@ -222,7 +224,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         q = self.hook_rot_q(rotate(q, routing.cos, routing.sin))
         k = self.hook_rot_k(rotate(k, routing.cos, routing.sin))
         if routing.cache is not None:
-            k, v = routing.cache.extend(self._layer_idx, k, v)
+            k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
         if watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense)
         else:
@@ -236,7 +238,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
     def explicit(
         self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None
     ) -> Float[Tensor, "batch head row d_head"]:
-        """The same with scores (masked ones are -inf) and pattern in the open, softmax in float32+."""
+        """The same with scores (masked: -inf) and pattern in the open; softmax in float32+."""
         scores = q @ k.transpose(-1, -2) * self.config.d_head**-0.5
         if dense is not None:
             scores = scores.masked_fill(~dense, -torch.inf)
@@ -246,7 +248,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         return self.hook_pattern(pattern) @ v
 
     def write_by_head(self, z: Tensor, gate: Tensor | None) -> Float[Tensor, "batch row d_model"]:
-        """The write as a sum of gated per-head results; ``hook_out`` stays live, before the gate."""
+        """The write as a sum of gated results by head; ``hook_out`` stays live before the gate."""
         n_heads = self.config.n_heads
         w_o = einops.rearrange(self.o.weight, "d (h e) -> h e d", h=n_heads)
         per_head = torch.einsum("bphe,hed->bphd", z.unflatten(-1, (n_heads, -1)), w_o)
@@ -271,7 +273,8 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
             inputs = [fork.per_head(self.hook_attn_in, heads)] * 3
         projections = zip((self.q, self.k, self.v), inputs, strict=True)
         q, k, v = (
-            self._project_per_head_qkv(linear, x, heads, width).flatten(2) for linear, x in projections
+            self._project_per_head_qkv(linear, x, heads, width).flatten(2)
+            for linear, x in projections
         )
         return q, k, v
 
@@ -298,8 +301,8 @@ class Fork:
 
 
 def split_joint_projection(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """q, k and v as linears over the joint weight's own storage; its rows are q, k, then v heads."""
-    joint = block.attn_qkv
+    """q, k and v as linears over the joint weight's own storage: rows of q, k, then v heads."""
+    joint = cast(nn.Linear, block.attn_qkv)
     parts = []
     for weight in joint.weight.detach().chunk(3):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

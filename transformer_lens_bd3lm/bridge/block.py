@@ -1,9 +1,12 @@
-"""One transformer layer, with the residual stream and both residual writes in the open::
+"""One transformer layer, with the residual stream and both residual writes in the open.
+
+With six modulation vectors from adaLN::
 
     x = x + gate_msa * attn(modulate(ln1(x), shift_msa, scale_msa))
     x = x + gate_mlp * mlp(modulate(ln2(x), shift_mlp, scale_mlp))
 
-``hook_resid_pre``, ``_mid`` and ``_post`` are the stream itself: editing one edits the skip path too.
+``hook_resid_pre``, ``_mid`` and ``_post`` are the stream itself: editing one edits the skip path
+too.
 ``hook_attn_out`` and ``hook_mlp_out`` are what is added to it, after the gate.
 """
 
@@ -18,7 +21,9 @@ from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 
 REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
-OFF_THE_PATH = "with use_split_qkv_input or use_attn_in every head reads its own copy of the residual"
+OFF_THE_PATH = (
+    "with use_split_qkv_input or use_attn_in every head reads its own copy of the residual"
+)
 
 
 class BD3LMBlockBridge(BlockBridge):

@@ -1,17 +1,21 @@
 """Norms and adaLN: the conditioning vector, and what it does to each layer.
 
-With ``c = silu(sigma_map(sigma))``, a layer's ``adaLN_modulation(c)`` is six vectors, and a norm's output is
-``norm(x) * (1 + scale) + shift``. Without time conditioning sigma is zero and all of them are constants of the
-checkpoint; they are still computed, hooked and editable at every forward.
+With ``c = silu(sigma_map(sigma))``, a layer's ``adaLN_modulation(c)`` is six vectors, and a norm's
+output is
+``norm(x) * (1 + scale) + shift``. Without time conditioning sigma is zero and all of them are
+constants of the checkpoint; they are still computed, hooked and editable at every forward.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, NormalizationBridge
+from transformer_lens.model_bridge.generalized_components import (
+    EmbeddingBridge,
+    NormalizationBridge,
+)
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from transformer_lens_bd3lm.bridge.attention import read_only, watched
@@ -33,10 +37,10 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
     @property
     def weight(self) -> Float[Tensor, "d_vocab d_model"]:
         """The table, under the name that the host reads."""
-        return self.original_component.embedding
+        return cast(Any, self.original_component).embedding
 
     @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The table, ``[d_vocab, d_model]``."""
         return self.weight
 
@@ -48,7 +52,7 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
 
 
 class BD3LMNormBridge(NormalizationBridge):
-    """Layer norm in float32 or wider times a weight; one kernel unless its insides are looked at."""
+    """Layer norm in float32 or wider times a weight; one kernel unless somebody looks inside."""
 
     def forward(
         self, hidden_states: Float[Tensor, "batch row d_model"], **kwargs: Any
@@ -63,7 +67,7 @@ class BD3LMNormBridge(NormalizationBridge):
     def observe(
         self, x: Float[Tensor, "batch row d_model"], why: str
     ) -> Float[Tensor, "batch row d_model"]:
-        """The same, where nothing downstream reads it: its hooks may look, but an edit is refused."""
+        """The same where nothing downstream reads it: hooks may look, an edit is refused."""
         read_only(self.hook_in, x, why)
         wide = at_least_float32(x)
         centred = wide - wide.mean(-1, keepdim=True)
@@ -85,11 +89,12 @@ class TimestepEmbedBridge(GeneralizedComponent):
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
         """Features of sigma through the checkpoint's two linears."""
         mlp = self.original_component.mlp
-        return self.hook_out(mlp(timestep_features(self.hook_in(sigma)).to(mlp[0].weight.dtype)))
+        features = timestep_features(self.hook_in(sigma))
+        return self.hook_out(mlp(features.to(next(mlp.parameters()).dtype)))
 
 
 class AdaLNBridge(GeneralizedComponent):
-    """One ``adaLN_modulation``, with a hook point for each of its vectors ``[batch, 1, d_model]``."""
+    """One ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``."""
 
     def __init__(self, name: str, vectors: tuple[str, ...], config: Any = None):
         super().__init__(name, config=config)
@@ -100,7 +105,7 @@ class AdaLNBridge(GeneralizedComponent):
     def forward(
         self, c: Float[Tensor, "batch *row cond"]
     ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
-        """The vectors, in the checkpoint's order; one a row if ``c`` was edited on some rows only."""
+        """The vectors, in the checkpoint's order; one a row if only some rows' ``c`` is edited."""
         joint = self.original_component(self.hook_in(c))
         joint = self.hook_out(joint[:, None] if joint.ndim == 2 else joint)
         parts = joint.chunk(len(self._vectors), dim=-1)

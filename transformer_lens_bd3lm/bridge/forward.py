@@ -1,12 +1,13 @@
 """One forward for both views, over hooked components, and the dial.
 
-The wrapped model keeps its class and its weights; ``install`` puts this forward in front of its own, so the
-same code runs over our plain modules and over a repository's. What it reads at the door is the same as the
-plain forward's, and adds what the host needs: strings as ``clean``, padding of string batches, embeddings in
-place of ids, and ``pad_block``.
+The wrapped model keeps its class and its weights; ``install`` puts this forward in front of its
+own, so the same code runs over our plain modules and over a repository's. What it reads at the door
+is the same as the plain forward's, and adds what the host needs: strings as ``clean``, padding of
+string batches, embeddings in place of ids, and ``pad_block``.
 
-**The dial.** ``block_size`` only changes the mask. It may be given per call, for a while, or for good; it
-lives in ``bridge.cfg.block_size``. A checkpoint at another block size than it was trained at is off-distribution.
+**The dial.** ``block_size`` only changes the mask. It may be given per call, for a while, or for
+good; it lives in ``bridge.cfg.block_size``. A checkpoint at another block size than it was trained
+at is off-distribution.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from transformer_lens_bd3lm.errors import InputError
 
 
 def run(
-    model: nn.Module,
+    model: Any,
     x: Float[Tensor, "batch row d_model"],
     sigma: Float[Tensor, " batch"],
     routing: Routing,
@@ -61,14 +62,16 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
     shape = (view.ids.shape[0], view.length)
     if attention_mask.shape != shape:
         raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = {list(shape)}"
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = "
+            f"{list(shape)}"
         )
     real = attention_mask.to(view.ids.device).bool()
     if bool(real.all()):
         return None
     if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
         raise InputError(
-            "attention_mask hides a token before a visible one: positions would shift, and blocks with "
+            "attention_mask hides a token before a visible one: positions would shift, and blocks "
+            "with "
             'them; pad on the right (padding_side="right")'
         )
     return real
@@ -98,8 +101,8 @@ class HookedForward:
             clean: x_0 as ids, a string or strings; makes the view dual. Activations then have 2n
                 positions ``[noisy | clean]``, but ``ln_final`` and ``unembed`` have n.
             block_size: the dial for this call, in tokens, or ``"full"``.
-            pad_block: complete the last block with mask tokens; logits cover them too. A prompt whose
-                active block is cut short is off-distribution.
+            pad_block: complete the last block with mask tokens; logits cover them too. A prompt
+                whose active block is cut short is off-distribution.
             attention_mask: True at real tokens, for batches padded on the right.
             inputs_embeds: the embedded stream in place of ids (the host's ``start_at_layer``).
 
@@ -109,7 +112,9 @@ class HookedForward:
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
         if inputs_embeds is not None:
-            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            input_ids = torch.zeros(
+                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
+            )
         if clean is not None and not isinstance(clean, Tensor):
             clean = cfg._bridge_ref().to_tokens(clean)
         if pad_block:
@@ -150,7 +155,8 @@ def complete_block(
     """
     if clean is not None or attention_mask is not None:
         raise InputError(
-            "pad_block=True is for one stream of equal lengths: drop clean, and pass rows of one length"
+            "pad_block=True is for one stream of equal lengths: drop clean, and pass rows of one "
+            "length"
         )
     view = read_input(config, input_ids, sample_mode=True, block_size=block_size)
     size = view.block_size if view.kind == "block" else view.length

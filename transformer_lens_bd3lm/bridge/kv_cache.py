@@ -1,12 +1,14 @@
 """Finished blocks' keys and values, so that a denoising step runs only the active block.
 
-A block attends to everything before it and to itself, and earlier blocks never read it. So once a block is
-clean its keys and values are final, and a step over rows ``start:end`` needs only what is stored for
-``0:start``. Exact while the network does not see t; with time conditioning the stored prefix would have to be
-modulated anew at every step's sigma, and the cache is refused where it is asked for.
+A block attends to everything before it and to itself, and earlier blocks never read it. So once a
+block is clean its keys and values are final, and a step over rows ``start:end`` needs only what is
+stored for
+``0:start``. Exact while the network does not see t; with time conditioning the stored prefix would
+have to be modulated anew at every step's sigma, and the cache is refused where it is asked for.
 
-One buffer a layer, sized for the whole canvas: the active rows are written behind what is stored and are
-overwritten at the next step, until ``commit`` makes them final. It does not slide past the context.
+One buffer a layer, sized for the whole canvas: the active rows are written behind what is stored
+and are overwritten at the next step, until ``commit`` makes them final. It does not slide past the
+context.
 """
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` positions are final."""
+    """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` are final."""
 
     def __init__(
         self,

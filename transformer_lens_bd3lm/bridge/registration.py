@@ -1,8 +1,9 @@
 """The four contributing sites of TransformerLens, filled from outside in one function.
 
-1. the adapter package, 2. the factory, 3. the model registry, 4. the report's descriptions. The host reads
-its factory's table in two places and has a native adapter under our name, so both are set and ours replaces it.
-transformers' auto classes learn the config, model and tokenizer, so that loading runs no repository's code.
+1. the adapter package, 2. the factory, 3. the model registry, 4. the report's descriptions. The
+host reads its factory's table in two places and has a native adapter under our name, so both are
+set and ours replaces it. transformers' auto classes learn the config, model and tokenizer, so that
+loading runs no repository's code.
 """
 
 import logging
@@ -21,15 +22,13 @@ from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
 
 ARCHITECTURE = "BD3LM"
 AUTHOR = "kuleshov-group"
-DESCRIPTION = (
-    "Block Diffusion Language Model (Arriola et al., ICLR 2025): block-autoregressive masked diffusion"
-)
+DESCRIPTION = "Block diffusion language model (BD3LM, ICLR 2025), one dial from AR to diffusion"
 
 logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 def register() -> None:
-    """Make this package's BD3LM the one that TransformerLens and transformers use; safe to repeat."""
+    """Make this package's BD3LM the one that both libraries use; safe to repeat."""
     AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig, exist_ok=True)
     AutoModelForMaskedLM.register(BD3LMConfig, BD3LM, exist_ok=True)
     AutoTokenizer.register(BD3LMConfig, fast_tokenizer_class=BD3LMTokenizer, exist_ok=True)

@@ -1,7 +1,7 @@
 """The checkpoint's config, under the names that released ``config.json`` files use.
 
-Registered with transformers' ``AutoConfig``, it lets a BD3LM repository load without running any of the
-repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*``) carries the same
+Registered with transformers' ``AutoConfig``, it lets a BD3LM repository load without running any of
+the repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*``) carries the same
 ``model_type`` over other modules and another stream order; its config is refused by name.
 
 It does not decide anything at run time: the dial lives on ``bridge.cfg.block_size``.
@@ -91,12 +91,14 @@ class BD3LMConfig(PretrainedConfig):
         super().__init__(**kwargs)
         if hidden_dim % n_heads or (hidden_dim // n_heads) % 2:
             raise CheckpointError(
-                f"hidden_dim={hidden_dim} with n_heads={n_heads}: rotary heads need hidden_dim to be "
+                f"hidden_dim={hidden_dim} with n_heads={n_heads}: rotary heads need hidden_dim to "
+                "be "
                 "an even multiple of n_heads; check config.json"
             )
         if causal and cross_attn:
             raise CheckpointError(
-                "causal=True with cross_attn=True: no BD3LM checkpoint is both; set cross_attn=False "
+                "causal=True with cross_attn=True: no BD3LM checkpoint is both; set "
+                "cross_attn=False "
                 "for the autoregressive baseline or causal=False for block diffusion"
             )
 
@@ -117,7 +119,8 @@ class BD3LMConfig(PretrainedConfig):
             )
             raise CheckpointError(
                 f"config.json says model_type 'bd3lm' but has no {', '.join(missing)}: {family}. "
-                "Supported are the block-diffusion checkpoints of Arriola et al. (ICLR 2025), such as "
+                "Supported are the block-diffusion checkpoints of Arriola et al. (ICLR 2025), "
+                "such as "
                 "kuleshov-group/bd3lm-owt-block_size4"
             )
         return super().from_dict(config_dict, **kwargs)

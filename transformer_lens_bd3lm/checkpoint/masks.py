@@ -1,8 +1,9 @@
 """Who may read whom: the block-diffusion masks as named rules.
 
-A token at position p belongs to block ``p // block_size``. In the **dual view** ``[x_t | x_0]`` a noisy and
-a clean stream share positions (Arriola et al., section 3.2 and figure 3); in the **sampling view** there is
-one stream. A mask is a few rules OR-ed together, each a predicate on (query, key); True means visible.
+A token at position p belongs to block ``p // block_size``. In the **dual view** ``[x_t | x_0]`` a
+noisy and a clean stream share positions (Arriola et al., section 3.2 and figure 3); in the
+**sampling view** there is one stream. A mask is a few rules OR-ed together, each a predicate on
+(query, key); True means visible.
 
 Every fast attention path is tested against these dense squares; none of them is needed to run one.
 """
@@ -33,7 +34,7 @@ def sampling_mask(
     block_size: int,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "q k"]:
-    """Block-causal: every block reads itself and all earlier ones; queries are the last of the keys."""
+    """Every block reads itself and all earlier ones; the queries are the last of the keys."""
     k_block = torch.arange(keys, device=device) // block_size
     return k_block[None, :] <= k_block[keys - queries :, None]
 

@@ -6,10 +6,12 @@ One layer, with ``c = silu(sigma_map(sigma))`` and six vectors from ``adaLN_modu
     x = x + gate_mlp * mlp(norm2(x) * (1 + scale_mlp) + shift_mlp)
     logits = linear(norm_final(x) * (1 + scale) + shift)
 
-Module names are the checkpoint's parameter names; the order of ``parameters()`` is theirs too. Registered
-with transformers' ``AutoModelForMaskedLM``, so nothing of a repository's own code needs to run.
+Module names are the checkpoint's parameter names; the order of ``parameters()`` is theirs too.
+Registered with transformers' ``AutoModelForMaskedLM``, so nothing of a repository's own code needs
+to run.
 
-No hooks, no cache and no block structure exploited here: this is what the hooked forward is compared with.
+No hooks, no cache and no block structure exploited here: this is what the hooked forward is
+compared with.
 """
 
 from typing import Any
@@ -90,7 +92,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
         """The conditioning vector before its SiLU."""
-        return self.mlp(timestep_features(sigma).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_features(sigma).to(next(self.mlp.parameters()).dtype))
 
 
 class Rotary(nn.Module):
@@ -171,11 +173,13 @@ class Block(nn.Module):
         """The residual stream after this layer."""
         drop, train = self.dropout, self.training
         if c is None:
-            x = x + F.dropout(self.attn_out(self.attention(self.norm1(x), cos, sin, mask)), drop, train)
+            x = x + F.dropout(
+                self.attn_out(self.attention(self.norm1(x), cos, sin, mask)), drop, train
+            )
             return x + F.dropout(self.mlp(self.norm2(x)), drop, train)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
-            self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[
+            :, None
+        ].chunk(6, dim=-1)
         h = self.norm1(x) * (1 + scale_msa) + shift_msa
         h = self.attn_out(self.attention(h, cos, sin, mask))
         x = x + gate_msa * F.dropout(h, drop, train)
@@ -267,18 +271,24 @@ class BD3LM(PreTrainedModel):
             module.sampling_eps_max.fill_(self.config.sampling_eps_max)
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D417
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', but a weights file that does not fill the model exactly is refused.
 
+        Args:
+            name: a folder or Hub id.
+            *args: as transformers'.
+            **kwargs: as transformers'.
+
         Raises:
-            CheckpointError: if the file is missing, truncated, or has tensors missing, left over or of
-                another shape; transformers alone would go on with random weights.
+            CheckpointError: if the file is missing, truncated, or has tensors missing, left over or
+                of another shape; transformers alone would go on with random weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"the weights of {name} could not be read: {error}") from error
+        model, info = loaded
         problems = {key: sorted(map(str, info[key])) for key in info if info[key]}
         if problems:
             told = "; ".join(f"{key}: {', '.join(names[:5])}" for key, names in problems.items())
@@ -308,11 +318,11 @@ class BD3LM(PreTrainedModel):
         """Raw logits of the sampling view, or of the dual view's noisy half.
 
         Args:
-            input_ids: ids ``[batch, pos]``; the dual view if ``clean`` is given, if ``sample_mode`` is
-                False, or if there are exactly ``2 * model_length`` of them.
+            input_ids: ids ``[batch, pos]``; the dual view if ``clean`` is given, if ``sample_mode``
+                is False, or if there are exactly ``2 * model_length`` of them.
             timesteps: sigma per row, 0 by default; replaced by zeros without time conditioning.
-            sample_mode: the checkpoint's own keyword: True is the sampling view, False the dual view
-                over ``[x_t | x_0]``.
+            sample_mode: the checkpoint's own keyword: True is the sampling view, False the dual
+                view over ``[x_t | x_0]``.
             clean: the clean tokens x_0 of the dual view, shaped like ``input_ids``.
             block_size: tokens a block for this call, or ``"full"``; the config's by default.
             return_dict: a ``MaskedLMOutput`` instead of the bare tensor; the config's by default.
@@ -320,7 +330,9 @@ class BD3LM(PreTrainedModel):
         Raises:
             InputError: if ids, shapes, timesteps or the block size do not fit.
         """
-        view = read_input(self.config, input_ids, clean=clean, sample_mode=sample_mode, block_size=block_size)
+        view = read_input(
+            self.config, input_ids, clean=clean, sample_mode=sample_mode, block_size=block_size
+        )
         sigma = read_sigma(self.config, timesteps, view.ids, self.dtype)
         logits = self.backbone(view, sigma)[:, : view.length]
         if self.config.return_dict if return_dict is None else return_dict:

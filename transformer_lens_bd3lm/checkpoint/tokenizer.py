@@ -1,11 +1,11 @@
 """Which tokenizer a checkpoint speaks, when its repository ships none.
 
-Released checkpoints carry weights and a config, but no tokenizer: the vocabulary's size tells which one it
-is (50257 GPT-2 tokens and one mask; 30522 of BERT, whose own ``[MASK]`` serves). It is looked for in the
-Hub cache (or on the Hub, when online); a wrong guess is refused rather than used.
+Released checkpoints carry weights and a config, but no tokenizer: the vocabulary's size tells which
+one it is (50257 GPT-2 tokens and one mask; 30522 of BERT, whose own ``[MASK]`` serves). It is
+looked for in the Hub cache (or on the Hub, when online); a wrong guess is refused rather than used.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import AddedToken
@@ -23,11 +23,16 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "
 
 
 class BD3LMTokenizer(PreTrainedTokenizerFast):
-    """What ``AutoTokenizer`` falls back to for a BD3LM config; a repository's own files come first."""
+    """What ``AutoTokenizer`` uses for a BD3LM config; a repository's own files come first."""
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:  # noqa: D417
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
         """The repository's tokenizer, else the one that its vocabulary size names.
+
+        Args:
+            name: a folder or Hub id.
+            *args: as transformers'.
+            **kwargs: as transformers'.
 
         Raises:
             TokenizerError: if neither is to be found.
@@ -47,10 +52,16 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
                 return AutoTokenizer.from_pretrained(candidate)
             except (OSError, ValueError):
                 continue
-        tried = f"tried {' and '.join(candidates)}" if candidates else "no known tokenizer has that many"
+        tried = (
+            f"tried {' and '.join(candidates)}"
+            if candidates
+            else "no known tokenizer has that many"
+        )
         raise TokenizerError(
-            f"{name} has no tokenizer files, and its vocabulary has {size} tokens ({tried}). Put the "
-            "tokenizer's files into the folder, download its repository into the Hub cache, or pass "
+            f"{name} has no tokenizer files, and its vocabulary has {size} tokens ({tried}). Put "
+            "the "
+            "tokenizer's files into the folder, download its repository into the Hub cache, or "
+            "pass "
             "tokenizer=... to boot_transformers"
         )
 
@@ -67,10 +78,11 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
         # lstrip: "to [MASK]" is one token after "to", without a stray space token between.
         mask = AddedToken(MASK_TOKEN, lstrip=True, special=True, normalized=False)
         tokenizer.add_special_tokens({"mask_token": mask})
-    mask_id = tokenizer.mask_token_id
+    mask_id = int(cast(Any, tokenizer).mask_token_id)
     if len(tokenizer) > vocab_size or mask_id >= vocab_size:
         raise TokenizerError(
-            f"the tokenizer knows {len(tokenizer)} tokens with its mask, the checkpoint {vocab_size}: they do "
+            f"the tokenizer knows {len(tokenizer)} tokens with its mask, the checkpoint "
+            f"{vocab_size}: they do "
             "not belong together; pass the checkpoint's own tokenizer=... to boot_transformers"
         )
     return mask_id

@@ -1,8 +1,8 @@
 """What a forward was given, read at the door into one of two views.
 
-The **sampling view** is one stream of n ids. The **dual view** is ``[x_t | x_0]``, 2n long, and both halves
-count positions from 0. Everything that could go wrong later with an obscure index error, or go wrong in
-silence, is refused here.
+The **sampling view** is one stream of n ids. The **dual view** is ``[x_t | x_0]``, 2n long, and
+both halves count positions from 0. Everything that could go wrong later with an obscure index
+error, or go wrong in silence, is refused here.
 
 It does not tokenize, pad or run anything.
 """
@@ -48,18 +48,24 @@ class View:
             return dual_mask(n, self.block_size, device)
         if self.kind == "open":
             return None
-        return causal_mask(n, n, device) if self.kind == "causal" else sampling_mask(n, n, self.block_size, device)
+        return (
+            causal_mask(n, n, device)
+            if self.kind == "causal"
+            else sampling_mask(n, n, self.block_size, device)
+        )
 
 
 def read_block_size(value: Any, model_length: int, has_blocks: bool = True) -> int:
     """A block size in tokens, from an int or ``"full"`` (the whole context).
 
     Raises:
-        BlockSizeError: for anything but 1..model_length or ``"full"``, or where there are no blocks.
+        BlockSizeError: for anything but 1..model_length or ``"full"``, or where there are no
+            blocks.
     """
     if not has_blocks:
         raise BlockSizeError(
-            f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one stream "
+            f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one "
+            "stream "
             "has no blocks, and no dial to turn"
         )
     if isinstance(value, str) and value == "full":
@@ -77,13 +83,20 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
     Raises:
         InputError: for floats, an empty tensor, other shapes, or ids outside the vocabulary.
     """
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if (
+        not isinstance(ids, Tensor)
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+    ):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"{name} is {kind}: give integer token ids [batch, pos]")
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.numel() == 0:
-        raise InputError(f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty")
+        raise InputError(
+            f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
+        )
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise InputError(
@@ -120,26 +133,37 @@ def read_input(
     ids = check_ids(input_ids, config.vocab_size, "input_ids")
     if clean is not None:
         if sample_mode:
-            raise InputError("clean with sample_mode=True: the sampling view has no clean stream; drop one")
+            raise InputError(
+                "clean with sample_mode=True: the sampling view has no clean stream; drop one"
+            )
         clean = check_ids(clean, config.vocab_size, "clean")
         if clean.shape != ids.shape:
             raise InputError(
-                f"clean has shape {tuple(clean.shape)} and the noisy ids {tuple(ids.shape)}: both streams "
+                f"clean has shape {tuple(clean.shape)} and the noisy ids {tuple(ids.shape)}: both "
+                "streams "
                 "are [batch, pos] of the same tokens"
             )
         ids = torch.cat([ids, clean.to(ids.device)], dim=1)
-    joined = clean is None and sample_mode is not True and ids.shape[1] == 2 * n and config.cross_attn
+    joined = (
+        clean is None and sample_mode is not True and ids.shape[1] == 2 * n and config.cross_attn
+    )
     dual = clean is not None or sample_mode is False or joined
     if dual and not config.cross_attn:
         raise InputError(
-            "the dual view was asked for, but this checkpoint has cross_attn=False and only one stream: "
+            "the dual view was asked for, but this checkpoint has cross_attn=False and only one "
+            "stream: "
             "call it with input_ids alone"
         )
     if dual and ids.shape[1] % 2:
-        raise InputError(f"sample_mode=False with {ids.shape[1]} ids: the dual view is [x_t | x_0], an even number")
+        raise InputError(
+            f"sample_mode=False with {ids.shape[1]} ids: the dual view is [x_t | x_0], an even "
+            "number"
+        )
     length = ids.shape[1] // 2 if dual else ids.shape[1]
     if length > n:
-        raise InputError(f"{length} tokens: this checkpoint's context is {n}; give at most that many")
+        raise InputError(
+            f"{length} tokens: this checkpoint's context is {n}; give at most that many"
+        )
     kind = "block" if config.cross_attn else "causal" if config.causal else "open"
     return View(ids, length, size, kind, dual)
 
@@ -147,7 +171,7 @@ def read_input(
 def read_sigma(
     config: Any, timesteps: Any, ids: Int[Tensor, "batch pos"], dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:
-    """Sigma per row ``[batch]`` in float32 or wider: zeros by default and without time conditioning.
+    """Sigma per row ``[batch]``, float32 or wider: zeros by default and if the network sees none.
 
     Raises:
         InputError: if ``timesteps`` is not one finite number ≥ 0, or one a row.
@@ -163,9 +187,12 @@ def read_sigma(
         sigma = sigma.expand(batch)
     if sigma.shape != (batch,) or sigma.dtype == torch.bool or sigma.is_complex():
         raise InputError(
-            f"timesteps has shape {tuple(sigma.shape)} ({sigma.dtype}): give sigma as one number, or one a row "
+            f"timesteps has shape {tuple(sigma.shape)} ({sigma.dtype}): give sigma as one number, "
+            "or one a row "
             f"[{batch}]"
         )
     if not bool((sigma.isfinite() & (sigma >= 0)).all()):
-        raise InputError("timesteps must be finite and not negative: sigma = -log(1 - t) of a time t in [0, 1)")
+        raise InputError(
+            "timesteps must be finite and not negative: sigma = -log(1 - t) of a time t in [0, 1)"
+        )
     return sigma.to(wide) if config.time_conditioning else torch.zeros_like(sigma, dtype=wide)

@@ -1,7 +1,8 @@
 """Whether a repository's weights fill the model that its config describes, read from headers alone.
 
-transformers fills what a file lacks with random numbers and says so in a log that TransformerLens silences.
-Before any code of a repository is trusted with its weights, their names and shapes are compared with ours.
+transformers fills what a file lacks with random numbers and says so in a log that TransformerLens
+silences. Before any code of a repository is trusted with its weights, their names and shapes are
+compared with ours.
 """
 
 import json
@@ -31,7 +32,9 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
         else:
             index = cached_file(name, "model.safetensors.index.json", **quiet)
             if index is None:
-                raise CheckpointError(f"{name} has no model.safetensors: nothing to load weights from")
+                raise CheckpointError(
+                    f"{name} has no model.safetensors: nothing to load weights from"
+                )
             parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
             files = [cached_file(name, part, revision=revision) for part in parts]
         shapes = {}
@@ -61,6 +64,7 @@ def check_weights(name: str, config: Any, revision: str | None = None) -> None:
     if missing or unknown or misshapen:
         raise CheckpointError(
             f"the weights of {name} do not fill the model that its config describes "
-            f"(missing: {missing[:5]}, unexpected: {unknown[:5]}, other shape: {misshapen[:5]}). Check that "
+            f"(missing: {missing[:5]}, unexpected: {unknown[:5]}, other shape: {misshapen[:5]}). "
+            "Check that "
             "config.json and the weights belong together"
         )

@@ -9,13 +9,13 @@ As in Arriola et al., algorithm 2::
             reveal  <- who becomes a token, and as what      (sampler, noise)
         its keys and values are final                        (cache)
 
-Blocks lie on the grid of absolute positions, as in training: the block that the prompt ends in keeps the prompt's
-tokens and denoises the rest. Masks inside a prompt are filled in where they stand; tokens to the right of their
-block are invisible to it.
+Blocks lie on the grid of absolute positions, as in training: the block that the prompt ends in
+keeps the prompt's tokens and denoises the rest. Masks inside a prompt are filled in where they
+stand; tokens to the right of their block are invisible to it.
 
-With the cache a pass runs only the rows that are not final yet: the active block, and on its first step the
-block just finished, whose keys and values it stores. Without it the whole prefix is run anew; both are exact.
-Text longer than the context is refused here.
+With the cache a pass runs only the rows that are not final yet: the active block, and on its first
+step the block just finished, whose keys and values it stores. Without it the whole prefix is run
+anew; both are exact. Text longer than the context is refused here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,10 +83,15 @@ def read_canvas(
     cfg, config = bridge.cfg, bridge.original_model.config
     if config.causal:
         raise InputError(
-            "this checkpoint is the autoregressive baseline (causal=True): it predicts the next token and has "
+            "this checkpoint is the autoregressive baseline (causal=True): it predicts the next "
+            "token and has "
             "nothing to denoise"
         )
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 0
+    ):
         raise InputError(f"max_new_tokens={max_new_tokens!r}: give an int ≥ 0")
     if prompt is None:
         ids = torch.tensor([[bridge.tokenizer.bos_token_id]])
@@ -96,7 +101,9 @@ def read_canvas(
         encoded = [bridge.to_tokens(text, truncate=False) for text in prompt]
         if len({x.shape[1] for x in encoded}) != 1:
             lengths = [x.shape[1] for x in encoded]
-            raise InputError(f"prompts of {lengths} tokens: give prompts of one length, or one at a time")
+            raise InputError(
+                f"prompts of {lengths} tokens: give prompts of one length, or one at a time"
+            )
         ids = torch.cat(encoded)
     else:
         ids = prompt
@@ -104,7 +111,8 @@ def read_canvas(
     length = ids.shape[1] + max_new_tokens
     if length > config.model_length:
         raise InputError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {length}: the context is "
+            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {length}: the "
+            "context is "
             f"{config.model_length}"
         )
     if not config.cross_attn:
@@ -112,7 +120,9 @@ def read_canvas(
             read_block_size(block_size, config.model_length, has_blocks=False)
         size = total = length
     else:
-        size = read_block_size(cfg.block_size if block_size is None else block_size, config.model_length)
+        size = read_block_size(
+            cfg.block_size if block_size is None else block_size, config.model_length
+        )
         total = min(-(-length // size) * size, config.model_length) if pad_block else length
     tokens = ids.new_full((ids.shape[0], total), cfg.mask_token_id)
     tokens[:, : ids.shape[1]] = ids
@@ -123,7 +133,7 @@ def read_canvas(
 
 @dataclass
 class Network:
-    """One pass of the loop: which rows it runs, with or without the cache, and who looks at which rows."""
+    """One pass of the loop: which rows it runs, cached or not, and who looks at which rows."""
 
     bridge: Any
     canvas: Canvas
@@ -134,7 +144,9 @@ class Network:
     finished: list[Step] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        names = [hook.name for hook in self.hooks.hooks] + list(self.record.names if self.record else [])
+        names = [hook.name for hook in self.hooks.hooks] + list(
+            self.record.names if self.record else []
+        )
         self.points = resolve(self.bridge, names)
         if self.cache is not None and any(hook.scope == "prefix" for hook in self.hooks.hooks):
             raise NotExactError(
@@ -158,7 +170,9 @@ class Network:
             if model.config.time_conditioning:
                 sigma = sigma_of(step.t)
             sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            logits = run(model, x, sigma, self.routing(first, end, ids, x), slice(start - first, end - first))
+            logits = run(
+                model, x, sigma, self.routing(first, end, ids, x), slice(start - first, end - first)
+            )
         if self.cache is not None:
             self.cache.commit(start)
         return logits
@@ -208,7 +222,8 @@ class Network:
             kept[name].append(record.keep(activation))
 
         return [
-            (name, partial(apply_on_rows, partial(keep, name), step, name, part, width)) for name in record.names
+            (name, partial(apply_on_rows, partial(keep, name), step, name, part, width))
+            for name in record.names
         ]
 
     def finish(self, step: Step) -> None:
@@ -220,9 +235,14 @@ class Network:
 
 
 def propose(
-    sampler: Sampler, noise: Noise, canvas: Canvas, step: Step, logits: Tensor, reveal: Bool[Tensor, "batch block"]
+    sampler: Sampler,
+    noise: Noise,
+    canvas: Canvas,
+    step: Step,
+    logits: Tensor,
+    reveal: Bool[Tensor, "batch block"],
 ) -> Int[Tensor, "batch pos"]:
-    """The canvas after the step: every revealed position drawn by Gumbel-max in float64 on the CPU."""
+    """The canvas after the step: what is revealed is drawn by Gumbel-max in float64 on the CPU."""
     tokens = step.tokens.clone()
     start = step.window[0]
     for row, offset in reveal.nonzero().tolist():
@@ -277,7 +297,9 @@ def make_network(
             if config.time_conditioning
             else "without blocks every position reads every other, so nothing is ever final"
         )
-        raise NotExactError(f"kv_cache=True is not exact on this checkpoint: {why}. Pass kv_cache=False")
+        raise NotExactError(
+            f"kv_cache=True is not exact on this checkpoint: {why}. Pass kv_cache=False"
+        )
     if kv_cache is None:
         kv_cache = exact and not any(hook.scope == "prefix" for hook in made.hooks)
     cache = None
@@ -285,7 +307,13 @@ def make_network(
         batch, total = canvas.tokens.shape
         embedding = bridge.embed.weight
         cache = KVCache(
-            config.n_blocks, batch, bridge.cfg.n_heads, total, bridge.cfg.d_head, embedding.device, embedding.dtype
+            config.n_blocks,
+            batch,
+            bridge.cfg.n_heads,
+            total,
+            bridge.cfg.d_head,
+            embedding.device,
+            embedding.dtype,
         )
     return Network(bridge, canvas, made, record, cache)
 
@@ -304,7 +332,8 @@ def denoise_steps(
 ) -> Iterator[Step]:
     """The denoising loop, one :class:`Step` at a time; arguments and errors as :func:`denoise`.
 
-    Everything is checked before the first step. Between steps nothing is held: no hook, no grad mode.
+    Everything is checked before the first step. Between steps nothing is held: no hook, no grad
+    mode.
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     network = make_network(bridge, canvas, kv_cache, hooks, None)
@@ -319,9 +348,10 @@ class Run:
         tokens: the finished ids ``[batch, pos]``, prompt included.
         text: the same as one string a row, special tokens kept.
         steps: every step, without its logits.
-        commit_step: index of the step that revealed each position ``[batch, pos]``; -1 where it was given.
-        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked for; keys of
-            a pattern that a step did not have yet are 0 (scores: -inf).
+        commit_step: index of the step that revealed each position ``[batch, pos]``; -1 where it was
+            given.
+        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked
+            for; keys of a pattern that a step did not have yet are 0 (scores: -inf).
         recorded_steps: index of the step of each slice of ``activations``.
         block_size: the dial.
         noise: the randomness of the run.
@@ -356,18 +386,19 @@ def denoise(
 
     Args:
         bridge: a BD3LM bridge.
-        prompt: a string, strings of one length in tokens, ids ``[batch, pos]``, or None for BOS alone.
-            Masks in it are filled in.
+        prompt: a string, strings of one length in tokens, ids ``[batch, pos]``, or None for BOS
+            alone. Masks in it are filled in.
         max_new_tokens: masks appended to it.
         block_size: the dial for this run; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
         kv_cache: store finished blocks; by default wherever that is exact.
-        hooks: ``StepHooks``, or TransformerLens's ``[(name, fn), ...]``, which fire at every step. Both see
-            the active block's rows; hooks set on the bridge itself see every row of a pass.
+        hooks: ``StepHooks``, or TransformerLens's ``[(name, fn), ...]``, which fire at every step.
+            Both see the active block's rows; hooks set on the bridge itself see every row of a
+            pass.
         record: which activations to keep.
-        pad_block: denoise the last block at its full length, as it was trained, and cut what was not
-            asked for; False leaves it ragged.
+        pad_block: denoise the last block at its full length, as it was trained, and cut what was
+            not asked for; False leaves it ragged.
 
     Raises:
         InputError: for a prompt, length or selector that does not fit.

@@ -1,10 +1,11 @@
 """All the randomness of a denoising run, as one object that two runs can share.
 
-Under the log-linear schedule every token of a block is masked at time t with probability t, so a token is
-revealed at a time tau ~ U(0, 1) on the way from t = 1 to 0, independently. Given tau, and a Gumbel vector g for
-what is drawn (``argmax(log p + g)`` is a sample from p), a run is deterministic. Here tau and g belong to a
-(row, absolute position), counter-based from the seed: they do not depend on batch, device, sampler, number of
-steps or dial, nor on anything that a hook changed. Two runs with the same noise differ only by what was changed.
+Under the log-linear schedule every token of a block is masked at time t with probability t, so a
+token is revealed at a time tau ~ U(0, 1) on the way from t = 1 to 0, independently. Given tau, and
+a Gumbel vector g for what is drawn (``argmax(log p + g)`` is a sample from p), a run is
+deterministic. Here tau and g belong to a (row, absolute position), counter-based from the seed:
+they do not depend on batch, device, sampler, number of steps or dial, nor on anything that a hook
+changed. Two runs with the same noise differ only by what was changed.
 
 ``sigma`` is the network's name for time; its schedule is here too. Nothing here looks at logits.
 """
@@ -34,14 +35,19 @@ class Noise:
 
     Attributes:
         seed: any int from 0 to 2**64 - 1; the same seed is the same noise, everywhere.
-        rows: which noise row each batch row uses; ``[0, 0, 1, 1]`` pairs rows. Row i is i by default.
+        rows: which noise row each batch row uses; ``[0, 0, 1, 1]`` pairs rows. Row i is i by
+            default.
     """
 
     seed: int = 0
     rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**64
+        ):
             raise InputError(f"seed={self.seed!r}: give an int in 0..2**64 - 1")
         if self.rows is not None and any(row < 0 for row in self.rows):
             raise InputError(f"rows={list(self.rows)}: noise rows count from 0")
@@ -55,11 +61,15 @@ class Noise:
         if self.rows is None:
             return batch_row
         if batch_row >= len(self.rows):
-            raise InputError(f"rows names {len(self.rows)} rows, the batch has more: give one for each")
+            raise InputError(
+                f"rows names {len(self.rows)} rows, the batch has more: give one for each"
+            )
         return self.rows[batch_row]
 
     def _stream(self, row: int, position: int, kind: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, kind, position, row]))
+        return np.random.Generator(
+            np.random.Philox(key=self.seed, counter=[0, kind, position, row])
+        )
 
     def times(self, batch: int, start: int, end: int) -> Float[Tensor, "batch pos"]:
         """Reveal times of positions ``start:end``, uniform on [0, 1), float64."""

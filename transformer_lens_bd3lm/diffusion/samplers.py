@@ -1,11 +1,13 @@
 """Who is revealed next, and as what: pure functions of the block's state and its noise.
 
-**First hitting** (Zheng et al. 2024; Arriola et al., section 4.2): the reveal times of n masked tokens are iid
-U(0, 1), so the next reveal below t is at ``t * u^(1/n)``, and which of the masked it is, is uniform. Handed the
-times themselves, that is: the masked token with the largest time is next. Exact, k steps for k tokens.
+**First hitting** (Zheng et al. 2024; Arriola et al., section 4.2): the reveal times of n masked
+tokens are iid U(0, 1), so the next reveal below t is at ``t * u^(1/n)``, and which of the masked it
+is, is uniform. Handed the times themselves, that is: the masked token with the largest time is
+next. Exact, k steps for k tokens.
 
-**Nucleus.** The public code keeps tokens while the cumulative probability is at most p, and so drops the token
-that crosses p (the top one is always kept); the usual top-p keeps it. Both are here, by name.
+**Nucleus.** The public code keeps tokens while the cumulative probability is at most p, and so
+drops the token that crosses p (the top one is always kept); the usual top-p keeps it. Both are
+here, by name.
 
 A sampler never sees the network; the loop hands it log-probabilities and does what it says.
 """
@@ -68,7 +70,7 @@ def nucleus(
 
 @dataclass(frozen=True)
 class FirstHitting:
-    """One token a step a row, in decreasing order of its reveal time; exact for the model's sampler.
+    """One token a step a row, in decreasing order of reveal times: exactly the model's sampler.
 
     Attributes:
         nucleus_p: mass of the nucleus each token is drawn from; 1 draws from the model's own p.

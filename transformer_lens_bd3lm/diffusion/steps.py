@@ -1,12 +1,16 @@
 """A denoising step as something to look at and to aim at: ``Step``, ``StepHooks``, ``Record``.
 
-A step hook is ``fn(activation, hook, step)``. None keeps the activation, a tensor of the same shape replaces
-it, anything else raises. It sees only the rows that its scope names, whatever else the pass computes:
+A step hook is ``fn(activation, hook, step)``. None keeps the activation, a tensor of the same shape
+replaces it, anything else raises. It sees only the rows that its scope names, whatever else the
+pass computes:
 
-- ``"active"``: the active block's rows. The finished block's stored keys and values stay untouched, so an edit
+- ``"active"``: the active block's rows. The finished block's stored keys and values stay untouched,
+so an edit
   reaches later blocks only through the tokens that it changed.
-- ``"commit"``: also the finished block's rows, where they become the keys and values that later blocks read.
-- ``"prefix"``: also every earlier position at every step, the prompt included; only without the cache.
+- ``"commit"``: also the finished block's rows, where they become the keys and values that later
+blocks read.
+- ``"prefix"``: also every earlier position at every step, the prompt included; only without the
+cache.
 
 Hook names are TransformerLens's own, and never change with the step.
 """
@@ -41,7 +45,7 @@ def current_step() -> "Step | None":
 
 @dataclass(frozen=True)
 class Step:
-    """One network evaluation of the loop, before (as a hook sees it) and after (as the loop yields it).
+    """One network evaluation, before it (as hooks see it) and after (as the loop yields it).
 
     Attributes:
         index: counts all steps of the run from 0.
@@ -55,8 +59,8 @@ class Step:
         mask_id: the mask token's id.
         after: the canvas after the step; None inside hooks.
         revealed: positions of the block revealed by it ``[batch, block]``; None inside hooks.
-        logits: raw logits of the block's rows ``[batch, block, d_vocab]``; None inside hooks, and in the
-            finished run's list.
+        logits: raw logits of the block's rows ``[batch, block, d_vocab]``; None inside hooks, and
+            in the finished run's list.
     """
 
     index: int
@@ -80,7 +84,9 @@ class Step:
             InputError: inside a hook, where the logits are not there yet.
         """
         if self.logits is None:
-            raise InputError("this step has no logits: they are there on the steps that denoise_steps yields")
+            raise InputError(
+                "this step has no logits: they are there on the steps that denoise_steps yields"
+            )
         return log_probs(self.logits, self.tokens[:, slice(*self.window)], self.mask_id)
 
 
@@ -164,7 +170,9 @@ class StepHooks:
             return hooks
         made = cls()
         if not isinstance(hooks, Iterable):
-            raise InputError(f"hooks is {type(hooks).__name__}: give StepHooks or a list of (name, fn)")
+            raise InputError(
+                f"hooks is {type(hooks).__name__}: give StepHooks or a list of (name, fn)"
+            )
         for pair in hooks:
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise InputError(f"hooks holds {pair!r}: give (name, fn) pairs, or StepHooks")
@@ -177,14 +185,14 @@ def _without_step(fn: Any, activation: Tensor, hook: HookPoint, step: Step) -> T
 
 
 def row_axis(name: str) -> int | None:
-    """Which axis of an activation counts the pass's rows; None where only the block's rows are read out."""
+    """Which axis counts the pass's rows; None where only the block's rows are read out."""
     if name.startswith(("ln_final.", "unembed.", "hook_unembed", "final_adaln.")):
         return None
     return 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
 
 
 def is_conditioning(name: str) -> bool:
-    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's), not one a position."""
+    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
     return name.startswith("timestep_embed.") or ".adaln." in name
 
 
@@ -192,8 +200,8 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
     """The hook points behind names, each checked.
 
     Raises:
-        HookNameError: for a name that the bridge does not have (the nearest are listed), or whose flag
-            is off, so that it would never fire.
+        HookNameError: for a name that the bridge does not have (the nearest are listed), or whose
+            flag is off, so that it would never fire.
     """
     known = bridge.hook_dict
     found = {}
@@ -212,7 +220,7 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
 def apply_on_rows(
     fn: StepFn, step: Step, name: str, part: slice, width: int, activation: Tensor, hook: HookPoint
 ) -> Tensor | None:
-    """Show a hook the rows ``part`` of a pass that is ``width`` rows wide, and put back what it returns.
+    """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
 
     A conditioning vector that all rows share is spread over them when an edit names only some.
 
@@ -233,7 +241,8 @@ def apply_on_rows(
     if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise HookReturnError(
-            f"the hook at {name} returned {got}: return None, or a tensor of shape {tuple(shown.shape)}"
+            f"the hook at {name} returned {got}: return None, or a tensor of shape "
+            f"{tuple(shown.shape)}"
         )
     if edited is None and conditioning and shown._version != version:
         edited = shown
@@ -253,17 +262,23 @@ def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
     vectors = activation[:, part]
     if not torch.equal(vectors, vectors[:, :1].expand_as(vectors)):
         raise InputError(
-            f"the rows of this hook's scope have several vectors at {name}, from edits of narrower scope "
+            f"the rows of this hook's scope have several vectors at {name}, from edits of "
+            "narrower scope "
             "upstream: hook them one scope at a time"
         )
-    return vectors[:, 0].clone() if name.endswith(".hook_in") or "timestep" in name else vectors[:, :1].clone()
+    return (
+        vectors[:, 0].clone()
+        if name.endswith(".hook_in") or "timestep" in name
+        else vectors[:, :1].clone()
+    )
 
 
 def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
     """``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only."""
     if vector.ndim == 1:
         raise HookReturnError(
-            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a batch row. "
+            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
+            "batch row. "
             "Edit timestep_embed.hook_out, or the layers' adaln hooks"
         )
     if vector.ndim == 2:
@@ -275,9 +290,11 @@ def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -
 
 @contextmanager
 def attached(
-    points: dict[str, HookPoint], fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]], step: Step
+    points: dict[str, HookPoint],
+    fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
+    step: Step,
 ) -> Iterator[None]:
-    """Hooks on and the current step set, for one forward only; both gone afterwards whatever happens."""
+    """Hooks on and the current step set for one forward; both gone afterwards, come what may."""
     with ExitStack() as stack:
         for name, fn in fns:
             point = points[name]
@@ -326,14 +343,16 @@ class Record:
 
     def keep(self, activation: Tensor) -> Tensor:
         """A copy, detached, where and as it is kept."""
-        return activation.detach().to(device=self.device, dtype=self.dtype or activation.dtype, copy=True)
+        return activation.detach().to(
+            device=self.device, dtype=self.dtype or activation.dtype, copy=True
+        )
 
 
 def stack_ragged(name: str, kept: list[Tensor]) -> Tensor:
     """One tensor ``[step, batch, ...]`` from steps whose sizes may differ.
 
-    Keys that a step does not have yet are filled with what they would be: no attention (0) in a pattern, -inf
-    in scores. Rows that a narrower last block does not have are NaN.
+    Keys that a step does not have yet are filled with what they would be: no attention (0) in a
+    pattern, -inf in scores. Rows that a narrower last block does not have are NaN.
     """
     sizes = [max(sizes) for sizes in zip(*(x.shape for x in kept), strict=True)]
     key_fill = 0.0 if name.endswith("hook_pattern") else -torch.inf

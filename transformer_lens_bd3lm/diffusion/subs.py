@@ -1,7 +1,8 @@
-"""From logits to probabilities: the SUBS parameterisation (Sahoo et al. 2024; Arriola et al., section 3).
+"""From logits to probabilities: the SUBS parameterisation.
 
-Two rules turn raw logits into ``log p(x_0 | x_t)``: the mask token has probability zero, and a token that
-is already revealed keeps all probability (carry-over)::
+Two rules (Sahoo et al. 2024; Arriola et al., section 3) turn raw logits into ``log p(x_0 | x_t)``:
+the mask token has probability zero, and a token that is already revealed keeps all probability
+(carry-over)::
 
     log p = log_softmax(logits with logits[mask] = -inf)      where x_t is the mask
     log p = 0 at x_t, -inf elsewhere                          where it is not
@@ -17,7 +18,7 @@ from torch import Tensor
 def masked_log_probs(
     logits: Float[Tensor, "*dims d_vocab"], mask_id: int | None = None
 ) -> Float[Tensor, "*dims d_vocab"]:
-    """``log p(x_0)`` in nats as if every position were masked: zero mask probability, no carry-over.
+    """``log p(x_0)`` in nats as if every position were masked: no mask, no carry-over.
 
     Args:
         logits: raw logits.

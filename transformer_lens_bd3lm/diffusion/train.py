@@ -1,14 +1,17 @@
 """The recipe that made the embedded default: one small BD3LM trained over the whole dial.
 
-Every step draws a block size B, so that one set of weights is on-distribution from autoregressive (B = 1)
-to full diffusion. The loss is the NELBO with its integral over time done in closed form: for a block of k
-maskable tokens, draw the number of masks m uniformly from 1..k and a subset of that size uniformly, and ::
+Every step draws a block size B, so that one set of weights is on-distribution from autoregressive
+(B = 1) to full diffusion. The loss is the NELBO with its integral over time done in closed form:
+for a block of k maskable tokens, draw the number of masks m uniformly from 1..k and a subset of
+that size uniformly, and ::
 
-    loss = sum over blocks of  (k / m) * sum over masked i of  -log p(x_i | x_t, clean earlier blocks)
+    loss = sum over blocks of  (k / m) * sum over masked i of  -log p(x_i | x_t, clean earlier
+    blocks)
 
-Its expectation is the NELBO of Arriola et al. (equation 8 with the log-linear schedule), because the integral
-of t^(m-1) (1-t)^(k-m) over t is 1 / (m C(k, m)). At B = 1 it is the exact autoregressive NLL. The numbers
-of masks are stratified over the blocks of a batch, the strata permuted.
+Its expectation is the NELBO of Arriola et al. (equation 8 with the log-linear schedule), because
+the integral of t^(m-1) (1-t)^(k-m) over t is 1 / (m C(k, m)). At B = 1 it is the exact
+autoregressive NLL. The numbers of masks are stratified over the blocks of a batch, the strata
+permuted.
 
 Everything random comes from (seed, step), so a run that was stopped resumes as if it had not been:
 ``python -m transformer_lens_bd3lm.diffusion.train TRAIN.txt VALID.txt OUT`` does both.
@@ -27,8 +30,8 @@ import torch
 import typer
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import BarColumn as Bar
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -87,7 +90,8 @@ class Recipe:
             block_size=4, model_length=self.context, vocab_size=self.vocab_size,
             hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
             n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
-            architectures=["BD3LM"], return_dict=False, dtype="float32", bos_token_id=0, eos_token_id=0,
+            architectures=["BD3LM"], return_dict=False, dtype="float32", bos_token_id=0,
+            eos_token_id=0,
         )  # fmt: skip
 
 
@@ -130,7 +134,9 @@ def draw_masks(
     maskable = torch.full((rows, blocks), block_size)
     maskable[:, 0] -= 1
     count = rows * blocks
-    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    strata = (
+        torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    ) / count
     m = (strata.view(rows, blocks) * maskable).long().clamp(max=maskable - 1) + 1
     m = torch.where(maskable > 0, m, 0)
     order = torch.rand(rows, blocks, block_size, generator=generator)
@@ -176,9 +182,14 @@ class Run:
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         plain = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True,
-        )  # fmt: skip
+            [
+                {"params": decayed, "weight_decay": recipe.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
         self.step = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -206,13 +217,16 @@ class Run:
         with safe_open(path, framework="pt") as saved:
             metadata = saved.metadata()
             if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(self.recipe))):
-                raise ValueError(f"{path} was written by another recipe: use another folder, or remove it")
+                raise ValueError(
+                    f"{path} was written by another recipe: use another folder, or remove it"
+                )
             self.step = int(metadata["step"])
             for name, p in self.model.named_parameters():
                 p.data.copy_(saved.get_tensor(f"model/{name}"))
                 self.ema[name].copy_(saved.get_tensor(f"ema/{name}"))
                 self.optimizer.state[p] = {
-                    key: saved.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: saved.get_tensor(f"{key}/{name}")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 
     def advance(self, ids: Int[Tensor, " text"]) -> tuple[int, float]:
@@ -240,13 +254,15 @@ class Run:
 
     @torch.no_grad()
     def validate(self, ids: Int[Tensor, " text"], block_size: int, rows: int = 64) -> float:
-        """NELBO in nats a token of the averaged weights on fixed windows and masks (exact NLL at 1)."""
+        """NELBO in nats a token of the averaged weights, on fixed windows and masks."""
         generator = torch.Generator().manual_seed(12345)
         own = {name: p.data for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.data = self.ema[name]
         self.model.eval()
-        loss = nelbo_loss(self.model, windows(ids, rows, self.recipe.context, generator), block_size, generator)
+        loss = nelbo_loss(
+            self.model, windows(ids, rows, self.recipe.context, generator), block_size, generator
+        )
         for name, p in self.model.named_parameters():
             p.data = own[name]
         return loss.item()
@@ -263,8 +279,10 @@ class Run:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def train(recipe: Recipe, train_text: str, valid_text: str, out: Path) -> Iterator[dict[str, float]]:
-    """Train, or go on training, in ``out``; yields a report every 250 steps and ends with the export."""
+def train(
+    recipe: Recipe, train_text: str, valid_text: str, out: Path
+) -> Iterator[dict[str, float]]:
+    """Train, or go on, in ``out``; yields a report every 250 steps and ends with the export."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
@@ -285,7 +303,10 @@ def train(recipe: Recipe, train_text: str, valid_text: str, out: Path) -> Iterat
             run.save(state)
             report = {"step": run.step, "loss": sum(recent) / len(recent)}
             if run.step % 1000 == 0 or run.step == recipe.steps:
-                report |= {f"valid_{size}": run.validate(valid, size) for size in (1, 4, 16, recipe.context)}
+                report |= {
+                    f"valid_{size}": run.validate(valid, size)
+                    for size in (1, 4, 16, recipe.context)
+                }
             recent.clear()
             yield report
     run.export(out)
@@ -294,7 +315,9 @@ def train(recipe: Recipe, train_text: str, valid_text: str, out: Path) -> Iterat
 def main(
     train_file: Annotated[Path, typer.Argument(help="Text to train on.", exists=True)],
     valid_file: Annotated[Path, typer.Argument(help="Text to validate on.", exists=True)],
-    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run in it goes on.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint; a stopped run in it goes on.")
+    ],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
 ) -> None:
     """Train the embedded default (about 3 M parameters) over the whole dial."""
@@ -305,7 +328,9 @@ def main(
         reports = train(Recipe(steps=steps), train_file.read_text(), valid_file.read_text(), out)
         for report in reports:
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
-            progress.update(task, completed=report["step"], description=f"loss {report['loss']:.3f}")
+            progress.update(
+                task, completed=report["step"], description=f"loss {report['loss']:.3f}"
+            )
             console.print(told)
 
 
