@@ -13,7 +13,7 @@ A sampler never sees the network; the loop hands it log-probabilities and does w
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.errors import InputError
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What the denoising loop asks of a sampler; every method is pure."""
 

@@ -1,0 +1,1 @@
+"""What researchers ask, one file a question; uses only the public surface."""
