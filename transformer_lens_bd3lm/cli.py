@@ -270,7 +270,8 @@ def info(model: ModelArgument) -> None:
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        spoken = f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, mask {tokenizer.mask_token or 'added'}"
+        mask = tokenizer.mask_token or "added when booted"
+        spoken = f"{len(tokenizer)} tokens, mask {mask}"
     except BD3LMError as error:
         spoken = f"none: {error}"
     table = Table(title=str(model), title_justify="left", show_header=False)

@@ -14,34 +14,34 @@ Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into
 share its storage as booted, and the joint module is dropped, so no parameter is counted twice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import einops
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.masks import sampling_mask
-from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables, rotate
+from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables
 from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.errors import InputError
 
 TILE = 128
 
 
-def watched(*hooks: HookPoint) -> bool:
-    """Whether anybody looks at these hook points, through the host or through plain torch hooks."""
+def watched(*modules: nn.Module) -> bool:
+    """Whether anybody looks at these, through the host's hooks or through plain torch hooks."""
     return any(
-        hook._forward_hooks
-        or hook._backward_hooks
-        or hook._forward_pre_hooks
-        or hook._backward_pre_hooks
-        for hook in hooks
+        module._forward_hooks
+        or module._backward_hooks
+        or module._forward_pre_hooks
+        or module._backward_pre_hooks
+        for module in modules
     )
 
 
@@ -62,13 +62,47 @@ class Tile:
 
     queries: tuple[slice, ...]
     keys: tuple[slice, ...]
-    mask: Bool[Tensor, "*batch q k"] | None
+    mask: Bool[Tensor, "*batch q k"] | Float[Tensor, "*batch q k"] | None
+
+
+def rotated(
+    x: Float[Tensor, "batch row head d_head"],
+    cos: Float[Tensor, "row d_head"],
+    sin: Float[Tensor, "row d_head"],
+) -> Float[Tensor, "batch row head d_head"]:
+    """Rotary embedding, ``x cos + [x2, x1] sin``, the sign of ``-x2`` in ``sin``'s first half."""
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])
+
+
+def signed_tables(
+    positions: Int[Tensor, " row"], inv_freq: Tensor, dtype: torch.dtype
+) -> tuple[Float[Tensor, "row d_head"], Float[Tensor, "row d_head"]]:
+    """Cosines and signed sines at these positions."""
+    cos, sin = rotary_tables(positions, inv_freq, dtype)
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat([-first, second], dim=-1)
+
+
+def additive(tile: Tile, dtype: torch.dtype) -> Tile:
+    """The same tile with its mask as what is added to scores: 0 where visible, -inf where not."""
+    if tile.mask is None:
+        return tile
+    zero = torch.zeros_like(tile.mask, dtype=dtype)
+    return replace(tile, mask=zero.masked_fill(~tile.mask, -torch.inf))
 
 
 def rows(x: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    """The named rows of ``[batch, head, pos, d_head]``, in that order."""
+    """The named rows of ``[batch, head, row, d_head]``, in that order.
+
+    Joined in the projections' own layout, ``[batch, row, head, d_head]``: whole rows are copied.
+    """
     parts = [x[:, :, part] for part in slices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows of ``[batch, head, row, d_head]`` one after another."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
 def spans(length: int, block_size: int) -> list[tuple[int, int]]:
@@ -116,7 +150,7 @@ class Routing:
 
     Attributes:
         cos: rotary cosines of the pass's rows ``[row, d_head]``.
-        sin: rotary sines.
+        sin: rotary sines, signed (see :func:`rotated`).
         tiles: queries and keys of the fused path.
         dense: the same rules as one square ``[*batch, row, key]``; None where all is visible.
         cache: where finished blocks' keys and values are kept, if this pass reads them.
@@ -138,37 +172,59 @@ class Routing:
     ) -> "Routing":
         """The routing of a whole view; ``padding`` is False where a key is none."""
         device, n = view.ids.device, view.length
-        cos, sin = rotary_tables(view.positions(), inv_freq, dtype)
+        cos, sin = signed_tables(view.positions(), inv_freq, dtype)
         dense = view.mask()
         if padding is not None:
             keys = padding.repeat(1, 2) if view.dual else padding
             dense = keys[:, None, None, :] if dense is None else dense & keys[:, None, None, :]
             everything = slice(0, view.ids.shape[1])
-            return cls(cos, sin, [Tile((everything,), (everything,), dense)], dense)
+            tile = Tile((everything,), (everything,), dense)
+            return cls(cos, sin, [additive(tile, dtype)], dense)
         if view.kind == "open":
             tiles = block_tiles(n, n, device)
         elif view.kind == "causal":
             tiles = block_tiles(n, 1, device)
         else:
             tiles = (dual_tiles if view.dual else block_tiles)(n, view.block_size, device)
-        return cls(cos, sin, tiles, dense)
+        return cls(cos, sin, [additive(tile, dtype) for tile in tiles], dense)
 
     @classmethod
     def of_window(
         cls, start: int, end: int, block_size: int, cache: KVCache, inv_freq: Tensor, like: Tensor
     ) -> "Routing":
         """Rows ``start:end`` over everything stored before them and themselves."""
-        cos, sin = rotary_tables(torch.arange(start, end, device=like.device), inv_freq, like.dtype)
+        cos, sin = signed_tables(torch.arange(start, end, device=like.device), inv_freq, like.dtype)
         dense = None
         if (end - 1) // block_size > start // block_size:
             dense = sampling_mask(end - start, end, block_size, like.device)
         tile = Tile((slice(0, end - start),), (slice(0, end),), dense)
-        return cls(cos, sin, [tile], dense, cache)
+        return cls(cos, sin, [additive(tile, like.dtype)], dense, cache)
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch head row d_head"]:
+    def tiles_of(self, queries: slice) -> list[Tile]:
+        """The tiles of these rows alone, numbered as if no other row were there."""
+        narrowed = []
+        for tile in self.tiles:
+            kept, chosen, passed = [], [], 0
+            for part in tile.queries:
+                start, stop = max(part.start, queries.start), min(part.stop, queries.stop)
+                if start < stop:
+                    kept.append(slice(start - queries.start, stop - queries.start))
+                    first = passed + start - part.start
+                    chosen.append(slice(first, first + stop - start))
+                passed += part.stop - part.start
+            mask = tile.mask
+            if mask is not None and kept:
+                mask = torch.cat([mask[..., rows, :] for rows in chosen], dim=-2)
+            if kept:
+                narrowed.append(Tile(tuple(kept), tile.keys, mask))
+        return narrowed
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]
+    ) -> Float[Tensor, "batch head row d_head"]:
         """``z``, tile by tile, with the scores never in memory."""
         parts: list[tuple[int, Tensor]] = []
-        for tile in self.tiles:
+        for tile in tiles:
             z = F.scaled_dot_product_attention(
                 rows(q, tile.queries), rows(k, tile.keys), rows(v, tile.keys), attn_mask=tile.mask
             )
@@ -176,7 +232,7 @@ class Routing:
             starts = [part.start for part in tile.queries]
             parts += zip(starts, z.split(sizes, dim=2), strict=True)
         ordered = [z for _, z in sorted(parts, key=lambda part: part[0])]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=2)
+        return ordered[0] if len(ordered) == 1 else joined(ordered)
 
 
 class BD3LMAttentionBridge(JointQKVAttentionBridge):
@@ -206,34 +262,38 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         routing: Routing,
         gate: Float[Tensor, "batch row_or_1 d_model"] | None = None,
         fork: "Fork | None" = None,
+        queries: slice | None = None,
     ) -> Float[Tensor, "batch row d_model"]:
-        """The gated residual write of attention.
+        """What attention adds to the residual, before its gate; after it with ``use_attn_result``.
 
         Args:
             h: what attention reads, modulated.
             routing: how rows read each other.
-            gate: adaLN's ``gate_msa``; None is 1.
+            gate: adaLN's ``gate_msa``, for ``use_attn_result`` alone; None is 1.
             fork: the residual and its norm, when the split input hooks are on.
+            queries: the only rows whose write is wanted; all are keys. For a pass nobody looks at.
         """
         if fork is None:
             h = self.hook_in(h)
-            q, k, v = self.q(h), self.k(h), self.v(h)
+            q, k, v = self.q(h if queries is None else h[:, queries]), self.k(h), self.v(h)
         else:
             q, k, v = self.project_forked(fork)
-        q, k, v = (x.view(*x.shape[:2], -1, self.config.d_head).transpose(1, 2) for x in (q, k, v))
-        q = self.hook_rot_q(rotate(q, routing.cos, routing.sin))
-        k = self.hook_rot_k(rotate(k, routing.cos, routing.sin))
+        q, k, v = (x.view(*x.shape[:2], -1, self.config.d_head) for x in (q, k, v))
+        read = slice(None) if queries is None else queries
+        q = self.hook_rot_q(rotated(q, routing.cos[read], routing.sin[read]).transpose(1, 2))
+        k = self.hook_rot_k(rotated(k, routing.cos, routing.sin).transpose(1, 2))
+        v = v.transpose(1, 2)
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
         if watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense)
         else:
-            z = routing.fused(q, k, v)
+            tiles = routing.tiles if queries is None else routing.tiles_of(queries)
+            z = routing.fused(q, k, v, tiles)
         z = z.transpose(1, 2).flatten(2)
         if self.config.use_attn_result:
             return self.write_by_head(self.o.hook_in(z), gate)
-        out = self.hook_out(self.o(z))
-        return out if gate is None else gate * out
+        return self.hook_out(self.o(z))
 
     def explicit(
         self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None

@@ -12,18 +12,31 @@ too.
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only
+from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 
 REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 OFF_THE_PATH = (
     "with use_split_qkv_input or use_attn_in every head reads its own copy of the residual"
 )
+
+
+def add(
+    x: Float[Tensor, "batch row d_model"],
+    gate: Float[Tensor, "batch row_or_1 d_model"] | None,
+    write: Float[Tensor, "batch row d_model"],
+    hook: HookPoint,
+) -> Float[Tensor, "batch row d_model"]:
+    """``x + hook(gate * write)``, in one kernel while nobody looks at the gated write."""
+    if gate is None:
+        return x + hook(write)
+    return x + hook(gate * write) if watched(hook) else torch.addcmul(x, gate, write)
 
 
 class BD3LMBlockBridge(BlockBridge):
@@ -49,10 +62,21 @@ class BD3LMBlockBridge(BlockBridge):
         hidden_states: Float[Tensor, "batch row d_model"],
         c: Float[Tensor, "batch *row cond"] | None,
         routing: Routing,
-    ) -> Float[Tensor, "batch row d_model"]:
-        """The residual stream after this layer."""
+        readout: slice | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this layer.
+
+        Args:
+            hidden_states: the residual stream before it.
+            c: the conditioning vector, one a batch row, or one a position.
+            routing: how rows read each other.
+            readout: the only rows that anybody reads after this layer. The others are keys still,
+                but nothing else of them is computed, unless somebody looks at this layer.
+        """
         (x,), _ = self._maybe_inject_start_residual((hidden_states,), {})
         self._check_stop_at_layer(x)
+        if readout is not None and not self.looked_at():
+            return self.read_out(x, c, routing, readout)
         x = self.hook_in(x)
         vectors = (None,) * 6 if c is None else self.adaln(c)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -66,10 +90,28 @@ class BD3LMBlockBridge(BlockBridge):
         else:
             h = self.hook_modulated_msa(modulate(self.ln1(x), shift_msa, scale_msa))
             fork = None
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.attn(h, routing, gate_msa, fork)))
+        write = self.attn(h, routing, gate_msa, fork)
+        gate = None if flags.use_attn_result else gate_msa
+        x = self.hook_resid_mid(add(x, gate, write, self.hook_attn_out))
 
         read = self.hook_mlp_in(x) if self._read_use_hook_mlp_in() else x
         h = self.hook_modulated_mlp(modulate(self.ln2(read), shift_mlp, scale_mlp))
-        write = self.mlp(h)
-        write = write if gate_mlp is None else gate_mlp * write
-        return self.hook_out(x + self.hook_mlp_out(write))
+        return self.hook_out(add(x, gate_mlp, self.mlp(h), self.hook_mlp_out))
+
+    def looked_at(self) -> bool:
+        """Whether anything in this layer has a hook, or a flag makes its heads fork."""
+        flags = self.attn.config
+        forked = flags.use_split_qkv_input or flags.use_attn_in or flags.use_attn_result
+        return forked or watched(*self.modules())
+
+    def read_out(
+        self, x: Tensor, c: Tensor | None, routing: Routing, readout: slice
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The same for the rows ``readout`` alone, with every row a key."""
+        vectors = (None,) * 6 if c is None else self.adaln(c)
+        read = [v if v is None or v.shape[1] == 1 else v[:, readout] for v in vectors]
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = read[2:]
+        h = modulate(self.ln1(x), vectors[0], vectors[1])
+        x = add(x[:, readout], gate_msa, self.attn(h, routing, queries=readout), self.hook_attn_out)
+        h = modulate(self.ln2(x), shift_mlp, scale_mlp)
+        return add(x, gate_mlp, self.mlp(h), self.hook_mlp_out)

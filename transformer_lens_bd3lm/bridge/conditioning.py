@@ -8,6 +8,7 @@ constants of the checkpoint; they are still computed, hooked and editable at eve
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -28,7 +29,7 @@ def modulate(
     h: Float[Tensor, "batch row d_model"], shift: Tensor | None, scale: Tensor | None
 ) -> Float[Tensor, "batch row d_model"]:
     """``h * (1 + scale) + shift``; the identity where there is no adaLN."""
-    return h if shift is None or scale is None else h * (1 + scale) + shift
+    return h if shift is None or scale is None else torch.addcmul(shift, h, 1 + scale)
 
 
 class BD3LMEmbeddingBridge(EmbeddingBridge):
@@ -61,8 +62,11 @@ class BD3LMNormBridge(NormalizationBridge):
         x = self.hook_in(hidden_states)
         if watched(self.hook_scale, self.hook_normalized):
             return self.hook_out(self._python_norm_forward(x))
-        normed = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=self.config.eps)
-        return self.hook_out((normed * self.weight).to(x.dtype))
+        wide = at_least_float32(x)
+        weight = self.weight.to(wide.dtype)
+        return self.hook_out(
+            F.layer_norm(wide, x.shape[-1:], weight, eps=self.config.eps).to(x.dtype)
+        )
 
     def observe(
         self, x: Float[Tensor, "batch row d_model"], why: str

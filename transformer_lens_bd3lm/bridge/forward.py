@@ -41,10 +41,11 @@ def run(
     backbone = model.backbone
     adaln = hasattr(backbone, "sigma_map")
     c = F.silu(backbone.sigma_map(sigma)) if adaln else None
-    for block in backbone.blocks:
-        x = block(x, c, routing)
+    width, last = x.shape[1], len(backbone.blocks) - 1
+    for layer, block in enumerate(backbone.blocks):
+        x = block(x, c, routing, readout if layer == last else None)
     output = backbone.output_layer
-    h = output.norm_final(x[:, readout])
+    h = output.norm_final(x[:, readout] if x.shape[1] == width else x)
     if c is not None and c.ndim == 3:
         c = c[:, readout]
     shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
