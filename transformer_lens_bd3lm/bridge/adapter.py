@@ -73,6 +73,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         cfg.rotary_adjacent_pairs = False
         cfg.attention_dir = "bidirectional"
         cfg.default_padding_side = "right"
+        cfg.dropout = 0.0
         self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
         self.component_mapping = self.mapping()
 
@@ -130,6 +131,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Record what cfg could not know before the model was there."""
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
+        self.cfg.dropout = hf_model.config.dropout
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""

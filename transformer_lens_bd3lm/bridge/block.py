@@ -13,6 +13,7 @@ too.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -20,6 +21,7 @@ from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.errors import NotExactError
 
 REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 OFF_THE_PATH = (
@@ -75,7 +77,7 @@ class BD3LMBlockBridge(BlockBridge):
         """
         (x,), _ = self._maybe_inject_start_residual((hidden_states,), {})
         self._check_stop_at_layer(x)
-        if readout is not None and not self.looked_at():
+        if readout is not None and not self.training and not self.looked_at():
             return self.read_out(x, c, routing, readout)
         x = self.hook_in(x)
         vectors = (None,) * 6 if c is None else self.adaln(c)
@@ -90,13 +92,29 @@ class BD3LMBlockBridge(BlockBridge):
         else:
             h = self.hook_modulated_msa(modulate(self.ln1(x), shift_msa, scale_msa))
             fork = None
-        write = self.attn(h, routing, gate_msa, fork)
+        write = self.dropout(self.attn(h, routing, gate_msa, fork))
         gate = None if flags.use_attn_result else gate_msa
         x = self.hook_resid_mid(add(x, gate, write, self.hook_attn_out))
 
         read = self.hook_mlp_in(x) if self._read_use_hook_mlp_in() else x
         h = self.hook_modulated_mlp(modulate(self.ln2(read), shift_mlp, scale_mlp))
-        return self.hook_out(add(x, gate_mlp, self.mlp(h), self.hook_mlp_out))
+        return self.hook_out(add(x, gate_mlp, self.dropout(self.mlp(h)), self.hook_mlp_out))
+
+    def dropout(self, write: Tensor) -> Tensor:
+        """The checkpoint's residual dropout, before the gate; the identity unless in training.
+
+        Raises:
+            NotExactError: with ``use_attn_result``, whose results by head it would not sum to.
+        """
+        flags = self.attn.config
+        if not self.training or not flags.dropout:
+            return write
+        if flags.use_attn_result:
+            raise NotExactError(
+                f"use_attn_result with dropout={flags.dropout} in training: the results by head would "
+                "not sum to the residual write. Call bridge.eval(), or turn the flag off"
+            )
+        return F.dropout(write, flags.dropout)
 
     def looked_at(self) -> bool:
         """Whether anything in this layer has a hook, or a flag makes its heads fork."""

@@ -246,7 +246,7 @@ def propose(
     tokens = step.tokens.clone()
     start = step.window[0]
     for row, offset in reveal.nonzero().tolist():
-        log_p = masked_log_probs(logits[row, offset].double().cpu(), canvas.mask_id)
+        log_p = masked_log_probs(logits[row, offset].cpu().double(), canvas.mask_id)
         gumbels = noise.gumbels(row, start + offset, log_p.shape[-1])
         tokens[row, start + offset] = sampler.propose(log_p, gumbels)
     return tokens
