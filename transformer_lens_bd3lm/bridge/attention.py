@@ -263,7 +263,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         gate: Float[Tensor, "batch row_or_1 d_model"] | None = None,
         fork: "Fork | None" = None,
         queries: slice | None = None,
-    ) -> Float[Tensor, "batch row d_model"]:
+    ) -> Float[Tensor, "batch query d_model"]:
         """What attention adds to the residual, before its gate; after it with ``use_attn_result``.
 
         Args:

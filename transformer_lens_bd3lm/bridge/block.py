@@ -111,8 +111,8 @@ class BD3LMBlockBridge(BlockBridge):
             return write
         if flags.use_attn_result:
             raise NotExactError(
-                f"use_attn_result with dropout={flags.dropout} in training: the results by head would "
-                "not sum to the residual write. Call bridge.eval(), or turn the flag off"
+                f"use_attn_result with dropout={flags.dropout} in training: the results by head "
+                "would not sum to the residual write; call bridge.eval(), or turn the flag off"
             )
         return F.dropout(write, flags.dropout)
 
