@@ -351,7 +351,7 @@ def train(
     from transformer_lens_bd3lm.diffusion.train import Recipe
     from transformer_lens_bd3lm.diffusion.train import train as run
 
-    recipe = Recipe() if steps is None else Recipe(steps=steps)
+    recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=recipe.steps)
         for report in run(recipe, train_file.read_text(), valid_file.read_text(), out):

@@ -14,7 +14,7 @@ autoregressive NLL. The numbers of masks are stratified over the blocks of a bat
 permuted.
 
 Everything random comes from (seed, step), so a run that was stopped resumes as if it had not been:
-``python -m transformer_lens_bd3lm.diffusion.train TRAIN.txt VALID.txt OUT`` does both.
+``bd3lm train TRAIN.txt VALID.txt OUT`` does both.
 
 Nothing here is needed to study a checkpoint; several processes and mixed corpora are out of scope.
 """
@@ -24,14 +24,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import BarColumn as Bar
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -60,6 +55,7 @@ class Recipe:
         cond_dim: width of the conditioning vector.
         dropout: residual dropout.
         steps: optimizer steps.
+        schedule: steps of the cosine; where it outlasts the run, the average does the annealing.
         batch: rows a step.
         learning_rate: peak of the cosine schedule.
         warmup: steps of linear warm-up.
@@ -76,7 +72,8 @@ class Recipe:
     n_heads: int = 6
     cond_dim: int = 32
     dropout: float = 0.0
-    steps: int = 4_000
+    steps: int = 3_000
+    schedule: int = 4_000
     batch: int = 16
     learning_rate: float = 2e-3
     warmup: int = 200
@@ -167,7 +164,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then a cosine to zero."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    done = min(1.0, (step - recipe.warmup) / max(1, recipe.schedule - recipe.warmup))
     return recipe.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done)).item())
 
 
@@ -310,29 +307,3 @@ def train(
             recent.clear()
             yield report
     run.export(out)
-
-
-def main(
-    train_file: Annotated[Path, typer.Argument(help="Text to train on.", exists=True)],
-    valid_file: Annotated[Path, typer.Argument(help="Text to validate on.", exists=True)],
-    out: Annotated[
-        Path, typer.Argument(help="Folder of the checkpoint; a stopped run in it goes on.")
-    ],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
-) -> None:
-    """Train the embedded default (about 3 M parameters) over the whole dial."""
-    console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), Bar(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps)
-        reports = train(Recipe(steps=steps), train_file.read_text(), valid_file.read_text(), out)
-        for report in reports:
-            told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
-            progress.update(
-                task, completed=report["step"], description=f"loss {report['loss']:.3f}"
-            )
-            console.print(told)
-
-
-if __name__ == "__main__":
-    typer.run(main)
