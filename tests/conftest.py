@@ -29,7 +29,8 @@ if "transformer_lens_bd3lm" in sys.modules:
     raise RuntimeError("the package was imported before the hook that checks its shapes")
 install_import_hook("transformer_lens_bd3lm", "beartype.beartype")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Passes as small as the tests' take several times as long on two threads as on one.
+torch.set_num_threads(1)
 
 GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
 

@@ -250,7 +250,9 @@ def info(model: ModelArgument) -> None:
     name = bd3lm.TINY if model == "tiny" else model
     try:
         config = AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(
             f"{model} could not be read: {str(error).splitlines()[0]}"
         ) from error

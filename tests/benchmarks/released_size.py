@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.released_size`` compares, in float32:
 
-- the dual forward at 2 x 1024 with the plain dense one (dense 2n x 2n mask, both halves unembedded);
+- the dual forward at 2 x 1024 with the plain one (dense 2n x 2n mask, both halves unembedded);
 - a forward with one residual hook, and one that caches every residual, with one that does neither.
 
 The things compared take turns, so that a slow minute slows them alike; the median of each counts.

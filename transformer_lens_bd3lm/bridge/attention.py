@@ -51,8 +51,10 @@ def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
     Raises:
         InputError: if the hook edited, in place or by returning another tensor.
     """
-    version = x._version
-    if hook(x) is not x or x._version != version:
+    if not watched(hook):
+        return
+    before = x.clone()
+    if hook(x) is not x or not bool((x == before).all()):
         raise InputError(f"an edit at {hook.name} would have no effect: {why}")
 
 
@@ -214,7 +216,7 @@ class Routing:
                 passed += part.stop - part.start
             mask = tile.mask
             if mask is not None and kept:
-                mask = torch.cat([mask[..., rows, :] for rows in chosen], dim=-2)
+                mask = torch.cat([mask[..., part, :] for part in chosen], dim=-2)
             if kept:
                 narrowed.append(Tile(tuple(kept), tile.keys, mask))
         return narrowed

@@ -35,6 +35,12 @@ def modulate(
 class BD3LMEmbeddingBridge(EmbeddingBridge):
     """The token table, a bare parameter named ``embedding``."""
 
+    def set_original_component(self, original_component: Any) -> None:
+        """Take the table, and give it the name that state dicts of the host look for."""
+        super().set_original_component(original_component)
+        if "weight" not in original_component._parameters:
+            original_component.weight = original_component.embedding
+
     @property
     def weight(self) -> Float[Tensor, "d_vocab d_model"]:
         """The table, under the name that the host reads."""
@@ -90,7 +96,7 @@ class BD3LMNormBridge(NormalizationBridge):
 class TimestepEmbedBridge(GeneralizedComponent):
     """``sigma_map(sigma)``, before its SiLU."""
 
-    def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
+    def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch *row cond"]:
         """Features of sigma through the checkpoint's two linears."""
         mlp = self.original_component.mlp
         features = timestep_features(self.hook_in(sigma))

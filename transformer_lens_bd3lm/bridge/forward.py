@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.checkpoint.modeling import Rotary
 from transformer_lens_bd3lm.checkpoint.views import (
     View,
     read_block_size,
@@ -48,6 +49,7 @@ def run(
     h = output.norm_final(x[:, readout] if x.shape[1] == width else x)
     if c is not None and c.ndim == 3:
         c = c[:, readout]
+        c = c[:, 0] if bool((c == c[:, :1]).all()) else c
     shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
     return output.linear(modulate(h, shift, scale))
 
@@ -60,6 +62,7 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
     """
     if attention_mask is None:
         return None
+    attention_mask = torch.as_tensor(attention_mask)
     shape = (view.ids.shape[0], view.length)
     if attention_mask.shape != shape:
         raise InputError(
@@ -76,6 +79,35 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
             'them; pad on the right (padding_side="right")'
         )
     return real
+
+
+def stand_ins(embeds: Tensor, width: int, alone: bool) -> Int[Tensor, "batch pos"]:
+    """Ids in place of an embedded stream, for all that is decided by their number.
+
+    Raises:
+        InputError: for floats that are no such stream, or beside what would need ids.
+    """
+    if embeds.ndim != 3 or embeds.shape[-1] != width or not alone:
+        raise InputError(
+            f"input is {embeds.dtype} of shape {tuple(embeds.shape)}: give integer token ids "
+            "[batch, "
+            f"pos], or with start_at_layer an embedded stream [batch, pos, {width}] and nothing "
+            "else"
+        )
+    return torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+
+
+def read_text(bridge: Any, text: Any) -> Int[Tensor, "batch pos"]:
+    """Ids of the clean stream, from a string or strings, tokenized as the host does the noisy one.
+
+    Raises:
+        InputError: for a list of anything else.
+    """
+    if isinstance(text, list) and not all(isinstance(part, str) for part in text):
+        raise InputError(
+            "clean is a list of other things than strings: give text, or ids [batch, pos]"
+        )
+    return bridge.to_tokens(text)
 
 
 class HookedForward:
@@ -113,11 +145,9 @@ class HookedForward:
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
         if inputs_embeds is not None:
-            input_ids = torch.zeros(
-                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
-            )
-        if clean is not None and not isinstance(clean, Tensor):
-            clean = cfg._bridge_ref().to_tokens(clean)
+            input_ids = stand_ins(inputs_embeds, cfg.d_model, clean is None and not pad_block)
+        if isinstance(clean, str | list):
+            clean = read_text(cfg._bridge_ref(), clean)
         if pad_block:
             input_ids, clean, attention_mask = complete_block(
                 config, input_ids, clean, attention_mask, block_size
@@ -129,7 +159,7 @@ class HookedForward:
         wide = torch.promote_types(x.dtype, torch.float32)
         sigma = read_sigma(config, timesteps, view.ids, wide)
         padding = read_padding(view, attention_mask)
-        routing = Routing.of_view(view, self.backbone.rotary_emb.inv_freq, x.dtype, padding)
+        routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
         return run(self, x, sigma, routing, slice(0, view.length))
 
 
@@ -165,9 +195,23 @@ def complete_block(
     return F.pad(view.ids, (0, target - view.length), value=config.mask_id), None, None
 
 
-def install(model: nn.Module, cfg: Any) -> None:
+def exact_frequencies(inv_freq: Any) -> list[float]:
+    """The checkpoint's rotary frequencies, out of reach of casts; made anew if cast already."""
+    if inv_freq.dtype.itemsize < 4:
+        inv_freq = Rotary(2 * inv_freq.shape[0]).frequencies()
+    return inv_freq.tolist()
+
+
+def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
+    """The checkpoint's rotary frequencies in float32 on a device, whatever the model is cast to."""
+    return torch.tensor(model.inv_freq, dtype=torch.float32, device=device)
+
+
+def install(model: Any, cfg: Any) -> None:
     """Put ``HookedForward`` in front of the model's own class, once."""
     model.tl_cfg = cfg
+    if "inv_freq" not in model.__dict__:
+        model.inv_freq = exact_frequencies(model.backbone.rotary_emb.inv_freq)
     cls = type(model)
     if not issubclass(cls, HookedForward):
         model.__class__ = type(cls.__name__, (HookedForward, cls), {"__module__": cls.__module__})

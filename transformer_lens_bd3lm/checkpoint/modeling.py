@@ -252,7 +252,7 @@ class BD3LM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DiT's start: small linears, modulation at zero, so that every gate begins closed."""
+        """Small linears, the modulation's too, so that every gate begins almost closed."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -263,9 +263,6 @@ class BD3LM(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, Rotary):
             module.inv_freq.copy_(module.frequencies())
-        if isinstance(module, Block | OutputLayer) and hasattr(module, "adaLN_modulation"):
-            nn.init.zeros_(module.adaLN_modulation.weight)
-            nn.init.zeros_(module.adaLN_modulation.bias)
         elif isinstance(module, BD3LM) and self.config.var_min:
             module.sampling_eps_min.fill_(self.config.sampling_eps_min)
             module.sampling_eps_max.fill_(self.config.sampling_eps_max)
@@ -284,6 +281,8 @@ class BD3LM(PreTrainedModel):
                 of another shape; transformers alone would go on with random weights.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        # A tensor of another shape is told of below, by name, beside what is missing or left over.
+        kwargs["ignore_mismatched_sizes"] = True
         try:
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:

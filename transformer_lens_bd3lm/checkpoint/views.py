@@ -91,8 +91,7 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
     ):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"{name} is {kind}: give integer token ids [batch, pos]")
-    if ids.ndim == 1:
-        ids = ids[None]
+    ids = ids.long() if ids.ndim != 1 else ids.long()[None]
     if ids.ndim != 2 or ids.numel() == 0:
         raise InputError(
             f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
@@ -180,7 +179,12 @@ def read_sigma(
     wide = torch.promote_types(dtype, torch.float32)
     if timesteps is None:
         return torch.zeros(batch, device=ids.device, dtype=wide)
-    sigma = torch.as_tensor(timesteps, device=ids.device)
+    try:
+        sigma = torch.as_tensor(timesteps, device=ids.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"timesteps={timesteps!r}: give sigma as a number, or one a row"
+        ) from error
     if sigma.ndim == 2 and sigma.shape[1] == 1:
         sigma = sigma[:, 0]
     if sigma.ndim == 0:
@@ -188,11 +192,14 @@ def read_sigma(
     if sigma.shape != (batch,) or sigma.dtype == torch.bool or sigma.is_complex():
         raise InputError(
             f"timesteps has shape {tuple(sigma.shape)} ({sigma.dtype}): give sigma as one number, "
-            "or one a row "
-            f"[{batch}]"
+            "or "
+            f"one a row [{batch}]"
         )
-    if not bool((sigma.isfinite() & (sigma >= 0)).all()):
+    fine = sigma.isfinite() & (sigma >= 0)
+    if not bool(fine.all()):
         raise InputError(
-            "timesteps must be finite and not negative: sigma = -log(1 - t) of a time t in [0, 1)"
+            f"timesteps holds {sigma[~fine][0].item()}: sigma = -log(1 - t) of a time t in [0, 1) "
+            "is "
+            "finite and not negative"
         )
     return sigma.to(wide) if config.time_conditioning else torch.zeros_like(sigma, dtype=wide)

@@ -29,9 +29,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.attention import Routing
-from transformer_lens_bd3lm.bridge.forward import run
+from transformer_lens_bd3lm.bridge.forward import frequencies, run
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_block_size
+from transformer_lens_bd3lm.checkpoint.views import View
+from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.diffusion.noise import Noise, sigma_of
 from transformer_lens_bd3lm.diffusion.samplers import FirstHitting, Sampler
 from transformer_lens_bd3lm.diffusion.steps import (
@@ -41,94 +42,12 @@ from transformer_lens_bd3lm.diffusion.steps import (
     apply_on_rows,
     attached,
     resolve,
+    row_axis,
     stack_ragged,
     with_scope,
 )
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """The ids to fill in and the grid of blocks over them.
-
-    Attributes:
-        tokens: prompt, then masks ``[batch, pos]``.
-        block_size: tokens a block.
-        length: positions that were asked for; the rest only completes the last block.
-        mask_id: the mask token's id.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    block_size: int
-    length: int
-    mask_id: int
-
-    def windows(self) -> list[tuple[int, int]]:
-        """``start, end`` of every block that holds a mask in some row, left to right."""
-        total, size = self.tokens.shape[1], self.block_size
-        grid = [(start, min(start + size, total)) for start in range(0, total, size)]
-        masked = self.tokens == self.mask_id
-        return [(start, end) for start, end in grid if bool(masked[:, start:end].any())]
-
-
-def read_canvas(
-    bridge: Any, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
-) -> Canvas:
-    """The canvas of a prompt: a string, strings of one length in tokens, ids, or None (BOS alone).
-
-    Raises:
-        InputError: for ids, lengths or a block size that do not fit.
-    """
-    cfg, config = bridge.cfg, bridge.original_model.config
-    if config.causal:
-        raise InputError(
-            "this checkpoint is the autoregressive baseline (causal=True): it predicts the next "
-            "token and has "
-            "nothing to denoise"
-        )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 0
-    ):
-        raise InputError(f"max_new_tokens={max_new_tokens!r}: give an int ≥ 0")
-    if prompt is None:
-        ids = torch.tensor([[bridge.tokenizer.bos_token_id]])
-    elif isinstance(prompt, str):
-        ids = bridge.to_tokens(prompt, truncate=False)
-    elif isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
-        encoded = [bridge.to_tokens(text, truncate=False) for text in prompt]
-        if len({x.shape[1] for x in encoded}) != 1:
-            lengths = [x.shape[1] for x in encoded]
-            raise InputError(
-                f"prompts of {lengths} tokens: give prompts of one length, or one at a time"
-            )
-        ids = torch.cat(encoded)
-    else:
-        ids = prompt
-    ids = check_ids(ids, config.vocab_size, "prompt").to(cfg.device)
-    length = ids.shape[1] + max_new_tokens
-    if length > config.model_length:
-        raise InputError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {length}: the "
-            "context is "
-            f"{config.model_length}"
-        )
-    if not config.cross_attn:
-        if block_size is not None:
-            read_block_size(block_size, config.model_length, has_blocks=False)
-        size = total = length
-    else:
-        size = read_block_size(
-            cfg.block_size if block_size is None else block_size, config.model_length
-        )
-        total = min(-(-length // size) * size, config.model_length) if pad_block else length
-    tokens = ids.new_full((ids.shape[0], total), cfg.mask_token_id)
-    tokens[:, : ids.shape[1]] = ids
-    if not bool((tokens[:, :length] == cfg.mask_token_id).any()):
-        raise InputError("nothing is masked: give max_new_tokens > 0, or masks in the prompt")
-    return Canvas(tokens, size, length, cfg.mask_token_id)
 
 
 @dataclass
@@ -180,7 +99,7 @@ class Network:
     def routing(self, first: int, end: int, ids: Tensor, x: Tensor) -> Routing:
         """How rows ``first:end`` read each other and what is stored."""
         model, size = self.bridge.original_model, self.canvas.block_size
-        inv_freq = model.backbone.rotary_emb.inv_freq
+        inv_freq = frequencies(model, x.device)
         if self.cache is not None and first > 0:
             return Routing.of_window(first, end, size, self.cache, inv_freq, x)
         kind = "block" if model.config.cross_attn else "open"
@@ -198,11 +117,13 @@ class Network:
             fns.append((hook.name, partial(apply_on_rows, hook.fn, seen, hook.name, part, width)))
 
         for hook in self.hooks.hooks:
-            if hook.scope == "prefix" and start > 0:
+            # The readout has the active block's rows alone: there is nothing else to reach there.
+            elsewhere = row_axis(hook.name) is not None
+            if hook.scope == "prefix" and start > 0 and elsewhere:
                 seen = with_scope(step, "prefix")
                 if hook.wants(seen):
                     bind(hook, seen, 0, start)
-            if hook.scope == "commit":
+            if hook.scope == "commit" and elsewhere:
                 for done in self.finished:
                     if done.window[0] >= first and hook.wants(done):
                         bind(hook, done, *done.window)
@@ -223,7 +144,7 @@ class Network:
 
         return [
             (name, partial(apply_on_rows, partial(keep, name), step, name, part, width))
-            for name in record.names
+            for name in dict.fromkeys(record.names)
         ]
 
     def finish(self, step: Step) -> None:
@@ -247,6 +168,11 @@ def propose(
     start = step.window[0]
     for row, offset in reveal.nonzero().tolist():
         log_p = masked_log_probs(logits[row, offset].cpu().double(), canvas.mask_id)
+        if bool(log_p.isnan().any()):
+            raise InputError(
+                f"step {step.index}: the logits at row {row}, position {start + offset} are NaN or "
+                "leave no token possible; look at what a hook returned"
+            )
         gumbels = noise.gumbels(row, start + offset, log_p.shape[-1])
         tokens[row, start + offset] = sampler.propose(log_p, gumbels)
     return tokens
@@ -267,7 +193,11 @@ def steps_of(
             step = Step(index, block, in_block, (start, end), t, left, tokens, mask_id)
             logits = network.logits(step, kept)
             reveal = sampler.reveal(masked, times, t)
-            tokens = propose(sampler, noise, canvas, step, logits, reveal)
+            if not bool((reveal & masked).any()):
+                raise InputError(
+                    f"step {index}: the sampler revealed nothing, so no step would end it"
+                )
+            tokens = propose(sampler, noise, canvas, step, logits, reveal & masked)
             step = replace(step, after=tokens, revealed=reveal, logits=logits)
             yield step
             index, in_block = index + 1, in_block + 1
@@ -290,6 +220,11 @@ def make_network(
     model = bridge.original_model
     config = model.config
     made = StepHooks.of(hooks)
+    if bridge.training and bridge.cfg.dropout:
+        raise NotExactError(
+            f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "
+            "noise would differ. Call bridge.eval()"
+        )
     exact = config.cross_attn and not config.time_conditioning
     if kv_cache and not exact:
         why = (
@@ -318,6 +253,23 @@ def make_network(
     return Network(bridge, canvas, made, record, cache)
 
 
+def choices(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:
+    """The sampler and the noise of a run, by default first hitting and ``Noise(seed=0)``.
+
+    Raises:
+        InputError: for something else in their place, or noise for fewer rows than the canvas has.
+    """
+    sampler = FirstHitting() if sampler is None else sampler
+    noise = Noise() if noise is None else noise
+    if not isinstance(sampler, Sampler) or not isinstance(noise, Noise):
+        raise InputError(
+            f"sampler is {type(sampler).__name__} and noise {type(noise).__name__}: give a sampler "
+            "such as FirstHitting(), and a Noise"
+        )
+    noise.row(canvas.tokens.shape[0] - 1)
+    return sampler, noise
+
+
 def denoise_steps(
     bridge: Any,
     prompt: Any = None,
@@ -337,7 +289,7 @@ def denoise_steps(
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     network = make_network(bridge, canvas, kv_cache, hooks, None)
-    return steps_of(network, sampler or FirstHitting(), noise or Noise(), None)
+    return steps_of(network, *choices(canvas, sampler, noise), None)
 
 
 @dataclass(frozen=True)
@@ -408,11 +360,11 @@ def denoise(
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     network = make_network(bridge, canvas, kv_cache, hooks, record)
-    noise = noise or Noise()
+    sampler, noise = choices(canvas, sampler, noise)
     kept: dict[str, list[Tensor]] = {name: [] for name in (record.names if record else ())}
     steps, recorded, tokens = [], [], canvas.tokens
     commit_step = torch.full(tokens.shape, -1, dtype=torch.long)
-    for step in steps_of(network, sampler or FirstHitting(), noise, kept):
+    for step in steps_of(network, sampler, noise, kept):
         assert step.after is not None and step.revealed is not None
         commit_step[:, slice(*step.window)].masked_fill_(step.revealed, step.index)
         tokens = step.after

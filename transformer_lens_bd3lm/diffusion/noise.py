@@ -49,8 +49,9 @@ class Noise:
             or not 0 <= self.seed < 2**64
         ):
             raise InputError(f"seed={self.seed!r}: give an int in 0..2**64 - 1")
-        if self.rows is not None and any(row < 0 for row in self.rows):
-            raise InputError(f"rows={list(self.rows)}: noise rows count from 0")
+        rows = () if self.rows is None else self.rows
+        if any(type(row) is not int or not 0 <= row < 2**64 for row in rows):
+            raise InputError(f"rows={list(rows)}: noise rows are ints that count from 0")
 
     def row(self, batch_row: int) -> int:
         """The noise row of a batch row.

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -90,6 +91,28 @@ class Step:
         return log_probs(self.logits, self.tokens[:, slice(*self.window)], self.mask_id)
 
 
+def check_which(name: str, which: Which) -> None:
+    """Refuse a selector that could never mean what it says.
+
+    Raises:
+        InputError: for other types, and for negative numbers: how many there will be is not known.
+    """
+    if which is None:
+        return
+    if isinstance(which, slice):
+        numbers = [end for end in (which.start, which.stop, which.step) if end is not None]
+    elif isinstance(which, int) or isinstance(which, str) or not isinstance(which, Collection):
+        numbers = [which]
+    else:
+        numbers = list(which)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise InputError(
+            f"{name}={which!r}: give an int, a slice or ints that count from 0; nothing counts "
+            "from "
+            "the end"
+        )
+
+
 def matches(which: Which, number: int) -> bool:
     """Whether a selector (an int, a slice, some ints, or None for all) names this number."""
     if which is None:
@@ -116,7 +139,7 @@ class StepHook:
     def wants(self, step: Step) -> bool:
         """Whether it fires at this step."""
         chosen = matches(self.block, step.block) and matches(self.index, step.index)
-        if step.scope == "active":
+        if step.scope != "commit":
             chosen = chosen and matches(self.step, step.step)
         return chosen and (self.when is None or self.when(step))
 
@@ -150,10 +173,12 @@ class StepHooks:
             scope: how far it reaches; see the module.
 
         Raises:
-            InputError: for a scope that is none.
+            InputError: for a scope or a selector that is none.
         """
         if scope not in ("active", "commit", "prefix"):
             raise InputError(f'scope={scope!r}: give "active", "commit" or "prefix"')
+        for selector, which in (("block", block), ("step", step), ("index", index)):
+            check_which(selector, which)
         self.hooks.append(StepHook(name, fn, block, step, index, when, scope))
         return self
 
@@ -167,7 +192,7 @@ class StepHooks:
         if hooks is None:
             return cls()
         if isinstance(hooks, StepHooks):
-            return hooks
+            return cls(list(hooks.hooks))
         made = cls()
         if not isinstance(hooks, Iterable):
             raise InputError(
@@ -236,7 +261,7 @@ def apply_on_rows(
         shown = one_vector(name, activation, part)
     else:
         shown = activation.narrow(axis or 0, part.start, part.stop - part.start)
-    version = shown._version
+    before = shown.clone() if conditioning else shown
     edited = fn(shown, hook, step)
     if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
         got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
@@ -244,7 +269,7 @@ def apply_on_rows(
             f"the hook at {name} returned {got}: return None, or a tensor of shape "
             f"{tuple(shown.shape)}"
         )
-    if edited is None and conditioning and shown._version != version:
+    if edited is None and conditioning and not torch.equal(shown, before):
         edited = shown
     if edited is None or whole:
         return edited
@@ -332,6 +357,8 @@ class Record:
     def __post_init__(self) -> None:
         if isinstance(self.names, str):
             raise InputError(f"names={self.names!r}: give a list of hook names")
+        for selector in ("block", "step", "index"):
+            check_which(selector, getattr(self, selector))
 
     def wants(self, step: Step) -> bool:
         """Whether this step is kept."""
@@ -352,21 +379,20 @@ def stack_ragged(name: str, kept: list[Tensor]) -> Tensor:
     """One tensor ``[step, batch, ...]`` from steps whose sizes may differ.
 
     Keys that a step does not have yet are filled with what they would be: no attention (0) in a
-    pattern, -inf in scores. Rows that a narrower last block does not have are NaN.
+    pattern, -inf in scores. Rows that a narrower last block does not have are NaN, or -1 in ids.
     """
     sizes = [max(sizes) for sizes in zip(*(x.shape for x in kept), strict=True)]
-    key_fill = 0.0 if name.endswith("hook_pattern") else -torch.inf
     if all(list(x.shape) == sizes for x in kept):
         return torch.stack(kept)
+    has_keys = name.endswith(("hook_pattern", "hook_attn_scores"))
     full = []
     for x in kept:
-        out = x.new_full((*x.shape[:-1], sizes[-1]), key_fill)
-        out[..., : x.shape[-1]] = x
-        if list(out.shape) != sizes:
-            wide = out.new_full(sizes, torch.nan)
-            wide[tuple(slice(0, size) for size in out.shape)] = out
-            out = wide
-        full.append(out)
+        if has_keys:
+            unseen = 0.0 if name.endswith("hook_pattern") else -torch.inf
+            x = F.pad(x, (0, sizes[-1] - x.shape[-1]), value=unseen)
+        wide = x.new_full(sizes, torch.nan if x.is_floating_point() else -1)
+        wide[tuple(slice(0, size) for size in x.shape)] = x
+        full.append(wide)
     return torch.stack(full)
 
 

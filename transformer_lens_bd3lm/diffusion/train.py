@@ -93,7 +93,11 @@ class Recipe:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as a fast tokenizer; BOS (also EOS) is id 0, the mask the last id."""
+    """Byte-level BPE as a fast tokenizer; BOS (also EOS) is id 0, the mask the last id.
+
+    Raises:
+        ValueError: if the text is too short for that many tokens.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -105,6 +109,12 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
     bpe.add_special_tokens([AddedToken(MASK, lstrip=True, special=True)])
+    if bpe.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the text gives {bpe.get_vocab_size()} tokens, not vocab_size={vocab_size}: train on "
+            "more "
+            "text, or with a smaller vocabulary"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=BOS, pad_token=BOS, mask_token=MASK,
         clean_up_tokenization_spaces=False,
@@ -300,10 +310,9 @@ def train(
             run.save(state)
             report = {"step": run.step, "loss": sum(recent) / len(recent)}
             if run.step % 1000 == 0 or run.step == recipe.steps:
-                report |= {
-                    f"valid_{size}": run.validate(valid, size)
-                    for size in (1, 4, 16, recipe.context)
-                }
+                sizes = [size for size in (1, 4, 16) if recipe.context % size == 0]
+                for size in dict.fromkeys([*sizes, recipe.context]):
+                    report[f"valid_{size}"] = run.validate(valid, size)
             recent.clear()
             yield report
     run.export(out)
