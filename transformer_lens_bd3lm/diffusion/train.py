@@ -87,7 +87,7 @@ class Recipe:
             block_size=4, model_length=self.context, vocab_size=self.vocab_size,
             hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
             n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
-            architectures=["BD3LM"], return_dict=False, dtype="float32", bos_token_id=0,
+            architectures=["BD3LM"], dtype="float32", bos_token_id=0,
             eos_token_id=0,
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ def nelbo_loss(
     mask_id = model.config.vocab_size - 1
     masked, weight = draw_masks(rows, context, block_size, generator)
     x_t = torch.where(masked, mask_id, x_0)
-    logits = model(x_t, clean=x_0, block_size=block_size)
+    logits = model(x_t, clean=x_0, block_size=block_size, return_dict=False)
     log_p = masked_log_probs(logits[masked].float(), mask_id)
     nll = -log_p.gather(-1, x_0[masked][:, None])[:, 0]
     return (weight[masked] * nll).sum() / (rows * (context - 1))
