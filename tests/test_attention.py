@@ -96,7 +96,7 @@ def agree(routing, rows, device, keys=None):
         device
     )
     fused = routing.fused(q, k, v, routing.tiles)
-    explicit = in_the_open(q, k, v, routing.dense)
+    explicit = in_the_open(q, k, v, routing.dense())
     assert relative(fused, explicit) < EXACT
     got = torch.autograd.grad((fused * weight).sum(), (q, k, v))
     wanted = torch.autograd.grad((explicit * weight).sum(), (q, k, v))
@@ -133,7 +133,7 @@ def test_fused_is_explicit_over_a_cache(device, start, end, block_size):
     cache = KVCache(1, 2, HEADS, end, D_HEAD, device, torch.float64)
     routing = Routing.of_window(start, end, block_size, cache, INV_FREQ.to(device), like)
     wanted = torch.tensor(visible(end, end, "sampling", end, block_size))[start:]
-    dense = torch.ones_like(wanted) if routing.dense is None else routing.dense.cpu()
+    dense = torch.ones_like(wanted) if routing.dense() is None else routing.dense().cpu()
     assert torch.equal(dense, wanted)
     agree(routing, end - start, device, keys=end)
 
@@ -150,7 +150,7 @@ def test_padding_is_read_by_nobody(device, dual, block_size):
     name = "dual" if dual else "sampling"
     rule = torch.tensor(visible(ids.shape[1], ids.shape[1], name, 9, block_size), device=device)
     keys = real.repeat(1, 2) if dual else real
-    dense = routing.dense.expand(3, 1, *rule.shape)[:, 0]
+    dense = routing.dense().expand(3, 1, *rule.shape)[:, 0]
     assert torch.equal(dense, rule & keys[:, None, :])
     generator = torch.Generator().manual_seed(0)
     shape = (3, HEADS, ids.shape[1], D_HEAD)
@@ -162,7 +162,7 @@ def test_padding_is_read_by_nobody(device, dual, block_size):
     again = routing.fused(q, k + junk, v + junk, routing.tiles)
     shown = keys[:, None, :, None].expand_as(z)
     assert torch.equal(z[shown], again[shown])
-    assert relative(z[shown], in_the_open(q, k, v, routing.dense)[shown]) < EXACT
+    assert relative(z[shown], in_the_open(q, k, v, routing.dense())[shown]) < EXACT
 
 
 def test_unpadded_keys_do_matter(device):

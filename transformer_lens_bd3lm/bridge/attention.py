@@ -14,6 +14,7 @@ Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into
 share its storage as booted, and the joint module is dropped, so no parameter is counted twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -73,7 +74,11 @@ def rotated(
     sin: Float[Tensor, "row d_head"],
 ) -> Float[Tensor, "batch row head d_head"]:
     """Rotary embedding, ``x cos + [x2, x1] sin``, the sign of ``-x2`` in ``sin``'s first half."""
-    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), sin[:, None])
+    half = x.shape[-1] // 2
+    out, sin = x * cos[:, None], sin[:, None]
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def signed_tables(
@@ -154,14 +159,14 @@ class Routing:
         cos: rotary cosines of the pass's rows ``[row, d_head]``.
         sin: rotary sines, signed (see :func:`rotated`).
         tiles: queries and keys of the fused path.
-        dense: the same rules as one square ``[*batch, row, key]``; None where all is visible.
+        dense: makes the same rules as one square ``[*batch, row, key]``; None where all is visible.
         cache: where finished blocks' keys and values are kept, if this pass reads them.
     """
 
     cos: Float[Tensor, "row d_head"]
     sin: Float[Tensor, "row d_head"]
     tiles: list[Tile]
-    dense: Bool[Tensor, "*batch row key"] | None
+    dense: Callable[[], Bool[Tensor, "*batch row key"] | None]
     cache: KVCache | None = None
 
     @classmethod
@@ -175,20 +180,20 @@ class Routing:
         """The routing of a whole view; ``padding`` is False where a key is none."""
         device, n = view.ids.device, view.length
         cos, sin = signed_tables(view.positions(), inv_freq, dtype)
-        dense = view.mask()
         if padding is not None:
-            keys = padding.repeat(1, 2) if view.dual else padding
-            dense = keys[:, None, None, :] if dense is None else dense & keys[:, None, None, :]
+            keys = (padding.repeat(1, 2) if view.dual else padding)[:, None, None, :]
+            square = view.mask()
+            square = keys if square is None else square & keys
             everything = slice(0, view.ids.shape[1])
-            tile = Tile((everything,), (everything,), dense)
-            return cls(cos, sin, [additive(tile, dtype)], dense)
+            tile = Tile((everything,), (everything,), square)
+            return cls(cos, sin, [additive(tile, dtype)], lambda: square)
         if view.kind == "open":
             tiles = block_tiles(n, n, device)
         elif view.kind == "causal":
             tiles = block_tiles(n, 1, device)
         else:
             tiles = (dual_tiles if view.dual else block_tiles)(n, view.block_size, device)
-        return cls(cos, sin, [additive(tile, dtype) for tile in tiles], dense)
+        return cls(cos, sin, [additive(tile, dtype) for tile in tiles], view.mask)
 
     @classmethod
     def of_window(
@@ -200,7 +205,7 @@ class Routing:
         if (end - 1) // block_size > start // block_size:
             dense = sampling_mask(end - start, end, block_size, like.device)
         tile = Tile((slice(0, end - start),), (slice(0, end),), dense)
-        return cls(cos, sin, [additive(tile, like.dtype)], dense, cache)
+        return cls(cos, sin, [additive(tile, like.dtype)], lambda: dense, cache)
 
     def tiles_of(self, queries: slice) -> list[Tile]:
         """The tiles of these rows alone, numbered as if no other row were there."""
@@ -288,7 +293,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
         if watched(self.hook_attn_scores, self.hook_pattern):
-            z = self.explicit(q, k, v, routing.dense)
+            z = self.explicit(q, k, v, routing.dense())
         else:
             tiles = routing.tiles if queries is None else routing.tiles_of(queries)
             z = routing.fused(q, k, v, tiles)
