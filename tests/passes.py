@@ -35,6 +35,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, as a part of the largest magnitude wanted."""
     assert found.shape == wanted.shape, (found.shape, wanted.shape)
     found, wanted = found.detach().cpu().double(), wanted.detach().cpu().double()
+    assert not bool(found.isnan().any() | wanted.isnan().any()), "NaN compares as equal to nothing"
     hidden = wanted == -torch.inf
     assert torch.equal(found == -torch.inf, hidden)
     found, wanted = found[~hidden], wanted[~hidden]

@@ -135,12 +135,16 @@ def a_block(rows: int = 6, size: int = 5, seed: int = 0):
     return masked, times
 
 
+def no_log_probs():
+    raise AssertionError("the order is the noise's alone")
+
+
 def reveals(sampler, masked, times):
     """``(t, revealed)`` of each step until no row has a mask left."""
     masked, out = masked.clone(), []
     while masked.any():
         t = sampler.next_time(masked, times)
-        revealed = sampler.reveal(masked, times, t)
+        revealed = sampler.reveal(masked, times, t, no_log_probs)
         out.append((t, revealed))
         masked &= ~revealed
     return out
@@ -175,7 +179,8 @@ def test_first_hitting_reveals_in_decreasing_time_at_the_time_of_what_it_reveals
 def test_first_hitting_changes_neither_masks_nor_times():
     masked, times = a_block()
     kept, kept_times = masked.clone(), times.clone()
-    FirstHitting().reveal(masked, times, FirstHitting().next_time(masked, times))
+    t = FirstHitting().next_time(masked, times)
+    FirstHitting().reveal(masked, times, t, no_log_probs)
     assert torch.equal(masked, kept) and torch.equal(times, kept_times)
 
 
@@ -203,9 +208,10 @@ def test_uneven_times_would_be_noticed():
 def test_tokens_are_drawn_from_the_nucleus(kind, p):
     probs = [0.4, 0.3, 0.15, 0.1, 0.05, 0.0]
     log_p = torch.tensor(probs, dtype=torch.float64).log()
-    sampler, noise = FirstHitting(p, kind), Noise(seed=1)
-    drawn = [sampler.propose(log_p, noise.gumbels(row, 0, 6)) for row in range(3000)]
-    counts = torch.bincount(torch.tensor(drawn), minlength=6).double()
+    sampler, noise = FirstHitting(nucleus_p=p, nucleus=kind), Noise(seed=1)
+    gumbels = torch.stack([noise.gumbels(row, 0, 6) for row in range(3000)])
+    drawn = sampler.scores(log_p.expand(3000, 6), gumbels).argmax(-1)
+    counts = torch.bincount(drawn, minlength=6).double()
     wanted = 3000 * torch.tensor(nucleus_by_loop(probs, p, kind), dtype=torch.float64)
     assert bool((counts[wanted == 0] == 0).all())
     if (wanted > 0).sum() > 1:
@@ -217,13 +223,10 @@ def test_a_draw_is_the_argmax_of_log_probability_and_gumbel():
     generator, noise = torch.Generator().manual_seed(0), Noise(seed=2)
     log_p = torch.randn(500, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
     gumbels = torch.stack([noise.gumbels(row, 0, 9) for row in range(500)])
-    pairs = list(zip(log_p, gumbels, strict=True))
-    assert [FirstHitting().propose(*pair) for pair in pairs] == (log_p + gumbels).argmax(
-        -1
-    ).tolist()
-    assert [FirstHitting(0.5).propose(*pair) for pair in pairs] == [
-        int((nucleus(x, 0.5) + g).argmax()) for x, g in pairs
-    ]
+    assert torch.equal(FirstHitting().scores(log_p, gumbels), log_p + gumbels)
+    half = FirstHitting(nucleus_p=0.5).scores(log_p, gumbels)
+    for scores, x, g in zip(half, log_p, gumbels, strict=True):
+        assert int(scores.argmax()) == int((nucleus(x, 0.5) + g).argmax())
     assert int(((log_p + gumbels).argmax(-1) != (log_p + 0.9 * gumbels).argmax(-1)).sum()) > 5
 
 

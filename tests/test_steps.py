@@ -6,15 +6,9 @@ import torch
 import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot, relative
-from transformer_lens_bd3lm.diffusion.steps import (
-    Record,
-    Step,
-    StepHooks,
-    matches,
-    resolve,
-    row_axis,
-    stack_ragged,
-)
+from transformer_lens_bd3lm.diffusion.record import Record, stack_ragged
+from transformer_lens_bd3lm.diffusion.rows import resolve, row_axis
+from transformer_lens_bd3lm.diffusion.steps import Step, StepHooks, matches
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
 RESID = "blocks.1.hook_resid_post"
@@ -44,7 +38,7 @@ def run(bridge, hooks=None, **kwargs):
 
 def logits(bridge, hooks=None, **kwargs) -> list[torch.Tensor]:
     steps = bd3lm.denoise_steps(bridge, prompt(), max_new_tokens=NEW, hooks=hooks, **kwargs)
-    return [step.logits for step in steps]
+    return [step.masked_logits for step in steps]
 
 
 def same(found, wanted) -> bool:
@@ -242,7 +236,7 @@ def test_hooks_added_after_the_loop_was_made_do_not_break_it(bridge):
     hooks = StepHooks()
     steps = bd3lm.denoise_steps(bridge, prompt(), max_new_tokens=NEW, hooks=hooks)
     hooks.add(RESID, forbidden)
-    assert same([step.logits for step in steps], logits(bridge))
+    assert same([step.masked_logits for step in steps], logits(bridge))
 
 
 # Names.
@@ -426,7 +420,7 @@ def test_a_hook_sees_the_step_before_it_happened(bridge):
     seen = []
 
     def fn(activation, hook, step):
-        assert (step.after, step.revealed, step.logits) == (None, None, None)
+        assert (step.after, step.revealed, step.masked_logits) == (None, None, None)
         assert step.scope == "active"
         with pytest.raises(InputError, match="denoise_steps"):
             _ = step.log_probs
@@ -501,7 +495,7 @@ def test_a_user_may_run_the_bridge_between_steps(bridge):
     for step in bd3lm.denoise_steps(bridge, prompt(), max_new_tokens=NEW):
         bridge(step.after[:, :6], block_size=2)
         bd3lm.denoise(bridge, prompt(), max_new_tokens=2)
-        found.append(step.logits)
+        found.append(step.masked_logits)
     assert same(found, wanted)
 
 

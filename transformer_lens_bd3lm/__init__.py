@@ -8,15 +8,20 @@ from transformer_lens_bd3lm.bridge.adapter import (
 from transformer_lens_bd3lm.bridge.forward import block_size as block_size
 from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
-from transformer_lens_bd3lm.diffusion.denoise import Run as Run
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
 from transformer_lens_bd3lm.diffusion.denoise import denoise_steps as denoise_steps
+from transformer_lens_bd3lm.diffusion.force import Force as Force
 from transformer_lens_bd3lm.diffusion.noise import Noise as Noise
+from transformer_lens_bd3lm.diffusion.record import Record as Record
+from transformer_lens_bd3lm.diffusion.rows import current_step as current_step
+from transformer_lens_bd3lm.diffusion.run import Run as Run
+from transformer_lens_bd3lm.diffusion.samplers import Ancestral as Ancestral
+from transformer_lens_bd3lm.diffusion.samplers import Confidence as Confidence
 from transformer_lens_bd3lm.diffusion.samplers import FirstHitting as FirstHitting
-from transformer_lens_bd3lm.diffusion.steps import Record as Record
 from transformer_lens_bd3lm.diffusion.steps import Step as Step
 from transformer_lens_bd3lm.diffusion.steps import StepHooks as StepHooks
-from transformer_lens_bd3lm.diffusion.steps import current_step as current_step
+from transformer_lens_bd3lm.diffusion.stop import EndOfText as EndOfText
+from transformer_lens_bd3lm.diffusion.stop import LowEntropy as LowEntropy
 from transformer_lens_bd3lm.diffusion.subs import log_probs as log_probs
 from transformer_lens_bd3lm.errors import BD3LMError as BD3LMError
 
@@ -27,7 +32,12 @@ __all__ = [
     "TINY",
     "BD3LMArchitectureAdapter",
     "BD3LMError",
+    "Ancestral",
+    "Confidence",
+    "EndOfText",
     "FirstHitting",
+    "Force",
+    "LowEntropy",
     "Noise",
     "Record",
     "Run",

@@ -283,7 +283,7 @@ def info(model: ModelArgument) -> None:
         "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
         "context": f"{config.model_length} tokens",
         "block size": f"{config.block_size} (trained); the dial goes from 1 to "
-        "{config.model_length}"
+        f"{config.model_length}"
         if config.cross_attn
         else "no blocks",
         "vocabulary": f"{config.vocab_size}",

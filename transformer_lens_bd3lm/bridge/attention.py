@@ -161,6 +161,7 @@ class Routing:
         tiles: queries and keys of the fused path.
         dense: makes the same rules as one square ``[*batch, row, key]``; None where all is visible.
         cache: where finished blocks' keys and values are kept, if this pass reads them.
+        first_key: how many of the stored keys have slid out of everybody's view.
     """
 
     cos: Float[Tensor, "row d_head"]
@@ -168,6 +169,7 @@ class Routing:
     tiles: list[Tile]
     dense: Callable[[], Bool[Tensor, "*batch row key"] | None]
     cache: KVCache | None = None
+    first_key: int = 0
 
     @classmethod
     def of_view(
@@ -197,15 +199,30 @@ class Routing:
 
     @classmethod
     def of_window(
-        cls, start: int, end: int, block_size: int, cache: KVCache, inv_freq: Tensor, like: Tensor
+        cls,
+        start: int,
+        end: int,
+        block_size: int,
+        cache: KVCache,
+        inv_freq: Tensor,
+        like: Tensor,
+        reach: int | None = None,
     ) -> "Routing":
-        """Rows ``start:end`` over everything stored before them and themselves."""
+        """Rows ``start:end`` over everything stored before them and themselves.
+
+        With ``reach`` a block reads at most so many blocks, its own included; positions then grow
+        without end, and their angles are computed in float64 (in float32 on "mps", which has none).
+        """
+        if reach is not None and like.device.type != "mps":
+            inv_freq = inv_freq.double()
         cos, sin = signed_tables(torch.arange(start, end, device=like.device), inv_freq, like.dtype)
+        first_block, last_block = start // block_size, (end - 1) // block_size
+        first = 0 if reach is None else max(first_block - reach + 1, 0) * block_size
         dense = None
-        if (end - 1) // block_size > start // block_size:
-            dense = sampling_mask(end - start, end, block_size, like.device)
-        tile = Tile((slice(0, end - start),), (slice(0, end),), dense)
-        return cls(cos, sin, [additive(tile, like.dtype)], lambda: dense, cache)
+        if last_block > first_block:
+            dense = sampling_mask(end - start, end - first, block_size, like.device, reach)
+        tile = Tile((slice(0, end - start),), (slice(0, end - first),), dense)
+        return cls(cos, sin, [additive(tile, like.dtype)], lambda: dense, cache, first)
 
     def tiles_of(self, queries: slice) -> list[Tile]:
         """The tiles of these rows alone, numbered as if no other row were there."""
@@ -292,6 +309,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         v = v.transpose(1, 2)
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
+            k, v = k[:, :, routing.first_key :], v[:, :, routing.first_key :]
         if watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense())
         else:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.checkpoint.modeling import Rotary
 from transformer_lens_bd3lm.checkpoint.views import (
@@ -37,8 +37,13 @@ def run(
     sigma: Float[Tensor, " batch"],
     routing: Routing,
     readout: slice,
-) -> Float[Tensor, "batch pos d_vocab"]:
-    """The residual stream through every layer; raw logits at the rows ``readout``."""
+    predicted: Int[Tensor, "token 2"] | None = None,
+) -> Float[Tensor, "*where d_vocab"]:
+    """The residual stream through every layer; raw logits at the rows ``readout``.
+
+    With ``predicted``, pairs of (batch row, row of the readout), logits of those alone
+    ``[token, d_vocab]``; nothing else is unembedded unless somebody looks there.
+    """
     backbone = model.backbone
     adaln = hasattr(backbone, "sigma_map")
     c = F.silu(backbone.sigma_map(sigma)) if adaln else None
@@ -51,7 +56,13 @@ def run(
         c = c[:, readout]
         c = c[:, 0] if bool((c == c[:, :1]).all()) else c
     shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
-    return output.linear(modulate(h, shift, scale))
+    h = modulate(h, shift, scale)
+    if predicted is None:
+        return output.linear(h)
+    where = predicted.unbind(-1)
+    if watched(*output.linear.modules()):
+        return output.linear(h)[where]
+    return output.linear(h[where][None])[0]
 
 
 def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:

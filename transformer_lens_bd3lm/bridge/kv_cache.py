@@ -2,13 +2,14 @@
 
 A block attends to everything before it and to itself, and earlier blocks never read it. So once a
 block is clean its keys and values are final, and a step over rows ``start:end`` needs only what is
-stored for
-``0:start``. Exact while the network does not see t; with time conditioning the stored prefix would
-have to be modulated anew at every step's sigma, and the cache is refused where it is asked for.
+stored for ``0:start``. Exact while the network does not see t; with time conditioning the stored
+prefix would have to be modulated anew at every step's sigma, and the cache is refused where it is
+asked for.
 
 One buffer a layer, sized for the whole canvas: the active rows are written behind what is stored
-and are overwritten at the next step, until ``commit`` makes them final. It does not slide past the
-context.
+and are overwritten at the next step, until ``commit`` makes them final. Where text outgrows the
+context nothing moves: keys are rotated by absolute position, only differences of positions count,
+and a pass reads from the first one that is still in view. It does not know which that is.
 """
 
 import torch

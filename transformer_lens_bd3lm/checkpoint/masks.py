@@ -33,10 +33,16 @@ def sampling_mask(
     keys: int,
     block_size: int,
     device: torch.device | str | None = None,
+    reach: int | None = None,
 ) -> Bool[Tensor, "q k"]:
-    """Every block reads itself and all earlier ones; the queries are the last of the keys."""
+    """Every block reads itself and all earlier ones; the queries are the last of the keys.
+
+    With ``reach`` it reads at most so many blocks, its own included: a context that slides.
+    """
     k_block = torch.arange(keys, device=device) // block_size
-    return k_block[None, :] <= k_block[keys - queries :, None]
+    q_block = k_block[keys - queries :, None]
+    self_and_earlier = k_block[None, :] <= q_block
+    return self_and_earlier if reach is None else self_and_earlier & (k_block > q_block - reach)
 
 
 def causal_mask(

@@ -1,15 +1,21 @@
-"""What a denoising run fills in: a prompt, the masks after it, and the grid of blocks over both.
+"""What a denoising run fills in: prompts, the masks after them, and the grid of blocks over both.
 
-Blocks lie on the grid of absolute positions, ``position // block_size``, as in training. So the
-block that a prompt ends in keeps the prompt's tokens and denoises the rest, and a mask anywhere in
-a prompt makes its block one to fill in. Rows of one length only.
+Blocks lie on the grid of absolute positions, ``position // block_size``, as in training, whatever
+the length of a prompt. So the block that a prompt ends in keeps the prompt's tokens and denoises
+the rest, rows of unequal length share one grid, and a row's text does not depend on its batch. A
+mask anywhere in a prompt makes its block one to fill in: tokens given to the right of that block
+are invisible to it, since blocks are written from left to right.
+
+Text longer than the context slides: a block reads the last ``context // block_size`` blocks, its
+own included. What is stored of them still encodes what has slid out of view, so such a run is no
+longer equal to recomputing its last context.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.views import check_ids, read_block_size
@@ -21,30 +27,86 @@ class Canvas:
     """The ids to fill in and the grid of blocks over them.
 
     Attributes:
-        tokens: prompt, then masks ``[batch, pos]``.
+        tokens: prompts, then masks ``[batch, pos]``.
         block_size: tokens a block.
-        length: positions that were asked for; the rest only completes the last block.
+        lengths: positions that were asked for, a row ``[batch]`` on the CPU; what lies behind only
+            completes a row's last block, or makes rows equally long.
         mask_id: the mask token's id.
+        context: positions that the network can read at once.
     """
 
     tokens: Int[Tensor, "batch pos"]
     block_size: int
-    length: int
+    lengths: Int[Tensor, " batch"]
     mask_id: int
+    context: int
+
+    @property
+    def reach(self) -> int | None:
+        """Blocks that a block reads, its own included; None where it reads all before it."""
+        slides = self.tokens.shape[1] > self.context
+        return self.context // self.block_size if slides else None
+
+    def window(self, block: int) -> tuple[int, int]:
+        """``start, end`` of a block of the grid, counted from position 0."""
+        start = block * self.block_size
+        return start, min(start + self.block_size, self.tokens.shape[1])
+
+    def first_visible(self, position: int) -> int:
+        """The first position that a block starting at ``position`` reads."""
+        if self.reach is None:
+            return 0
+        return max(position // self.block_size - self.reach + 1, 0) * self.block_size
+
+    def asked(self) -> Bool[Tensor, "batch pos"]:
+        """Positions within a row's length, on the CPU."""
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+    def to_denoise(self) -> Bool[Tensor, "batch pos"]:
+        """Masks of every block that holds a mask that was asked for in its row, on the CPU."""
+        masked = (self.tokens == self.mask_id).cpu()
+        wanted = torch.zeros_like(masked)
+        for start in range(0, masked.shape[1], self.block_size):
+            part = slice(start, start + self.block_size)
+            some = (masked & self.asked())[:, part].any(-1, keepdim=True)
+            wanted[:, part] = masked[:, part] & some
+        return wanted
 
     def windows(self) -> list[tuple[int, int]]:
-        """``start, end`` of every block with a mask that was asked for in some row."""
-        total, size = self.tokens.shape[1], self.block_size
-        grid = [(start, min(start + size, total)) for start in range(0, total, size)]
-        masked = self.tokens == self.mask_id
-        masked[:, self.length :] = False
-        return [(start, end) for start, end in grid if bool(masked[:, start:end].any())]
+        """``start, end`` of every block with something to denoise in some row."""
+        wanted = self.to_denoise().any(0)
+        grid = (self.window(b) for b in range(-(-wanted.shape[0] // self.block_size)))
+        return [(start, end) for start, end in grid if bool(wanted[start:end].any())]
+
+
+def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
+    """Ids of each row: from a string, strings, ids ``[batch, pos]``, rows of ids, or None (BOS).
+
+    Raises:
+        InputError: for anything else.
+    """
+    size = bridge.original_model.config.vocab_size
+    if prompt is None and bridge.tokenizer is None:
+        raise InputError(
+            "prompt is None, for BOS alone, but this bridge has no tokenizer: give ids"
+        )
+    if prompt is None:
+        prompt = torch.tensor([[bridge.tokenizer.bos_token_id]])
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(part, str) for part in prompt):
+        return [bridge.to_tokens(text, truncate=False)[0] for text in prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(p, list | Tensor) for p in prompt):
+        rows = [torch.as_tensor(part) for part in prompt]
+        if all(row.ndim == 1 for row in rows):
+            return [check_ids(row[None], size, "prompt")[0] for row in rows]
+    return list(check_ids(prompt, size, "prompt"))
 
 
 def read_canvas(
     bridge: Any, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
 ) -> Canvas:
-    """The canvas of a prompt: a string, strings of one length in tokens, ids, or None (BOS alone).
+    """The canvas of one or more prompts; see :func:`read_prompts`.
 
     Raises:
         InputError: for ids, lengths or a block size that do not fit.
@@ -53,52 +115,33 @@ def read_canvas(
     if config.causal:
         raise InputError(
             "this checkpoint is the autoregressive baseline (causal=True): it predicts the next "
-            "token and has "
-            "nothing to denoise"
+            "token and has nothing to denoise"
         )
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 0
-    ):
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 0:
         raise InputError(f"max_new_tokens={max_new_tokens!r}: give an int ≥ 0")
-    if prompt is None and bridge.tokenizer is None:
-        raise InputError(
-            "prompt is None, for BOS alone, but this bridge has no tokenizer: give ids"
-        )
-    if prompt is None:
-        ids = torch.tensor([[bridge.tokenizer.bos_token_id]])
-    elif isinstance(prompt, str):
-        ids = bridge.to_tokens(prompt, truncate=False)
-    elif isinstance(prompt, list) and all(isinstance(text, str) for text in prompt):
-        encoded = [bridge.to_tokens(text, truncate=False) for text in prompt]
-        if len({x.shape[1] for x in encoded}) != 1:
-            lengths = [x.shape[1] for x in encoded]
-            raise InputError(
-                f"prompts of {lengths} tokens: give prompts of one length, or one at a time"
-            )
-        ids = torch.cat(encoded)
+    rows = read_prompts(bridge, prompt)
+    lengths = torch.tensor([len(row) + max_new_tokens for row in rows])
+    length = int(lengths.max())
+    if config.cross_attn:
+        asked = cfg.block_size if block_size is None else block_size
+        size = read_block_size(asked, config.model_length)
     else:
-        ids = prompt
-    ids = check_ids(ids, config.vocab_size, "prompt").to(cfg.device)
-    length = ids.shape[1] + max_new_tokens
-    if length > config.model_length:
-        raise InputError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones make {length}: the "
-            "context is "
-            f"{config.model_length}"
-        )
-    if not config.cross_attn:
         if block_size is not None:
             read_block_size(block_size, config.model_length, has_blocks=False)
-        size = total = length
-    else:
-        size = read_block_size(
-            cfg.block_size if block_size is None else block_size, config.model_length
+        size = length
+    if length > config.model_length and (not config.cross_attn or size > config.model_length // 2):
+        raise InputError(
+            f"prompt and {max_new_tokens} new tokens make {length}: the context is "
+            f"{config.model_length}, and sliding past it takes blocks of at most half of it"
         )
-        total = min(-(-length // size) * size, config.model_length) if pad_block else length
-    tokens = ids.new_full((ids.shape[0], total), cfg.mask_token_id)
-    tokens[:, : ids.shape[1]] = ids
-    if not bool((tokens[:, :length] == cfg.mask_token_id).any()):
+    total = -(-length // size) * size if pad_block else length
+    if length <= config.model_length:
+        total = min(total, config.model_length)
+    tokens = torch.full((len(rows), total), cfg.mask_token_id, device=cfg.device)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    canvas = Canvas(tokens, size, lengths, cfg.mask_token_id, config.model_length)
+    if not canvas.windows():
         raise InputError("nothing is masked: give max_new_tokens > 0, or masks in the prompt")
-    return Canvas(tokens, size, length, cfg.mask_token_id)
+    return canvas

@@ -9,248 +9,147 @@ As in Arriola et al., algorithm 2::
             reveal  <- who becomes a token, and as what      (sampler, noise)
         its keys and values are final                        (cache)
 
-Blocks lie on the grid of absolute positions, as in training: the block that the prompt ends in
-keeps the prompt's tokens and denoises the rest. Masks inside a prompt are filled in where they
-stand; tokens to the right of their block are invisible to it.
-
-With the cache a pass runs only the rows that are not final yet: the active block, and on its first
-step the block just finished, whose keys and values it stores. Without it the whole prefix is run
-anew; both are exact. Text longer than the context is refused here.
+Blocks lie on the grid of absolute positions, as in training; see ``canvas.py`` for prompts of
+unequal length, filling in and text longer than the context, ``network.py`` for the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing
-from transformer_lens_bd3lm.bridge.forward import frequencies, run
-from transformer_lens_bd3lm.bridge.kv_cache import KVCache
-from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
-from transformer_lens_bd3lm.diffusion.noise import Noise, sigma_of
-from transformer_lens_bd3lm.diffusion.samplers import FirstHitting, Sampler
-from transformer_lens_bd3lm.diffusion.steps import (
-    Record,
-    Step,
-    StepHooks,
-    apply_on_rows,
-    attached,
-    resolve,
-    row_axis,
-    stack_ragged,
-    with_scope,
-)
+from transformer_lens_bd3lm.diffusion.force import Force, Plan
+from transformer_lens_bd3lm.diffusion.network import Network, make_network
+from transformer_lens_bd3lm.diffusion.noise import Noise
+from transformer_lens_bd3lm.diffusion.record import Record, stack_ragged
+from transformer_lens_bd3lm.diffusion.run import Run, Timeline
+from transformer_lens_bd3lm.diffusion.samplers import Drawing, FirstHitting, Sampler
+from transformer_lens_bd3lm.diffusion.steps import Step
+from transformer_lens_bd3lm.diffusion.stop import Stop
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
-from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.errors import InputError
+
+LONG_RUN = 32
 
 
 @dataclass
-class Network:
-    """One pass of the loop: which rows it runs, cached or not, and who looks at which rows."""
+class Loop:
+    """One run's algorithm over its network; ``steps()`` is the module's pseudo-code.
 
-    bridge: Any
-    canvas: Canvas
-    hooks: StepHooks
-    record: Record | None
-    cache: KVCache | None
-    points: dict[str, HookPoint] = field(init=False)
-    finished: list[Step] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        names = [hook.name for hook in self.hooks.hooks] + list(
-            self.record.names if self.record else []
-        )
-        self.points = resolve(self.bridge, names)
-        if self.cache is not None and any(hook.scope == "prefix" for hook in self.hooks.hooks):
-            raise NotExactError(
-                'scope="prefix" reaches rows whose keys and values the cache holds already: pass '
-                "kv_cache=False to run the prefix anew at every step"
-            )
-
-    def logits(
-        self, step: Step, kept: dict[str, list[Tensor]] | None
-    ) -> Float[Tensor, "batch block d_vocab"]:
-        """Raw logits of the active block's rows."""
-        model, (start, end) = self.bridge.original_model, step.window
-        first = 0 if self.cache is None else self.cache.length
-        ids = step.tokens[:, first:end]
-        fns = self.looking(step, first, end - first)
-        if self.record is not None and kept is not None and self.record.wants(step):
-            fns += self.recording(step, first, end - first, kept)
-        with attached(self.points, fns, step), torch.no_grad():
-            x = model.backbone.vocab_embed(ids)
-            sigma = torch.zeros_like(step.t)
-            if model.config.time_conditioning:
-                sigma = sigma_of(step.t)
-            sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            logits = run(
-                model, x, sigma, self.routing(first, end, ids, x), slice(start - first, end - first)
-            )
-        if self.cache is not None:
-            self.cache.commit(start)
-        return logits
-
-    def routing(self, first: int, end: int, ids: Tensor, x: Tensor) -> Routing:
-        """How rows ``first:end`` read each other and what is stored."""
-        model, size = self.bridge.original_model, self.canvas.block_size
-        inv_freq = frequencies(model, x.device)
-        if self.cache is not None and first > 0:
-            return Routing.of_window(first, end, size, self.cache, inv_freq, x)
-        kind = "block" if model.config.cross_attn else "open"
-        routing = Routing.of_view(View(ids, end, size, kind, dual=False), inv_freq, x.dtype)
-        routing.cache = self.cache
-        return routing
-
-    def looking(self, step: Step, first: int, width: int) -> list[tuple[str, Any]]:
-        """The step hooks of this pass, each bound to the rows that its scope names."""
-        start, end = step.window
-        fns: list[tuple[str, Any]] = []
-
-        def bind(hook: Any, seen: Step, low: int, high: int) -> None:
-            part = slice(low - first, high - first)
-            fns.append((hook.name, partial(apply_on_rows, hook.fn, seen, hook.name, part, width)))
-
-        for hook in self.hooks.hooks:
-            # The readout has the active block's rows alone: there is nothing else to reach there.
-            elsewhere = row_axis(hook.name) is not None
-            if hook.scope == "prefix" and start > 0 and elsewhere:
-                seen = with_scope(step, "prefix")
-                if hook.wants(seen):
-                    bind(hook, seen, 0, start)
-            if hook.scope == "commit" and elsewhere:
-                for done in self.finished:
-                    if done.window[0] >= first and hook.wants(done):
-                        bind(hook, done, *done.window)
-            if hook.wants(step):
-                bind(hook, step, start, end)
-        return fns
-
-    def recording(
-        self, step: Step, first: int, width: int, kept: dict[str, list[Tensor]]
-    ) -> list[tuple[str, Any]]:
-        """Hooks that copy the active block's rows out, after every edit."""
-        record = self.record
-        assert record is not None
-        part = slice(step.window[0] - first, step.window[1] - first)
-
-        def keep(name: str, activation: Tensor, hook: HookPoint, step: Step) -> None:
-            kept[name].append(record.keep(activation))
-
-        return [
-            (name, partial(apply_on_rows, partial(keep, name), step, name, part, width))
-            for name in dict.fromkeys(record.names)
-        ]
-
-    def finish(self, step: Step) -> None:
-        """The block is clean; hooks of scope "commit" meet its rows again where they are stored."""
-        assert step.after is not None
-        left = torch.zeros_like(step.masks_left)
-        done = replace(step, tokens=step.after, masks_left=left, scope="commit")
-        self.finished.append(replace(done, after=None, revealed=None, logits=None))
-
-
-def propose(
-    sampler: Sampler,
-    noise: Noise,
-    canvas: Canvas,
-    step: Step,
-    logits: Tensor,
-    reveal: Bool[Tensor, "batch block"],
-) -> Int[Tensor, "batch pos"]:
-    """The canvas after the step: what is revealed is drawn by Gumbel-max in float64 on the CPU."""
-    tokens = step.tokens.clone()
-    start = step.window[0]
-    for row, offset in reveal.nonzero().tolist():
-        log_p = masked_log_probs(logits[row, offset].cpu().double(), canvas.mask_id)
-        if bool(log_p.isnan().any()):
-            raise InputError(
-                f"step {step.index}: the logits at row {row}, position {start + offset} are NaN or "
-                "leave no token possible; look at what a hook returned"
-            )
-        gumbels = noise.gumbels(row, start + offset, log_p.shape[-1])
-        tokens[row, start + offset] = sampler.propose(log_p, gumbels)
-    return tokens
-
-
-def steps_of(
-    network: Network, sampler: Sampler, noise: Noise, kept: dict[str, list[Tensor]] | None
-) -> Iterator[Step]:
-    """The algorithm; see the module."""
-    canvas = network.canvas
-    tokens, mask_id, index = canvas.tokens, canvas.mask_id, 0
-    for block, (start, end) in enumerate(canvas.windows()):
-        times = noise.times(tokens.shape[0], start, end)
-        in_block = 0
-        while (masked := (tokens[:, start:end] == mask_id).cpu()).any():
-            t = sampler.next_time(masked, times)
-            left = masked.sum(-1)
-            step = Step(index, block, in_block, (start, end), t, left, tokens, mask_id)
-            logits = network.logits(step, kept)
-            reveal = sampler.reveal(masked, times, t)
-            if not bool((reveal & masked).any()):
-                raise InputError(
-                    f"step {index}: the sampler revealed nothing, so no step would end it"
-                )
-            tokens = propose(sampler, noise, canvas, step, logits, reveal & masked)
-            step = replace(step, after=tokens, revealed=reveal, logits=logits)
-            yield step
-            index, in_block = index + 1, in_block + 1
-        network.finish(step)
-
-
-def make_network(
-    bridge: Any,
-    canvas: Canvas,
-    kv_cache: bool | None,
-    hooks: Any,
-    record: Record | None,
-) -> Network:
-    """Decide about the cache, and check every hook name before anything runs.
-
-    Raises:
-        NotExactError: for a cache that would not be exact.
-        HookNameError: for a hook name that the bridge does not have.
+    Attributes:
+        network: passes over the block, and the canvas.
+        sampler: who is revealed, and as what.
+        noise: all the randomness.
+        plan: reveals that are decided beforehand.
+        stop: when a row ends.
+        start: a step to go on from, whose canvas is the network's; from the beginning by default.
+        ceiling: reveal times of the first block are scaled by it, row by row: the time at ``start``
+            where the noise is new ``[batch]``.
     """
-    model = bridge.original_model
-    config = model.config
-    made = StepHooks.of(hooks)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError(
-            f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "
-            "noise would differ. Call bridge.eval()"
-        )
-    exact = config.cross_attn and not config.time_conditioning
-    if kv_cache and not exact:
-        why = (
-            "the network sees t, and stored keys and values would belong to another t"
-            if config.time_conditioning
-            else "without blocks every position reads every other, so nothing is ever final"
-        )
-        raise NotExactError(
-            f"kv_cache=True is not exact on this checkpoint: {why}. Pass kv_cache=False"
-        )
-    if kv_cache is None:
-        kv_cache = exact and not any(hook.scope == "prefix" for hook in made.hooks)
-    cache = None
-    if kv_cache:
-        batch, total = canvas.tokens.shape
-        embedding = bridge.embed.weight
-        cache = KVCache(
-            config.n_blocks,
-            batch,
-            bridge.cfg.n_heads,
-            total,
-            bridge.cfg.d_head,
-            embedding.device,
-            embedding.dtype,
-        )
-    return Network(bridge, canvas, made, record, cache)
+
+    network: Network
+    sampler: Sampler
+    noise: Noise
+    plan: Plan
+    stop: Stop
+    start: Step | None = None
+    ceiling: Float[Tensor, " batch"] | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Run it, a step at a time."""
+        canvas, network = self.network.canvas, self.network
+        tokens, wanted = canvas.tokens, canvas.to_denoise()
+        first = self.start
+        index, first_block = (0, 0) if first is None else (first.index, first.block)
+        for block, window in enumerate(canvas.windows(), first_block):
+            times = self.noise.times(tokens.shape[0], *window)
+            in_block = 0
+            if first is not None and block == first.block:
+                in_block = first.step
+                times = times if self.ceiling is None else times * self.ceiling[:, None]
+            step = None
+            while (masked := self.masked(tokens, wanted, window)).any():
+                t = self.sampler.next_time(masked, times)
+                step = Step(index, block, in_block, window, t, masked, tokens, canvas.mask_id)
+                step = replace(step, masked_logits=network.logits(step))
+                step = self.draw(step, self.reveal(step, times))
+                assert step.after is not None
+                tokens = step.after
+                yield step
+                index, in_block = index + 1, in_block + 1
+            if step is not None:
+                network.finish(step)
+                self.stop.ask(step)
+
+    def masked(
+        self, tokens: Tensor, wanted: Tensor, window: tuple[int, int]
+    ) -> Bool[Tensor, "batch block"]:
+        """What is left to reveal of a block, on the CPU."""
+        part = slice(*window)
+        left = (tokens[:, part] == self.network.canvas.mask_id).cpu() & wanted[:, part]
+        return left & ~self.stop.stopped[:, None]
+
+    def log_p(self, step: Step, which: Bool[Tensor, "batch block"]) -> Float[Tensor, "n d_vocab"]:
+        """Log-probabilities in nats at some masked positions, float64 on the CPU.
+
+        Raises:
+            InputError: where they are NaN.
+        """
+        assert step.masked_logits is not None
+        rows = which[step.masked].nonzero()[:, 0]
+        logits = step.masked_logits[rows.to(step.masked_logits.device)].cpu().double()
+        log_p = masked_log_probs(logits, step.mask_id)
+        if bool(log_p.isnan().any()):
+            bad = int(log_p.isnan().any(-1).nonzero()[0, 0])
+            row, offset = which.nonzero()[bad].tolist()
+            raise InputError(
+                f"step {step.index}: the logits at row {row}, position {step.window[0] + offset} "
+                "are NaN or leave no token possible; look at what a hook returned"
+            )
+        return log_p
+
+    def reveal(self, step: Step, times: Tensor) -> Bool[Tensor, "batch block"]:
+        """Which masked positions become tokens: those that are due, else the sampler's choice.
+
+        Raises:
+            InputError: if nothing is revealed, now or later, so that no step would end the block.
+        """
+        due = self.plan.due(step.index, step.window) & step.masked
+        free = step.masked & self.plan.free(step.window)
+        chosen = self.sampler.reveal(free, times, step.t, lambda: self.log_p(step, free))
+        chosen = torch.where(due.any(-1, keepdim=True), due, chosen & free)
+        if not bool(chosen.any()):
+            later = self.plan.order[:, slice(*step.window)] > step.index
+            if not bool((step.masked & later).any()):
+                raise InputError(
+                    f"step {step.index}: the sampler revealed nothing, so no step would end it"
+                )
+        return chosen
+
+    def draw(self, step: Step, reveal: Bool[Tensor, "batch block"]) -> Step:
+        """The step with its outcome: tokens drawn by Gumbel-max in float64 on the CPU."""
+        tokens, start = step.tokens.clone(), step.window[0]
+        at = reveal.nonzero()
+        log_p = self.log_p(step, reveal)
+        size = log_p.shape[-1]
+        gumbels = [self.noise.gumbels(row, start + offset, size) for row, offset in at.tolist()]
+        scores = self.sampler.scores(log_p, torch.stack(gumbels)) if gumbels else log_p
+        best = scores.topk(2, dim=-1)
+        planned = self.plan.tokens[:, slice(*step.window)][reveal]
+        ids = torch.where(planned >= 0, planned, best.indices[:, 0])
+        block = tokens[:, slice(*step.window)]
+        block[reveal.to(block.device)] = ids.to(block.device)
+        nothing = torch.full(reveal.shape, torch.nan, dtype=torch.float64)
+        drawn, lead = nothing.clone(), nothing.clone()
+        drawn[reveal] = log_p.gather(-1, ids[:, None])[:, 0]
+        lead[reveal] = best.values[:, 0] - best.values[:, 1]
+        return replace(step, after=tokens, revealed=reveal, log_p=drawn, lead=lead)
 
 
 def choices(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:
@@ -270,6 +169,41 @@ def choices(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:
     return sampler, noise
 
 
+@dataclass(frozen=True)
+class Request:
+    """Everything a run was asked for, beside the bridge and the canvas, so that it can be rerun."""
+
+    sampler: Any = None
+    noise: Any = None
+    kv_cache: bool | None = None
+    hooks: Any = None
+    record: Record | None = None
+    stop: Any = None
+    force: Force | None = None
+    finished: list[Step] = field(default_factory=list)
+
+    def loop(
+        self, bridge: Any, canvas: Canvas, start: Step | None = None, ceiling: Tensor | None = None
+    ) -> Loop:
+        """Check all of it before anything runs.
+
+        Raises:
+            InputError: for what does not fit.
+            NotExactError: for a cache or scope that would not be exact.
+            HookNameError: for an unknown hook name.
+        """
+        network = make_network(
+            bridge, canvas, self.kv_cache, self.hooks, self.record, self.finished
+        )
+        sampler, noise = choices(canvas, self.sampler, self.noise)
+        if self.record is not None:
+            shared_pace = isinstance(sampler, Drawing) and self.force is None
+            self.record.check_budget(bridge, canvas, one_row_at_a_time=not shared_pace)
+        stop = Stop.of(bridge, canvas, self.stop)
+        plan = Plan.of(bridge, canvas, self.force)
+        return Loop(network, sampler, noise, plan, stop, start, ceiling)
+
+
 def denoise_steps(
     bridge: Any,
     prompt: Any = None,
@@ -280,6 +214,8 @@ def denoise_steps(
     noise: Noise | None = None,
     kv_cache: bool | None = None,
     hooks: Any = None,
+    stop: Any = None,
+    force: Force | None = None,
     pad_block: bool = True,
 ) -> Iterator[Step]:
     """The denoising loop, one :class:`Step` at a time; arguments and errors as :func:`denoise`.
@@ -288,37 +224,7 @@ def denoise_steps(
     mode.
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
-    network = make_network(bridge, canvas, kv_cache, hooks, None)
-    return steps_of(network, *choices(canvas, sampler, noise), None)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a denoising run did.
-
-    Attributes:
-        tokens: the finished ids ``[batch, pos]``, prompt included.
-        text: the same as one string a row, special tokens kept.
-        steps: every step, without its logits.
-        commit_step: index of the step that revealed each position ``[batch, pos]``; -1 where it was
-            given.
-        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked
-            for; keys of a pattern that a step did not have yet are 0 (scores: -inf).
-        recorded_steps: index of the step of each slice of ``activations``.
-        block_size: the dial.
-        noise: the randomness of the run.
-        kv_cache: whether finished blocks were stored; exact either way.
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    text: list[str]
-    steps: list[Step]
-    commit_step: Int[Tensor, "batch pos"]
-    activations: dict[str, Tensor]
-    recorded_steps: Sequence[int]
-    block_size: int
-    noise: Noise
-    kv_cache: bool
+    return Request(sampler, noise, kv_cache, hooks, None, stop, force).loop(bridge, canvas).steps()
 
 
 def denoise(
@@ -332,25 +238,34 @@ def denoise(
     kv_cache: bool | None = None,
     hooks: Any = None,
     record: Record | None = None,
+    stop: Any = None,
+    force: Force | None = None,
     pad_block: bool = True,
+    progress: bool | None = None,
 ) -> Run:
     """Write text block by block (Arriola et al., algorithm 2), with hooks at chosen steps.
 
     Args:
         bridge: a BD3LM bridge.
-        prompt: a string, strings of one length in tokens, ids ``[batch, pos]``, or None for BOS
-            alone. Masks in it are filled in.
-        max_new_tokens: masks appended to it.
+        prompt: a string, strings, ids ``[batch, pos]``, rows of ids of unequal length, or None for
+            BOS alone. Masks in it are filled in, block by block from the left.
+        max_new_tokens: masks appended to each.
         block_size: the dial for this run; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
-        kv_cache: store finished blocks; by default wherever that is exact.
+        kv_cache: store finished blocks; by default wherever that is exact. Within the context it
+            changes nothing; past it (``run.slid``) what is stored still encodes what slid out of
+            view, and False reads the last context alone.
         hooks: ``StepHooks``, or TransformerLens's ``[(name, fn), ...]``, which fire at every step.
             Both see the active block's rows; hooks set on the bridge itself see every row of a
             pass.
         record: which activations to keep.
+        stop: ``EndOfText()``, ``LowEntropy()``, a function ``rule(step) -> Bool[batch]`` asked
+            after every block, or several of them.
+        force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length, as it was trained, and cut what was
             not asked for; False leaves it ragged.
+        progress: show a bar; by default for long runs on a terminal.
 
     Raises:
         InputError: for a prompt, length or selector that does not fit.
@@ -359,27 +274,64 @@ def denoise(
         HookReturnError: for a hook that returns another shape.
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
-    network = make_network(bridge, canvas, kv_cache, hooks, record)
-    sampler, noise = choices(canvas, sampler, noise)
-    kept: dict[str, list[Tensor]] = {name: [] for name in (record.names if record else ())}
-    steps, recorded, tokens = [], [], canvas.tokens
-    commit_step = torch.full(tokens.shape, -1, dtype=torch.long)
-    for step in steps_of(network, sampler, noise, kept):
+    request = Request(sampler, noise, kv_cache, hooks, record, stop, force)
+    return finish(bridge, canvas, request.loop(bridge, canvas), request, progress)
+
+
+def finish(
+    bridge: Any, canvas: Canvas, loop: Loop, request: Request, progress: bool | None = None
+) -> Run:
+    """Run a loop to its end and gather what it did."""
+    final, timeline = canvas.tokens, Timeline.empty()
+    commit_step = torch.full(final.shape, -1, dtype=torch.long)
+    log_p, lead = (torch.full(final.shape, torch.nan, dtype=torch.float64) for _ in range(2))
+    for step in shown(loop, canvas, progress):
         assert step.after is not None and step.revealed is not None
-        commit_step[:, slice(*step.window)].masked_fill_(step.revealed, step.index)
-        tokens = step.after
-        steps.append(replace(step, logits=None))
-        if record is not None and record.wants(step):
-            recorded.append(step.index)
-    length = canvas.length
+        assert step.log_p is not None and step.lead is not None
+        part = slice(*step.window)
+        commit_step[:, part].masked_fill_(step.revealed, step.index)
+        log_p[:, part][step.revealed] = step.log_p[step.revealed]
+        lead[:, part][step.revealed] = step.lead[step.revealed]
+        final = step.after
+        timeline.add(step)
+    network, kept = loop.network, loop.network.kept
+    activations = {}
+    for name in list(kept):
+        parts = kept.pop(name)
+        if parts:
+            point = network.points[name].name or name
+            activations[name] = stack_ragged(point, parts)
     return Run(
-        tokens=tokens[:, :length],
-        text=bridge.tokenizer.batch_decode(tokens[:, :length]) if bridge.tokenizer else [],
-        steps=steps,
-        commit_step=commit_step[:, :length],
-        activations={name: stack_ragged(name, parts) for name, parts in kept.items() if parts},
-        recorded_steps=recorded,
-        block_size=canvas.block_size,
-        noise=noise,
+        bridge=bridge,
+        canvas=canvas,
+        final=final,
+        ends=loop.stop.ends,
+        commit_step_all=commit_step,
+        log_p_all=log_p,
+        lead_all=lead,
+        timeline=timeline,
+        activations=activations,
+        recorded_steps=network.recorded,
+        sampler=loop.sampler,
+        noise=loop.noise,
         kv_cache=network.cache is not None,
+        request=request,
     )
+
+
+def shown(loop: Loop, canvas: Canvas, progress: bool | None) -> Iterator[Step]:
+    """The steps, behind a progress bar if there is somebody to see it."""
+    written = int(canvas.to_denoise().sum())
+    console = Console(stderr=True)
+    if progress is None:
+        longest = int(canvas.to_denoise().sum(-1).max())
+        progress = longest > LONG_RUN and (console.is_terminal or console.is_jupyter)
+    if not progress:
+        yield from loop.steps()
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("denoising", total=written)
+        for step in loop.steps():
+            assert step.revealed is not None
+            yield step
+            bar.advance(task, int(step.revealed.sum()))

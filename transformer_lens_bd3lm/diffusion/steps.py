@@ -1,47 +1,36 @@
-"""A denoising step as something to look at and to aim at: ``Step``, ``StepHooks``, ``Record``.
+"""A denoising step as something to look at and to aim at: ``Step`` and ``StepHooks``.
 
 A step hook is ``fn(activation, hook, step)``. None keeps the activation, a tensor of the same shape
 replaces it, anything else raises. It sees only the rows that its scope names, whatever else the
 pass computes:
 
-- ``"active"``: the active block's rows. The finished block's stored keys and values stay untouched,
-so an edit
-  reaches later blocks only through the tokens that it changed.
+- ``"active"``: the active block's rows. The finished block's stored keys and values stay
+  untouched, so an edit reaches later blocks only through the tokens that it changed.
 - ``"commit"``: also the finished block's rows, where they become the keys and values that later
-blocks read.
+  blocks read.
 - ``"prefix"``: also every earlier position at every step, the prompt included; only without the
-cache.
+  cache.
 
 Hook names are TransformerLens's own, and never change with the step.
 """
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.diffusion.subs import log_probs
-from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
+from transformer_lens_bd3lm.errors import InputError
 
 Scope = Literal["active", "commit", "prefix"]
 Which = int | slice | Collection[int] | None
+Span = tuple[float, float] | None
 StepFn = Callable[[Tensor, HookPoint, "Step"], Tensor | None]
-
-_current_step: ContextVar["Step | None"] = ContextVar("bd3lm_step", default=None)
-
-
-def current_step() -> "Step | None":
-    """The step whose forward is running; None outside the denoising loop."""
-    return _current_step.get()
 
 
 @dataclass(frozen=True)
@@ -53,15 +42,20 @@ class Step:
         block: the block being denoised, counted from 0 at the first one that holds a mask.
         step: counts the steps within the block from 0.
         window: absolute positions ``start, end`` of the block.
-        t: time of this step's reveal, per row ``[batch]``, from 1 down to 0.
-        masks_left: masked tokens of the block before the step, per row ``[batch]``.
+        t: time of this step, per row ``[batch]``, from 1 down to 0; 0 in a row that has no mask.
+        masked: positions of the block to be denoised and still masked before the step
+            ``[batch, block]``, on the CPU.
         tokens: the canvas before the step ``[batch, pos]``.
-        scope: which rows a hook is being shown; ``"active"`` outside hooks.
         mask_id: the mask token's id.
+        scope: which rows a hook is being shown; ``"active"`` outside hooks.
         after: the canvas after the step; None inside hooks.
         revealed: positions of the block revealed by it ``[batch, block]``; None inside hooks.
-        logits: raw logits of the block's rows ``[batch, block, d_vocab]``; None inside hooks, and
-            in the finished run's list.
+        log_p: log-probability in nats, under the network, of each token that it revealed
+            ``[batch, block]``, NaN elsewhere; None inside hooks.
+        lead: by how much, in nats, that token's score (log p + Gumbel) beat the runner-up's
+            ``[batch, block]``, NaN elsewhere: a near tie is a small lead. None inside hooks.
+        masked_logits: raw logits of the masked positions ``[masked, d_vocab]``, in row-major order;
+            None inside hooks, and in a finished run's steps.
     """
 
     index: int
@@ -69,26 +63,62 @@ class Step:
     step: int
     window: tuple[int, int]
     t: Float[Tensor, " batch"]
-    masks_left: Int[Tensor, " batch"]
+    masked: Bool[Tensor, "batch block"]
     tokens: Int[Tensor, "batch pos"]
     mask_id: int
     scope: Scope = "active"
     after: Int[Tensor, "batch pos"] | None = None
     revealed: Bool[Tensor, "batch block"] | None = None
-    logits: Float[Tensor, "batch block d_vocab"] | None = None
+    log_p: Float[Tensor, "batch block"] | None = None
+    lead: Float[Tensor, "batch block"] | None = None
+    masked_logits: Float[Tensor, "masked d_vocab"] | None = None
+
+    @property
+    def masks_left(self) -> Int[Tensor, " batch"]:
+        """Masked tokens of the block before the step, per row."""
+        return self.masked.sum(-1)
+
+    @property
+    def logits(self) -> Float[Tensor, "batch block d_vocab"]:
+        """Raw logits of the block's rows; NaN at clean positions, where nothing is trained.
+
+        Raises:
+            InputError: where there are none yet, or no longer.
+        """
+        if self.masked_logits is None:
+            raise InputError(
+                "this step has no logits: they are there on the steps that denoise_steps yields"
+            )
+        rows = self.masked_logits
+        full = rows.new_full((*self.masked.shape, rows.shape[-1]), torch.nan)
+        full[self.masked.to(rows.device)] = rows
+        return full
 
     @property
     def log_probs(self) -> Float[Tensor, "batch block d_vocab"]:
         """SUBS log-probabilities of the block's rows in nats, computed when asked for.
 
         Raises:
-            InputError: inside a hook, where the logits are not there yet.
+            InputError: where there are no logits yet, or no longer.
         """
-        if self.logits is None:
-            raise InputError(
-                "this step has no logits: they are there on the steps that denoise_steps yields"
-            )
         return log_probs(self.logits, self.tokens[:, slice(*self.window)], self.mask_id)
+
+    @property
+    def probs(self) -> Float[Tensor, "batch block d_vocab"]:
+        """The same as probabilities."""
+        return self.log_probs.exp()
+
+    @property
+    def margin(self) -> Float[Tensor, "batch block"]:
+        """Log-probability of the likeliest token minus the second's, in nats; NaN where clean."""
+        top = self.log_probs.topk(2, dim=-1).values
+        gap = top[..., 0] - top[..., 1]
+        return gap.masked_fill(~self.masked.to(gap.device), torch.nan)
+
+
+def with_scope(step: Step, scope: Scope) -> Step:
+    """The same step, as a hook of another scope is shown it."""
+    return step if step.scope == scope else replace(step, scope=scope)
 
 
 def check_which(name: str, which: Which) -> None:
@@ -108,9 +138,23 @@ def check_which(name: str, which: Which) -> None:
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
         raise InputError(
             f"{name}={which!r}: give an int, a slice or ints that count from 0; nothing counts "
-            "from "
-            "the end"
+            "from the end"
         )
+
+
+def check_span(name: str, span: Span) -> None:
+    """Refuse a range of times that is none.
+
+    Raises:
+        InputError: unless it is ``(low, high)`` with 0 <= low <= high <= 1.
+    """
+    if span is None:
+        return
+    numbers = isinstance(span, tuple) and len(span) == 2
+    if not numbers or not all(isinstance(x, int | float) for x in span):
+        raise InputError(f"{name}={span!r}: give (low, high), both within 0..1")
+    if not 0 <= span[0] <= span[1] <= 1:
+        raise InputError(f"{name}={span!r}: give (low, high) with 0 <= low <= high <= 1")
 
 
 def matches(which: Which, number: int) -> bool:
@@ -125,23 +169,63 @@ def matches(which: Which, number: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Which steps are meant: all selectors must agree.
+
+    Attributes:
+        block: which blocks (int, slice, ints); all by default. Block 0 is the first denoised.
+        step: which steps within a block.
+        index: which steps of the whole run.
+        t: ``(low, high)``, both ends included: rows whose time lies there.
+        masks_left: rows with so many masks left in the block before the step (int, slice, ints).
+        when: a predicate on the step.
+    """
+
+    block: Which = None
+    step: Which = None
+    index: Which = None
+    t: Span = None
+    masks_left: Which = None
+    when: Callable[[Step], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block", "step", "index", "masks_left"):
+            check_which(name, getattr(self, name))
+        check_span("t", self.t)
+
+    def rows(self, step: Step) -> Bool[Tensor, " batch"]:
+        """The batch rows in which this step is meant; none where it is not.
+
+        A commit is no step: of the selectors only ``block``, ``index`` and ``when`` are asked.
+        """
+        everyone = torch.ones(step.masked.shape[0], dtype=torch.bool)
+        none = ~everyone
+        if not (matches(self.block, step.block) and matches(self.index, step.index)):
+            return none
+        if step.scope != "commit":
+            if not matches(self.step, step.step):
+                return none
+            left = step.masks_left
+            if self.t is not None:
+                low, high = self.t
+                t = step.t.cpu()
+                everyone = everyone & (left > 0) & (low <= t) & (t <= high)
+            if self.masks_left is not None:
+                named = [matches(self.masks_left, n) for n in left.tolist()]
+                everyone = everyone & (left > 0) & torch.tensor(named)
+        if not bool(everyone.any()) or (self.when is not None and not self.when(step)):
+            return none
+        return everyone
+
+
+@dataclass(frozen=True)
 class StepHook:
     """One function at one hook point, at chosen steps, over the rows of one scope."""
 
     name: str
     fn: StepFn
-    block: Which = None
-    step: Which = None
-    index: Which = None
-    when: Callable[[Step], bool] | None = None
+    chosen: Chosen = Chosen()
     scope: Scope = "active"
-
-    def wants(self, step: Step) -> bool:
-        """Whether it fires at this step."""
-        chosen = matches(self.block, step.block) and matches(self.index, step.index)
-        if step.scope != "commit":
-            chosen = chosen and matches(self.step, step.step)
-        return chosen and (self.when is None or self.when(step))
 
 
 @dataclass
@@ -158,6 +242,8 @@ class StepHooks:
         block: Which = None,
         step: Which = None,
         index: Which = None,
+        t: Span = None,
+        masks_left: Which = None,
         when: Callable[[Step], bool] | None = None,
         scope: Scope = "active",
     ) -> "StepHooks":
@@ -169,6 +255,9 @@ class StepHooks:
             block: which blocks (int, slice, ints); all by default. Block 0 is the first denoised.
             step: which steps within a block; all by default. Not asked at a commit, which is none.
             index: which steps of the whole run.
+            t: ``(low, high)``, ends included. Rows of a batch have times of their own: the hook
+                is shown all rows, and its edit is taken in those that match.
+            masks_left: so many masks left in the block before the step; row by row, like ``t``.
             when: a predicate on the step, beside the others.
             scope: how far it reaches; see the module.
 
@@ -177,9 +266,8 @@ class StepHooks:
         """
         if scope not in ("active", "commit", "prefix"):
             raise InputError(f'scope={scope!r}: give "active", "commit" or "prefix"')
-        for selector, which in (("block", block), ("step", step), ("index", index)):
-            check_which(selector, which)
-        self.hooks.append(StepHook(name, fn, block, step, index, when, scope))
+        chosen = Chosen(block, step, index, t, masks_left, when)
+        self.hooks.append(StepHook(name, fn, chosen, scope))
         return self
 
     @classmethod
@@ -207,195 +295,3 @@ class StepHooks:
 
 def _without_step(fn: Any, activation: Tensor, hook: HookPoint, step: Step) -> Tensor | None:
     return fn(activation, hook=hook)
-
-
-def row_axis(name: str) -> int | None:
-    """Which axis counts the pass's rows; None where only the block's rows are read out."""
-    if name.startswith(("ln_final.", "unembed.", "hook_unembed", "final_adaln.")):
-        return None
-    return 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
-
-
-def is_conditioning(name: str) -> bool:
-    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
-    return name.startswith("timestep_embed.") or ".adaln." in name
-
-
-def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
-    """The hook points behind names, each checked.
-
-    Raises:
-        HookNameError: for a name that the bridge does not have (the nearest are listed), or whose
-            flag is off, so that it would never fire.
-    """
-    known = bridge.hook_dict
-    found = {}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            told = f"; the nearest are {', '.join(near)}" if near else ""
-            raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
-        reason = bridge._gated_hook_reason(known[name].name or name)
-        if reason is not None:
-            raise HookNameError(f"{name!r} would never fire: {reason}")
-        found[name] = known[name]
-    return found
-
-
-def apply_on_rows(
-    fn: StepFn, step: Step, name: str, part: slice, width: int, activation: Tensor, hook: HookPoint
-) -> Tensor | None:
-    """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
-
-    A conditioning vector that all rows share is spread over them when an edit names only some.
-
-    Raises:
-        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
-    """
-    axis = row_axis(name)
-    whole = axis is None or part == slice(0, width)
-    conditioning = not whole and is_conditioning(name)
-    if whole:
-        shown = activation
-    elif conditioning:
-        shown = one_vector(name, activation, part)
-    else:
-        shown = activation.narrow(axis or 0, part.start, part.stop - part.start)
-    before = shown.clone() if conditioning else shown
-    edited = fn(shown, hook, step)
-    if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
-        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise HookReturnError(
-            f"the hook at {name} returned {got}: return None, or a tensor of shape "
-            f"{tuple(shown.shape)}"
-        )
-    if edited is None and conditioning and not torch.equal(shown, before):
-        edited = shown
-    if edited is None or whole:
-        return edited
-    if conditioning:
-        return spread(name, activation, edited, part, width)
-    out = activation.clone()
-    out.narrow(axis or 0, part.start, part.stop - part.start).copy_(edited)
-    return out
-
-
-def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
-    """A copy of the vector that the rows ``part`` share, shaped as in a pass that nobody edited."""
-    if activation.ndim < 3 or activation.shape[1] == 1:
-        return activation.clone()
-    vectors = activation[:, part]
-    if not torch.equal(vectors, vectors[:, :1].expand_as(vectors)):
-        raise InputError(
-            f"the rows of this hook's scope have several vectors at {name}, from edits of "
-            "narrower scope "
-            "upstream: hook them one scope at a time"
-        )
-    return (
-        vectors[:, 0].clone()
-        if name.endswith(".hook_in") or "timestep" in name
-        else vectors[:, :1].clone()
-    )
-
-
-def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
-    """``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only."""
-    if vector.ndim == 1:
-        raise HookReturnError(
-            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
-            "batch row. "
-            "Edit timestep_embed.hook_out, or the layers' adaln hooks"
-        )
-    if vector.ndim == 2:
-        vector = vector[:, None]
-    out = vector.expand(-1, width, -1).clone()
-    out[:, part] = edited[:, None] if edited.ndim == 2 else edited
-    return out
-
-
-@contextmanager
-def attached(
-    points: dict[str, HookPoint],
-    fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
-    step: Step,
-) -> Iterator[None]:
-    """Hooks on and the current step set for one forward; both gone afterwards, come what may."""
-    with ExitStack() as stack:
-        for name, fn in fns:
-            point = points[name]
-            handle = point.add_hook(partial(_named, fn))  # type: ignore[arg-type]
-            stack.callback(point.fwd_hooks.remove, handle)
-            stack.callback(handle.hook.remove)
-        stack.callback(_current_step.reset, _current_step.set(step))
-        yield
-
-
-def _named(fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
-    return fn(activation, hook)
-
-
-@dataclass(frozen=True)
-class Record:
-    """Which activations a run keeps, of the active block's rows.
-
-    Attributes:
-        names: hook names.
-        block: which blocks; all by default.
-        step: which steps within a block; all by default.
-        index: which steps of the whole run.
-        device: where they are kept.
-        dtype: kept in this dtype; as they come by default.
-    """
-
-    names: Collection[str]
-    block: Which = None
-    step: Which = None
-    index: Which = None
-    device: str | torch.device = "cpu"
-    dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.names, str):
-            raise InputError(f"names={self.names!r}: give a list of hook names")
-        for selector in ("block", "step", "index"):
-            check_which(selector, getattr(self, selector))
-
-    def wants(self, step: Step) -> bool:
-        """Whether this step is kept."""
-        return (
-            matches(self.block, step.block)
-            and matches(self.step, step.step)
-            and matches(self.index, step.index)
-        )
-
-    def keep(self, activation: Tensor) -> Tensor:
-        """A copy, detached, where and as it is kept."""
-        return activation.detach().to(
-            device=self.device, dtype=self.dtype or activation.dtype, copy=True
-        )
-
-
-def stack_ragged(name: str, kept: list[Tensor]) -> Tensor:
-    """One tensor ``[step, batch, ...]`` from steps whose sizes may differ.
-
-    Keys that a step does not have yet are filled with what they would be: no attention (0) in a
-    pattern, -inf in scores. Rows that a narrower last block does not have are NaN, or -1 in ids.
-    """
-    sizes = [max(sizes) for sizes in zip(*(x.shape for x in kept), strict=True)]
-    if all(list(x.shape) == sizes for x in kept):
-        return torch.stack(kept)
-    has_keys = name.endswith(("hook_pattern", "hook_attn_scores"))
-    full = []
-    for x in kept:
-        if has_keys:
-            unseen = 0.0 if name.endswith("hook_pattern") else -torch.inf
-            x = F.pad(x, (0, sizes[-1] - x.shape[-1]), value=unseen)
-        wide = x.new_full(sizes, torch.nan if x.is_floating_point() else -1)
-        wide[tuple(slice(0, size) for size in x.shape)] = x
-        full.append(wide)
-    return torch.stack(full)
-
-
-def with_scope(step: Step, scope: Scope) -> Step:
-    """The same step, as a hook of another scope is shown it."""
-    return step if step.scope == scope else replace(step, scope=scope)

@@ -1,0 +1,118 @@
+"""Reveals that are decided beforehand: a token, an order, or both, in place of the sampler's.
+
+Everything else stays as it is: same noise, same network, same cache.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.diffusion.canvas import Canvas
+from transformer_lens_bd3lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Force:
+    """What becomes of chosen positions, and when.
+
+    Attributes:
+        tokens: ``{position: id}`` for all rows (a string of one token will do), or ids ``[batch,
+            pos]`` with -1 where the draw decides. A position becomes its token when it is revealed.
+        order: ``{step index: position or positions}`` for all rows, or step indices ``[batch,
+            pos]`` (such as ``run.commit_step``) with -1 where the sampler decides. At such a step a
+            row reveals these positions and no others; they are not revealed before.
+    """
+
+    tokens: Mapping[int, int | str] | Tensor | None = None
+    order: Mapping[int, int | Collection[int]] | Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A ``Force`` over one canvas: ids and step indices ``[batch, pos]``, -1 where nothing is."""
+
+    tokens: Int[Tensor, "batch pos"]
+    order: Int[Tensor, "batch pos"]
+
+    @classmethod
+    def of(cls, bridge: Any, canvas: Canvas, force: Force | None) -> "Plan":
+        """The plan of a run; without ``force`` it plans nothing.
+
+        Raises:
+            InputError: for positions that are not to be denoised, or ids that are none.
+        """
+        shape = canvas.tokens.shape
+        plan = cls(*(torch.full(shape, -1, dtype=torch.long) for _ in range(2)))
+        if force is None:
+            return plan
+        if not isinstance(force, Force):
+            raise InputError(f"force is {type(force).__name__}: give Force(tokens=..., order=...)")
+        for name, given, entries in (
+            ("tokens", force.tokens, plan.tokens),
+            ("order", force.order, plan.order),
+        ):
+            if isinstance(given, Tensor):
+                if given.ndim != 2 or given.shape[0] != shape[0] or given.shape[1] > shape[1]:
+                    raise InputError(
+                        f"force {name} has shape {list(given.shape)}: give [batch, pos] = "
+                        f"{list(shape)}"
+                    )
+                entries[:, : given.shape[1]] = given
+            elif isinstance(given, Mapping):
+                for position, value in cls._pairs(bridge, name, given):
+                    if not 0 <= position < shape[1]:
+                        raise InputError(
+                            f"force {name} names position {position}: the canvas has {shape[1]}"
+                        )
+                    entries[:, position] = value
+            elif given is not None:
+                raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
+        known = torch.zeros(shape, dtype=torch.bool)
+        known |= plan.tokens >= 0
+        known |= plan.order >= 0
+        if not bool((known & canvas.to_denoise()).any(0)[known.any(0)].all()):
+            raise InputError("force names a position that is given already: nothing would come")
+        vocab, mask_id = bridge.original_model.config.vocab_size, canvas.mask_id
+        if bool((plan.tokens >= vocab).any()) or bool((plan.tokens == mask_id).any()):
+            raise InputError(f"force names a token that is none: ids are 0..{vocab - 1}, no mask")
+        plan.tokens[~canvas.to_denoise()] = -1
+        plan.order[~canvas.to_denoise()] = -1
+        return plan
+
+    @staticmethod
+    def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
+        """(position, token id) or (position, step index)."""
+        if name == "tokens":
+            return [
+                (position, bridge.to_single_token(token) if isinstance(token, str) else token)
+                for position, token in given.items()
+            ]
+        return [
+            (position, index)
+            for index, positions in given.items()
+            for position in ([positions] if isinstance(positions, int) else positions)
+        ]
+
+    def free(self, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
+        """Positions of a block whose turn the sampler decides."""
+        return self.order[:, slice(*window)] < 0
+
+    def due(self, index: int, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
+        """Positions of the block that are to be revealed at this step.
+
+        Raises:
+            InputError: if another block holds one of them, or its step is already past.
+        """
+        due, inside = self.order == index, torch.zeros_like(self.order, dtype=torch.bool)
+        inside[:, slice(*window)] = True
+        if bool((due & ~inside).any()):
+            position = int((due & ~inside).nonzero()[0, 1])
+            raise InputError(
+                f"force reveals position {position} at step {index}, where the block being "
+                f"denoised is {window[0]}..{window[1] - 1}"
+            )
+        return due[:, slice(*window)]

@@ -1,0 +1,174 @@
+"""Which rows of a pass a step hook sees, and how hooks get on and off the bridge.
+
+A pass of the denoising loop runs the active block's rows, and maybe others: the block just
+finished, or the whole prefix. A step hook is shown the rows that its scope names, under
+TransformerLens's own hook names, and what it returns is put back there and nowhere else.
+
+Nothing here knows which rows those are; see ``network.py``.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from transformer_lens_bd3lm.diffusion.steps import Step, StepFn
+from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
+
+READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
+
+_current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
+
+
+def current_step() -> Step | None:
+    """The step whose forward is running; None outside the denoising loop."""
+    return _current_step.get()
+
+
+def row_axis(name: str) -> int | None:
+    """Which axis counts the pass's rows; None where only the block's rows are read out."""
+    if name.startswith(READ_OUT):
+        return None
+    return 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
+
+
+def is_conditioning(name: str) -> bool:
+    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
+    return name.startswith(("timestep_embed.", "final_adaln.")) or ".adaln." in name
+
+
+def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
+    """The hook points behind names, each checked.
+
+    Raises:
+        HookNameError: for a name that the bridge does not have (the nearest are listed), or whose
+            flag is off, so that it would never fire.
+    """
+    known = bridge.hook_dict
+    found = {}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            told = f"; the nearest are {', '.join(near)}" if near else ""
+            raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
+        reason = bridge._gated_hook_reason(known[name].name or name)
+        if reason is not None:
+            raise HookNameError(f"{name!r} would never fire: {reason}")
+        found[name] = known[name]
+    return found
+
+
+def apply_on_rows(
+    fn: StepFn, step: Step, name: str, part: slice, width: int, activation: Tensor, hook: HookPoint
+) -> Tensor | None:
+    """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
+
+    A conditioning vector that all rows share is spread over them when an edit names only some.
+
+    Raises:
+        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
+    """
+    axis = row_axis(name)
+    whole = axis is None or part == slice(0, width)
+    conditioning = not whole and is_conditioning(name)
+    if whole:
+        shown = activation
+    elif conditioning:
+        shown = one_vector(name, activation, part)
+    else:
+        shown = activation.narrow(axis or 0, part.start, part.stop - part.start)
+    before = shown.clone() if conditioning else shown
+    edited = fn(shown, hook, step)
+    if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
+        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise HookReturnError(
+            f"the hook at {name} returned {got}: return None, or a tensor of shape "
+            f"{tuple(shown.shape)}"
+        )
+    if edited is None and conditioning and not torch.equal(shown, before):
+        edited = shown
+    if edited is None or whole:
+        return edited
+    if conditioning:
+        return spread(name, activation, edited, part, width)
+    out = activation.clone()
+    out.narrow(axis or 0, part.start, part.stop - part.start).copy_(edited)
+    return out
+
+
+def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
+    """A copy of the vector that the rows ``part`` share, shaped as in a pass that nobody edited."""
+    if activation.ndim < 3 or activation.shape[1] == 1:
+        return activation.clone()
+    vectors = activation[:, part]
+    if not torch.equal(vectors, vectors[:, :1].expand_as(vectors)):
+        raise InputError(
+            f"the rows of this hook's scope have several vectors at {name}, from edits of "
+            "narrower scope upstream: hook them one scope at a time"
+        )
+    return (
+        vectors[:, 0].clone()
+        if name.endswith(".hook_in") or "timestep" in name
+        else vectors[:, :1].clone()
+    )
+
+
+def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
+    """``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only."""
+    if vector.ndim == 1:
+        raise HookReturnError(
+            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
+            "batch row. Edit timestep_embed.hook_out, or the layers' adaln hooks"
+        )
+    if vector.ndim == 2:
+        vector = vector[:, None]
+    out = vector.expand(-1, width, -1).clone()
+    out[:, part] = edited[:, None] if edited.ndim == 2 else edited
+    return out
+
+
+@contextmanager
+def attached(
+    points: dict[str, HookPoint],
+    fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
+    step: Step,
+) -> Iterator[None]:
+    """Hooks on and the current step set for one forward; both gone afterwards, come what may."""
+    with ExitStack() as stack:
+        for name, fn in fns:
+            point = points[name]
+            handle = point.add_hook(cast(Any, partial(_named, fn)))
+            stack.callback(point.fwd_hooks.remove, handle)
+            stack.callback(handle.hook.remove)
+        stack.callback(_current_step.reset, _current_step.set(step))
+        yield
+
+
+def _named(fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
+    return fn(activation, hook)
+
+
+def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:
+    """The same hook, shown the whole batch, whose edits are taken in the chosen batch rows alone.
+
+    Raises:
+        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
+    """
+
+    def narrowed(activation: Tensor, hook: HookPoint, step: Step) -> Tensor | None:
+        shown = activation.clone()
+        edited = fn(shown, hook, step)
+        edited = shown if edited is None else edited
+        if not isinstance(edited, Tensor) or edited.shape != activation.shape:
+            return edited  # refused, with its shape, where all returns are checked
+        here = chosen.to(activation.device).view(-1, *[1] * (activation.ndim - 1))
+        return torch.where(here, edited, activation)
+
+    return narrowed
