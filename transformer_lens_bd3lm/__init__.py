@@ -11,8 +11,13 @@ from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
 from transformer_lens_bd3lm.diffusion.denoise import denoise_steps as denoise_steps
 from transformer_lens_bd3lm.diffusion.force import Force as Force
+from transformer_lens_bd3lm.diffusion.mediate import Mediation as Mediation
+from transformer_lens_bd3lm.diffusion.mediate import mediate as mediate
 from transformer_lens_bd3lm.diffusion.noise import Noise as Noise
 from transformer_lens_bd3lm.diffusion.record import Record as Record
+from transformer_lens_bd3lm.diffusion.replay import Replay as Replay
+from transformer_lens_bd3lm.diffusion.replay import fork as fork
+from transformer_lens_bd3lm.diffusion.replay import replay as replay
 from transformer_lens_bd3lm.diffusion.rows import current_step as current_step
 from transformer_lens_bd3lm.diffusion.run import Run as Run
 from transformer_lens_bd3lm.diffusion.samplers import Ancestral as Ancestral
@@ -38,8 +43,10 @@ __all__ = [
     "FirstHitting",
     "Force",
     "LowEntropy",
+    "Mediation",
     "Noise",
     "Record",
+    "Replay",
     "Run",
     "Step",
     "StepHooks",
@@ -47,8 +54,11 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "fork",
     "log_probs",
+    "mediate",
     "register",
+    "replay",
     "set_block_size",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``bd3lm demo``, ``bd3lm info``, ``bd3lm likelihood``, ``bd3lm train``.
+"""The command line: ``bd3lm demo``, ``generate``, ``info``, ``likelihood`` and ``train``.
 
 Every command is a few calls of the public surface and a table; nothing is computed here.
 """
@@ -6,20 +6,18 @@ Every command is a few calls of the public surface and a table; nothing is compu
 import contextlib
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.panel import Panel
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
 
 from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.terminal import Canvases, compare, console, hook_tree
 
 app = typer.Typer(
     help="Block-diffusion language models, opened up for interpretability.",
@@ -27,8 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-
 ModelOption = Annotated[
     str | None, typer.Option(help="Hub id or folder; the embedded default if not given.")
 ]
@@ -132,28 +128,6 @@ def show_forward(bridge: Any, text: str) -> None:
     console.print(table)
 
 
-def hook_tree(bridge: Any, cache: Any) -> Tree:
-    """The cached hook points of layer 0 and outside the layers, with their shapes."""
-    tree = Tree("hook points, and what the cache holds")
-    names = [
-        name for name in cache if not name.startswith("blocks.") or name.startswith("blocks.0.")
-    ]
-    branches = {"": tree}
-    seen: set[int] = set()
-    points = bridge.hook_dict
-    for name in sorted(names, key=lambda name: (name.count("."), -len(name), name)):
-        if id(points[name]) in seen or (name.endswith(".hook_in") and name != "unembed.hook_in"):
-            continue
-        seen.add(id(points[name]))
-        path, _, leaf = name.rpartition(".")
-        if path not in branches:
-            above, _, own = path.rpartition(".")
-            label = f"blocks.{{0..{bridge.cfg.n_layers - 1}}}" if path == "blocks.0" else own
-            branches[path] = branches.get(above, tree).add(f"[bold]{label}[/]")
-        branches[path].add(f"{leaf} [dim]{list(cache[name].shape)}[/]")
-    return tree
-
-
 def show_denoising(
     bridge: Any, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
 ) -> None:
@@ -175,68 +149,68 @@ def show_denoising(
         "every block, the "
         f"residual is pushed toward {bridge.tokenizer.decode([target])!r}"
     )
-    noise = bd3lm.Noise(seed)
-    runs = []
-    for title, edit in (("without the hook", None), ("with the hook, same noise", hooks)):
-        steps = bd3lm.denoise_steps(bridge, prompt, max_new_tokens=tokens, noise=noise, hooks=edit)
-        runs.append(watch(bridge, steps, title))
-    compare(bridge, *runs)
+    how = {"max_new_tokens": tokens, "noise": bd3lm.Noise(seed), "progress": False}
+    with Canvases(bridge, "without the hook", tokens) as canvases:
+        run = bd3lm.denoise(bridge, prompt, on_step=canvases.show, **how)
+    console.print('[bold]Replay[/]      bd3lm.replay(run, hooks, "coupled"): the same noise')
+    compare(bd3lm.replay(run, hooks, "coupled"))
 
 
-def canvas_text(bridge: Any, step: Any) -> Text:
-    """The canvas after a step: masks as boxes, what the step revealed in colour."""
-    text = Text()
-    start, end = step.window
-    for position, token in enumerate(step.after[0].tolist()):
-        if token == step.mask_id:
-            text.append("░░ ", style="dim")
-            continue
-        fresh = start <= position < end and bool(step.revealed[0, position - start])
-        text.append(bridge.tokenizer.decode([token]), style="bold black on green" if fresh else "")
-    return text
+class Order(str, Enum):
+    """Names of the samplers on the command line."""
+
+    first_hitting = "first-hitting"
+    ancestral = "ancestral"
+    confidence = "confidence"
 
 
-def watch(bridge: Any, steps: Any, title: str) -> list[Any]:
-    """Show a run filling in, live on a terminal and as a few frames elsewhere; return its steps."""
-    kept: list[Any] = []
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=12) as live:
-            for step in steps:
-                kept.append(step)
-                frame = canvas_text(bridge, step)
-                live.update(Panel(frame, title=f"{title}: step {step.index}, block {step.block}"))
-        return kept
-    kept = list(steps)
-    chosen = sorted({0, len(kept) // 3, 2 * len(kept) // 3, len(kept) - 1})
-    for step in (kept[i] for i in chosen):
-        frame = canvas_text(bridge, step)
-        console.print(Panel(frame, title=f"{title}: step {step.index}, block {step.block}"))
-    return kept
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more; BOS if none.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    block_size: Annotated[
+        str | None, typer.Option(help='The dial: tokens a block, or "full".')
+    ] = None,
+    sampler: Annotated[Order, typer.Option(help="Who is revealed next.")] = Order.first_hitting,
+    steps: Annotated[int, typer.Option(help="Steps a block, for ancestral.")] = 64,
+    temperature: Annotated[float, typer.Option(help="1 is the model's own; 0 the argmax.")] = 1.0,
+    nucleus_p: Annotated[float, typer.Option(help="Mass of the (usual) nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    stop: Annotated[bool, typer.Option(help="End a row at its end-of-text token.")] = False,
+    stream: Annotated[bool, typer.Option(help="Show the canvas filling in.")] = False,
+    save: Annotated[Path | None, typer.Option(help="A new folder for the run.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+) -> None:
+    """Write text by denoising, block after block."""
+    import transformer_lens_bd3lm as bd3lm
 
-
-def compare(bridge: Any, base: list[Any], edited: list[Any]) -> None:
-    """What the hook changed: both texts, the differences in colour, and where they part."""
-    before, after = base[-1].after[0], edited[-1].after[0]
-    length = min(len(before), len(after))
-    differs = (before[:length] != after[:length]).tolist()
-    table = Table(
-        title="what the hook changed, under the same noise", title_justify="left", show_lines=True
-    )
-    table.add_column("run")
-    table.add_column("text")
-    for name, ids, style in (("base", before, "green"), ("edited", after, "red")):
-        text = Text()
-        for token, other in zip(ids[:length].tolist(), differs, strict=True):
-            text.append(bridge.tokenizer.decode([token]), style=f"bold {style}" if other else "")
-        table.add_row(name, text)
-    console.print(table)
-    written = sum(int(step.revealed.sum()) for step in base)
-    first = next(
-        (s.index for s, e in zip(base, edited, strict=False) if not torch.equal(s.after, e.after)),
-        None,
-    )
-    told = "no token changed" if first is None else f"they part at step {first}"
-    console.print(f"{sum(differs)} of {written} written tokens differ; {told}")
+    if sampler is Order.ancestral:
+        how = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
+    else:
+        kind = bd3lm.FirstHitting if sampler is Order.first_hitting else bd3lm.Confidence
+        how = kind(temperature=temperature, nucleus_p=nucleus_p)
+    dial = int(block_size) if block_size and block_size.isdigit() else block_size
+    bridge = boot(model, device)
+    shown = Canvases(bridge, "denoising", tokens) if stream else contextlib.nullcontext()
+    with shown as canvases:
+        run = bd3lm.denoise(
+            bridge,
+            prompt or None,
+            max_new_tokens=tokens,
+            block_size=dial,
+            sampler=how,
+            noise=bd3lm.Noise(seed),
+            stop=bd3lm.EndOfText() if stop else None,
+            progress=False if stream else None,
+            on_step=canvases.show if canvases else None,
+        )
+    for text in run.text:
+        console.print(text, markup=False, soft_wrap=True)
+    console.print(f"[dim]{escape(repr(run))}[/]")
+    if save is not None:
+        run.save(save)
+        console.print(f"saved in {save}")
 
 
 @app.command()

@@ -47,6 +47,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
     applicable_phases: list[int] = [1, 2]
     supports_generation: bool = False
+    native_sampler: str | None = "diffusion_generate"
     supports_kv_cache: bool = False
     supports_causal_loss: bool = False
     supports_hf_output_attentions: bool = False
@@ -132,6 +133,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
         self.cfg.dropout = hf_model.config.dropout
+        if hf_model.config.causal:
+            self.native_sampler = None
+
+    def native_sampler_kwargs(self, max_new_tokens: int, prompt_len: int) -> dict[str, Any]:
+        """What ``bridge.diffusion_generate`` hands to the denoising loop."""
+        return {"max_new_tokens": max_new_tokens}
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
@@ -164,8 +171,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
 FOLDING = (
     "weight processing is not exact on BD3LM yet: the host folds norms without the adaLN shift, "
-    "scale and gate "
-    "between them. Use the bridge as booted; its hooks and logits are exact"
+    "scale and gate between them. Use the bridge as booted; its hooks and logits are exact"
 )
 
 

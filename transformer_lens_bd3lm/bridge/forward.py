@@ -173,6 +173,17 @@ class HookedForward:
         routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
         return run(self, x, sigma, routing, slice(0, view.length))
 
+    def diffusion_generate(
+        self: Any, input_ids: Int[Tensor, "batch pos"], **how: Any
+    ) -> Int[Tensor, "batch pos"]:
+        """The finished ids of :func:`denoise`, whose keywords these are.
+
+        ``bridge.diffusion_generate`` calls it.
+        """
+        from transformer_lens_bd3lm.diffusion.denoise import denoise  # a floor above this one
+
+        return denoise(self.tl_cfg._bridge_ref(), input_ids, **how).tokens
+
 
 class Dial:
     """The checkpoint's config as one call sees it: the dial is the bridge's."""

@@ -103,6 +103,12 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
     return list(check_ids(prompt, size, "prompt"))
 
 
+def padded(length: int, size: int, context: int, pad_block: bool) -> int:
+    """Positions of the canvas of a text: whole blocks with ``pad_block``, but for the context's."""
+    total = -(-length // size) * size if pad_block else length
+    return min(total, context) if length <= context else total
+
+
 def read_canvas(
     bridge: Any, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
 ) -> Canvas:
@@ -135,9 +141,19 @@ def read_canvas(
             f"prompt and {max_new_tokens} new tokens make {length}: the context is "
             f"{config.model_length}, and sliding past it takes blocks of at most half of it"
         )
-    total = -(-length // size) * size if pad_block else length
-    if length <= config.model_length:
-        total = min(total, config.model_length)
+    total = padded(length, size, config.model_length, pad_block)
+    for each in lengths.tolist():
+        alone = padded(each, size if config.cross_attn else each, config.model_length, pad_block)
+        if min(-(-each // size) * size, total) != alone:
+            why = (
+                "without blocks every position reads every other"
+                if not config.cross_attn
+                else "its last block would be longer than alone"
+            )
+            raise InputError(
+                f"the text of the row of {each} positions would depend on the longest, of {length}:"
+                f" {why}. Give rows of one length, or run them one by one"
+            )
     tokens = torch.full((len(rows), total), cfg.mask_token_id, device=cfg.device)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids

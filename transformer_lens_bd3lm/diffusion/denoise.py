@@ -13,7 +13,7 @@ Blocks lie on the grid of absolute positions, as in training; see ``canvas.py`` 
 unequal length, filling in and text longer than the context, ``network.py`` for the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, make_network
 from transformer_lens_bd3lm.diffusion.noise import Noise
-from transformer_lens_bd3lm.diffusion.record import Record, stack_ragged
-from transformer_lens_bd3lm.diffusion.run import Run, Timeline
+from transformer_lens_bd3lm.diffusion.record import Record
+from transformer_lens_bd3lm.diffusion.run import Run, Timeline, gather
 from transformer_lens_bd3lm.diffusion.samplers import Drawing, FirstHitting, Sampler
 from transformer_lens_bd3lm.diffusion.steps import Step
 from transformer_lens_bd3lm.diffusion.stop import Stop
@@ -171,7 +171,15 @@ def choices(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything a run was asked for, beside the bridge and the canvas, so that it can be rerun."""
+    """Everything a run was asked for, beside the bridge and the canvas, so that it can be rerun.
+
+    Attributes:
+        finished: commits of blocks that were denoised before, for hooks of scope "commit".
+        start: a step to go on from; see :class:`Loop`.
+        started_at: the time at ``start``, row by row.
+        ceiling: scales the first block's reveal times; see :class:`Loop`.
+        unsaved: what a file could not hold.
+    """
 
     sampler: Any = None
     noise: Any = None
@@ -181,10 +189,29 @@ class Request:
     stop: Any = None
     force: Force | None = None
     finished: list[Step] = field(default_factory=list)
+    start: Step | None = None
+    started_at: Float[Tensor, " batch"] | None = None
+    ceiling: Float[Tensor, " batch"] | None = None
+    unsaved: tuple[str, ...] = ()
 
-    def loop(
-        self, bridge: Any, canvas: Canvas, start: Step | None = None, ceiling: Tensor | None = None
-    ) -> Loop:
+    def need(self, *what: str) -> None:
+        """Refuse to rerun what a file could not hold.
+
+        Raises:
+            InputError: if one of these was a function or a class of the user's when it was saved.
+        """
+        lost = [name for name in what if name in self.unsaved]
+        if lost:
+            raise InputError(
+                f"this run was loaded from a file, which does not hold its {' and '.join(lost)}: "
+                f"load it with Run.load(path, bridge, {', '.join(f'{name}=...' for name in lost)})"
+            )
+
+    def network(self, bridge: Any, canvas: Canvas) -> Network:
+        """The network of the run, with everybody who looks."""
+        return make_network(bridge, canvas, self.kv_cache, self.hooks, self.record, self.finished)
+
+    def loop(self, bridge: Any, canvas: Canvas) -> Loop:
         """Check all of it before anything runs.
 
         Raises:
@@ -192,16 +219,14 @@ class Request:
             NotExactError: for a cache or scope that would not be exact.
             HookNameError: for an unknown hook name.
         """
-        network = make_network(
-            bridge, canvas, self.kv_cache, self.hooks, self.record, self.finished
-        )
+        network = self.network(bridge, canvas)
         sampler, noise = choices(canvas, self.sampler, self.noise)
         if self.record is not None:
             shared_pace = isinstance(sampler, Drawing) and self.force is None
             self.record.check_budget(bridge, canvas, one_row_at_a_time=not shared_pace)
         stop = Stop.of(bridge, canvas, self.stop)
         plan = Plan.of(bridge, canvas, self.force)
-        return Loop(network, sampler, noise, plan, stop, start, ceiling)
+        return Loop(network, sampler, noise, plan, stop, self.start, self.ceiling)
 
 
 def denoise_steps(
@@ -242,6 +267,7 @@ def denoise(
     force: Force | None = None,
     pad_block: bool = True,
     progress: bool | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Run:
     """Write text block by block (Arriola et al., algorithm 2), with hooks at chosen steps.
 
@@ -266,6 +292,7 @@ def denoise(
         pad_block: denoise the last block at its full length, as it was trained, and cut what was
             not asked for; False leaves it ragged.
         progress: show a bar; by default for long runs on a terminal.
+        on_step: called with every finished step, logits included.
 
     Raises:
         InputError: for a prompt, length or selector that does not fit.
@@ -275,11 +302,16 @@ def denoise(
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     request = Request(sampler, noise, kv_cache, hooks, record, stop, force)
-    return finish(bridge, canvas, request.loop(bridge, canvas), request, progress)
+    return finish(bridge, canvas, request.loop(bridge, canvas), request, progress, on_step)
 
 
 def finish(
-    bridge: Any, canvas: Canvas, loop: Loop, request: Request, progress: bool | None = None
+    bridge: Any,
+    canvas: Canvas,
+    loop: Loop,
+    request: Request,
+    progress: bool | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Run:
     """Run a loop to its end and gather what it did."""
     final, timeline = canvas.tokens, Timeline.empty()
@@ -294,13 +326,9 @@ def finish(
         lead[:, part][step.revealed] = step.lead[step.revealed]
         final = step.after
         timeline.add(step)
-    network, kept = loop.network, loop.network.kept
-    activations = {}
-    for name in list(kept):
-        parts = kept.pop(name)
-        if parts:
-            point = network.points[name].name or name
-            activations[name] = stack_ragged(point, parts)
+        if on_step is not None:
+            on_step(step)
+    network = loop.network
     return Run(
         bridge=bridge,
         canvas=canvas,
@@ -310,7 +338,7 @@ def finish(
         log_p_all=log_p,
         lead_all=lead,
         timeline=timeline,
-        activations=activations,
+        activations=gather(network),
         recorded_steps=network.recorded,
         sampler=loop.sampler,
         noise=loop.noise,

@@ -21,7 +21,8 @@ class Force:
 
     Attributes:
         tokens: ``{position: id}`` for all rows (a string of one token will do), or ids ``[batch,
-            pos]`` with -1 where the draw decides. A position becomes its token when it is revealed.
+            pos]`` (such as ``run.tokens``) with -1, or what the canvas holds already, where nothing
+            is forced. A position becomes its token when it is revealed.
         order: ``{step index: position or positions}`` for all rows, or step indices ``[batch,
             pos]`` (such as ``run.commit_step``) with -1 where the sampler decides. At such a step a
             row reveals these positions and no others; they are not revealed before.
@@ -45,7 +46,7 @@ class Plan:
         Raises:
             InputError: for positions that are not to be denoised, or ids that are none.
         """
-        shape = canvas.tokens.shape
+        shape, wanted = canvas.tokens.shape, canvas.to_denoise()
         plan = cls(*(torch.full(shape, -1, dtype=torch.long) for _ in range(2)))
         if force is None:
             return plan
@@ -61,41 +62,53 @@ class Plan:
                         f"force {name} has shape {list(given.shape)}: give [batch, pos] = "
                         f"{list(shape)}"
                     )
+                if given.is_floating_point() or given.dtype == torch.bool or bool((given < -1).any()):
+                    raise InputError(f"force {name} is {given.dtype}: give ints, -1 or more")
                 entries[:, : given.shape[1]] = given
+                if name == "tokens":
+                    entries[entries == canvas.tokens.cpu()] = -1
             elif isinstance(given, Mapping):
                 for position, value in cls._pairs(bridge, name, given):
                     if not 0 <= position < shape[1]:
                         raise InputError(
                             f"force {name} names position {position}: the canvas has {shape[1]}"
                         )
+                    if bool((entries[:, position] >= 0).any()):
+                        raise InputError(f"force {name} names position {position} twice")
                     entries[:, position] = value
+                    if bool(wanted[:, position].any()):
+                        entries[~wanted[:, position], position] = -1
             elif given is not None:
                 raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
-        known = torch.zeros(shape, dtype=torch.bool)
-        known |= plan.tokens >= 0
-        known |= plan.order >= 0
-        if not bool((known & canvas.to_denoise()).any(0)[known.any(0)].all()):
-            raise InputError("force names a position that is given already: nothing would come")
+            if bool((entries >= 0)[~wanted].any()):
+                raise InputError("force names a position that is given already: nothing would come")
         vocab, mask_id = bridge.original_model.config.vocab_size, canvas.mask_id
         if bool((plan.tokens >= vocab).any()) or bool((plan.tokens == mask_id).any()):
             raise InputError(f"force names a token that is none: ids are 0..{vocab - 1}, no mask")
-        plan.tokens[~canvas.to_denoise()] = -1
-        plan.order[~canvas.to_denoise()] = -1
         return plan
 
     @staticmethod
     def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
-        """(position, token id) or (position, step index)."""
+        """(position, token id) or (position, step index).
+
+        Raises:
+            InputError: for strings of several tokens, and for what is no number from 0.
+        """
         if name == "tokens":
-            return [
-                (position, bridge.to_single_token(token) if isinstance(token, str) else token)
+            pairs = [
+                (position, single_token(bridge, token) if isinstance(token, str) else token)
                 for position, token in given.items()
             ]
-        return [
-            (position, index)
-            for index, positions in given.items()
-            for position in ([positions] if isinstance(positions, int) else positions)
-        ]
+        else:
+            pairs = [
+                (position, index)
+                for index, positions in given.items()
+                for position in ([positions] if isinstance(positions, int) else positions)
+            ]
+        for pair in pairs:
+            if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or pair[1] < 0:
+                raise InputError(f"force {name} holds {pair}: give ints that count from 0")
+        return pairs
 
     def free(self, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
         """Positions of a block whose turn the sampler decides."""
@@ -116,3 +129,17 @@ class Plan:
                 f"denoised is {window[0]}..{window[1] - 1}"
             )
         return due[:, slice(*window)]
+
+
+def single_token(bridge: Any, text: str) -> int:
+    """The id of a string of one token.
+
+    Raises:
+        InputError: if it is none or several, or there is no tokenizer.
+    """
+    if bridge.tokenizer is None:
+        raise InputError(f"force names {text!r}: this bridge has no tokenizer, give an id")
+    ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+    if len(ids) != 1:
+        raise InputError(f"force names {text!r}, which is {len(ids)} tokens: give one, or its id")
+    return ids[0]

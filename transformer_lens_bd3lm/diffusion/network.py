@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.noise import sigma_of
 from transformer_lens_bd3lm.diffusion.record import Record
 from transformer_lens_bd3lm.diffusion.rows import (
+    HAS_KEYS,
     apply_on_rows,
     attached,
     on_batch_rows,
@@ -112,7 +113,9 @@ class Network:
                 return
             fn = hook.fn if bool(chosen.all()) else on_batch_rows(hook.fn, chosen)
             part = slice(low - first, high - first)
-            fns.append((hook.name, partial(apply_on_rows, fn, seen, hook.name, part, width)))
+            unseen = self.unseen(hook.name, first, low)
+            look = partial(apply_on_rows, fn, seen, hook.name, part, width, unseen)
+            fns.append((hook.name, look))
 
         for hook in self.hooks.hooks:
             # The readout has the active block's rows alone: there is nothing else to reach there.
@@ -137,9 +140,18 @@ class Network:
             self.kept[name].append(record.keep(self.points[name].name or name, activation))
 
         return [
-            (name, partial(apply_on_rows, partial(keep, name), step, name, part, width))
-            for name in self.kept
+            (name, partial(apply_on_rows, partial(keep, name), step, name, part, width, unseen))
+            for name, unseen in ((n, self.unseen(n, first, step.window[0])) for n in self.kept)
         ]
+
+    def unseen(self, name: str, first: int, start: int) -> int:
+        """Keys of a pass from ``first`` that the block at ``start`` does not see: they slid out.
+
+        A cached pass that also stores the block before reaches as far back as that one.
+        """
+        if self.cache is None or not name.endswith(HAS_KEYS):
+            return 0
+        return self.canvas.first_visible(start) - self.canvas.first_visible(first)
 
     def finish(self, step: Step) -> None:
         """The block is clean; hooks of scope "commit" meet its rows again where they are stored."""

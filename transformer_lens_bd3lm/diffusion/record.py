@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
-from transformer_lens_bd3lm.diffusion.rows import is_conditioning
+from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS, is_conditioning
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Span, Step, Which, check_which, matches
 from transformer_lens_bd3lm.errors import InputError
 
-HAS_KEYS = ("hook_pattern", "hook_attn_scores")
 BY_HEAD = ("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 IN_MLP = ("mlp.in.hook_out", "mlp.out.hook_in")
 
@@ -77,22 +77,27 @@ class Record:
         dtype = self.dtype if self.dtype and activation.is_floating_point() else activation.dtype
         return activation.detach().to(device=self.device, dtype=dtype, copy=True)
 
-    def bytes_needed(self, bridge: Any, canvas: Canvas, one_row_at_a_time: bool = False) -> int:
+    def bytes_needed(
+        self,
+        bridge: Any,
+        canvas: Canvas,
+        one_row_at_a_time: bool = False,
+        order: Int[Tensor, "batch pos"] | None = None,
+    ) -> int:
         """At most so many bytes are kept, whatever the noise.
 
         A step reveals at least one token in every row that has a mask, so a block takes at most as
         many steps as its fullest row has masks (with ``one_row_at_a_time``: as all have together).
+        A forced ``order`` may also hold tokens back, for steps that reveal nothing. Every kept step
+        takes as much as the widest, see :func:`stack_ragged`.
         """
         wanted = canvas.to_denoise()
-        batch, index, total = wanted.shape[0], 0, 0
+        batch, index, total, rows, keys = wanted.shape[0], 0, 0, 0, 0
         for block, (start, end) in enumerate(canvas.windows()):
             masks = wanted[:, start:end].sum(-1)
             steps = int(masks.sum() if one_row_at_a_time else masks.max())
-            keys = end - canvas.first_visible(start)
-            once = sum(
-                batch * self.width(bridge, name, len(self.offsets(end - start)), keys)
-                for name in dict.fromkeys(self.names)
-            )
+            if order is not None:
+                steps += max(int(order[:, start:end].max()) + 1 - block, 0)
             if matches(self.block, block):
                 named = sum(matches(self.step, i) for i in range(steps))
                 if self.index is not None:
@@ -100,9 +105,13 @@ class Record:
                     named = min(
                         named, sum(matches(self.index, i) for i in range(block, index + steps))
                     )
-                total += named * once
+                total += named
+                if named:
+                    rows = max(rows, len(self.offsets(end - start)))
+                    keys = max(keys, end - canvas.first_visible(start))
             index += steps
-        return total
+        names = dict.fromkeys(self.names)
+        return total * sum(batch * self.width(bridge, name, rows, keys) for name in names)
 
     def width(self, bridge: Any, name: str, rows: int, keys: int) -> int:
         """Bytes of one activation, a batch row."""
@@ -113,7 +122,7 @@ class Record:
         size = (self.dtype or bridge.embed.weight.dtype).itemsize
         if is_conditioning(hook):
             if hook == "timestep_embed.hook_in":
-                return max(size, 4)
+                return self.dtype.itemsize if self.dtype else max(size, 4)
             if hook.endswith((".hook_in", "timestep_embed.hook_out")):
                 return size * model.config.cond_dim
             vectors = 6 if hook.startswith("blocks.") else 2
@@ -131,13 +140,19 @@ class Record:
             return wide * rows * (1 if hook.endswith("hook_scale") else cfg.d_model)
         return size * rows * cfg.d_model
 
-    def check_budget(self, bridge: Any, canvas: Canvas, one_row_at_a_time: bool = False) -> None:
+    def check_budget(
+        self,
+        bridge: Any,
+        canvas: Canvas,
+        one_row_at_a_time: bool = False,
+        order: Int[Tensor, "batch pos"] | None = None,
+    ) -> None:
         """Refuse a run that could keep more than ``max_bytes``.
 
         Raises:
             InputError: with both figures.
         """
-        needed = self.bytes_needed(bridge, canvas, one_row_at_a_time)
+        needed = self.bytes_needed(bridge, canvas, one_row_at_a_time, order)
         if needed > self.max_bytes:
             raise InputError(
                 f"the record may take {needed / 2**20:,.0f} MiB, max_bytes is "

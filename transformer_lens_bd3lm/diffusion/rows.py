@@ -22,6 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens_bd3lm.diffusion.steps import Step, StepFn
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
+HAS_KEYS = ("hook_pattern", "hook_attn_scores")
 READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
 
 _current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
@@ -36,7 +37,7 @@ def row_axis(name: str) -> int | None:
     """Which axis counts the pass's rows; None where only the block's rows are read out."""
     if name.startswith(READ_OUT):
         return None
-    return 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
+    return 2 if name.endswith(HAS_KEYS) else 1
 
 
 def is_conditioning(name: str) -> bool:
@@ -66,24 +67,32 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
 
 
 def apply_on_rows(
-    fn: StepFn, step: Step, name: str, part: slice, width: int, activation: Tensor, hook: HookPoint
+    fn: StepFn,
+    step: Step,
+    name: str,
+    part: slice,
+    width: int,
+    unseen: int,
+    activation: Tensor,
+    hook: HookPoint,
 ) -> Tensor | None:
     """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
 
+    The first ``unseen`` keys of a pattern, out of view for these rows, are not shown.
     A conditioning vector that all rows share is spread over them when an edit names only some.
 
     Raises:
         HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
     """
     axis = row_axis(name)
-    whole = axis is None or part == slice(0, width)
+    whole = axis is None or (part == slice(0, width) and not unseen)
     conditioning = not whole and is_conditioning(name)
     if whole:
         shown = activation
     elif conditioning:
         shown = one_vector(name, activation, part)
     else:
-        shown = activation.narrow(axis or 0, part.start, part.stop - part.start)
+        shown = rows_of(activation, axis or 0, part, unseen)
     before = shown.clone() if conditioning else shown
     edited = fn(shown, hook, step)
     if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
@@ -99,8 +108,14 @@ def apply_on_rows(
     if conditioning:
         return spread(name, activation, edited, part, width)
     out = activation.clone()
-    out.narrow(axis or 0, part.start, part.stop - part.start).copy_(edited)
+    rows_of(out, axis or 0, part, unseen).copy_(edited)
     return out
+
+
+def rows_of(activation: Tensor, axis: int, part: slice, unseen: int) -> Tensor:
+    """A view of some rows of a pass, without the first keys."""
+    rows = activation.narrow(axis, part.start, part.stop - part.start)
+    return rows[..., unseen:] if unseen else rows
 
 
 def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:

@@ -7,6 +7,7 @@ a position and one row a step, not a canvas a step.
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
+from transformer_lens_bd3lm.diffusion.network import Network
 from transformer_lens_bd3lm.diffusion.noise import Noise
-from transformer_lens_bd3lm.diffusion.record import HAS_KEYS
+from transformer_lens_bd3lm.diffusion.record import HAS_KEYS, stack_ragged
 from transformer_lens_bd3lm.diffusion.rows import is_conditioning
 from transformer_lens_bd3lm.diffusion.steps import Step
 from transformer_lens_bd3lm.errors import InputError
@@ -52,6 +54,16 @@ class Timeline:
         self.windows.append(step.window)
         self.t.append(step.t)
         self.indices.append(step.index)
+
+
+def gather(network: Network) -> dict[str, Tensor]:
+    """What a network recorded, stacked over steps; the parts are let go one name at a time."""
+    found = {}
+    for name in list(network.kept):
+        parts = network.kept.pop(name)
+        if parts:
+            found[name] = stack_ragged(network.points[name].name or name, parts)
+    return found
 
 
 @dataclass(frozen=True)
@@ -176,6 +188,24 @@ class Run:
                 x = x[:, :rows]
             found[point] = x
         return ActivationCache(found, self.bridge)
+
+    def save(self, path: str | Path) -> None:
+        """Write the run into a new folder, whole or not at all; see :mod:`.saved`.
+
+        Raises:
+            InputError: if the folder exists.
+            OSError: if it cannot be written; nothing is left behind then.
+        """
+        from transformer_lens_bd3lm.diffusion.saved import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, bridge: Any, **functions: Any) -> "Run":
+        """Read a saved run back; see :func:`.saved.load` for arguments and errors."""
+        from transformer_lens_bd3lm.diffusion.saved import load
+
+        return load(path, bridge, **functions)
 
     def __repr__(self) -> str:
         rows, written = len(self.ends), int((self.commit_step >= 0).sum())

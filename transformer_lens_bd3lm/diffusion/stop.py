@@ -44,6 +44,10 @@ class LowEntropy:
     below: float = 4.0
     last: int = 256
 
+    def __post_init__(self) -> None:
+        if isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 1:
+            raise InputError(f"last={self.last!r}: give an int >= 1")
+
     def __call__(self, step: Step) -> Bool[Tensor, " batch"]:
         """Rows whose last tokens, up to the end of the block, have less entropy."""
         assert step.after is not None
@@ -64,14 +68,14 @@ class Stop:
     Attributes:
         canvas: what is filled in.
         rules: asked after every finished block.
-        end_token: the end-of-text id, if a row may end there.
+        end_tokens: ids at which a row may end.
         ends: positions that each row keeps ``[batch]``, on the CPU.
         stopped: rows that are not denoised any further ``[batch]``.
     """
 
     canvas: Canvas
     rules: list[StopRule]
-    end_token: int | None
+    end_tokens: list[int]
 
     def __post_init__(self) -> None:
         self.ends = self.canvas.lengths.clone()
@@ -89,20 +93,26 @@ class Stop:
         if stop is not None:
             given = list(stop) if isinstance(stop, list | tuple) else [stop]
         rules: list[StopRule] = []
-        end_token = None
+        end_tokens: list[int] = []
         for rule in given:
             if isinstance(rule, EndOfText):
                 known = None if bridge.tokenizer is None else bridge.tokenizer.eos_token_id
-                end_token = known if rule.token is None else rule.token
-                if end_token is None:
+                token = known if rule.token is None else rule.token
+                if token is None:
                     raise InputError("EndOfText(): this bridge has no end-of-text id: give one")
+                vocab = bridge.original_model.config.vocab_size
+                if not 0 <= token < vocab or token == canvas.mask_id:
+                    raise InputError(
+                        f"EndOfText({token}) would never end a row: ids are 0..{vocab - 1}, no mask"
+                    )
+                end_tokens.append(token)
             elif callable(rule):
                 rules.append(cast(StopRule, rule))
             else:
                 raise InputError(
                     f"stop={rule!r}: give EndOfText(), LowEntropy() or a function of a step"
                 )
-        return cls(canvas, rules, end_token)
+        return cls(canvas, rules, end_tokens)
 
     def ask(self, step: Step) -> None:
         """A block is finished: which rows end with it?
@@ -113,21 +123,36 @@ class Stop:
         assert step.after is not None
         start, end = step.window
         begun = ~self.stopped & self._written[:, start:end].any(-1)
-        if self.end_token is not None:
-            found = (step.after[:, start:end] == self.end_token).cpu()
+        if self.end_tokens:
+            ids = step.after[:, start:end].cpu()
+            found = torch.isin(ids, torch.tensor(self.end_tokens))
             found &= self._written[:, start:end]
             for row in (found.any(-1) & begun).nonzero()[:, 0].tolist():
                 self._end(row, start + int(found[row].nonzero()[0, 0]) + 1)
         for rule in self.rules:
-            answer = torch.as_tensor(rule(step))
-            if answer.shape != self.stopped.shape:
+            answer = truths(rule(step))
+            if answer.dtype != torch.bool or answer.shape != self.stopped.shape:
                 raise InputError(
-                    f"the stop rule answered {list(answer.shape)}: return one truth value for each "
-                    f"of the {len(self.stopped)} rows"
+                    f"the stop rule answered {answer.dtype} {list(answer.shape)}: return one truth "
+                    f"value for each of the {len(self.stopped)} rows"
                 )
-            for row in (answer.cpu().bool() & begun).nonzero()[:, 0].tolist():
+            for row in (answer & begun).nonzero()[:, 0].tolist():
                 self._end(row, end)
 
     def _end(self, row: int, position: int) -> None:
         self.stopped[row] = True
         self.ends[row] = min(int(self.ends[row]), position)
+
+
+def truths(answer: Any) -> Tensor:
+    """A rule's answer as a tensor on the CPU.
+
+    Raises:
+        InputError: for what is none.
+    """
+    try:
+        return torch.as_tensor(answer).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"the stop rule answered {type(answer).__name__}: return one truth value for each row"
+        ) from None
