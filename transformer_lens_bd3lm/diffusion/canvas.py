@@ -33,6 +33,8 @@ class Canvas:
             completes a row's last block, or makes rows equally long.
         mask_id: the mask token's id.
         context: positions that the network can read at once.
+        left: masks that are to be denoised ``[batch, pos]`` on the CPU, where a run goes on from
+            another's canvas; by default those that ``lengths`` asks for.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -40,6 +42,7 @@ class Canvas:
     lengths: Int[Tensor, " batch"]
     mask_id: int
     context: int
+    left: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def reach(self) -> int | None:
@@ -64,6 +67,8 @@ class Canvas:
 
     def to_denoise(self) -> Bool[Tensor, "batch pos"]:
         """Masks of every block that holds a mask that was asked for in its row, on the CPU."""
+        if self.left is not None:
+            return self.left
         masked = (self.tokens == self.mask_id).cpu()
         wanted = torch.zeros_like(masked)
         for start in range(0, masked.shape[1], self.block_size):

@@ -148,7 +148,8 @@ class Loop:
         nothing = torch.full(reveal.shape, torch.nan, dtype=torch.float64)
         drawn, lead = nothing.clone(), nothing.clone()
         drawn[reveal] = log_p.gather(-1, ids[:, None])[:, 0]
-        lead[reveal] = best.values[:, 0] - best.values[:, 1]
+        gap = best.values[:, 0] - best.values[:, 1]
+        lead[reveal] = gap.masked_fill(planned >= 0, torch.nan)
         return replace(step, after=tokens, revealed=reveal, log_p=drawn, lead=lead)
 
 
@@ -221,11 +222,11 @@ class Request:
         """
         network = self.network(bridge, canvas)
         sampler, noise = choices(canvas, self.sampler, self.noise)
-        if self.record is not None:
-            shared_pace = isinstance(sampler, Drawing) and self.force is None
-            self.record.check_budget(bridge, canvas, one_row_at_a_time=not shared_pace)
         stop = Stop.of(bridge, canvas, self.stop)
         plan = Plan.of(bridge, canvas, self.force)
+        if self.record is not None:
+            shared_pace = isinstance(sampler, Drawing) and self.force is None
+            self.record.check_budget(bridge, canvas, not shared_pace, plan.order)
         return Loop(network, sampler, noise, plan, stop, self.start, self.ceiling)
 
 

@@ -62,7 +62,11 @@ class Plan:
                         f"force {name} has shape {list(given.shape)}: give [batch, pos] = "
                         f"{list(shape)}"
                     )
-                if given.is_floating_point() or given.dtype == torch.bool or bool((given < -1).any()):
+                if (
+                    given.is_floating_point()
+                    or given.dtype == torch.bool
+                    or bool((given < -1).any())
+                ):
                     raise InputError(f"force {name} is {given.dtype}: give ints, -1 or more")
                 entries[:, : given.shape[1]] = given
                 if name == "tokens":

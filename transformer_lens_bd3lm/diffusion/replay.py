@@ -11,14 +11,14 @@ A run's base is what it was made with, its own hooks included; ``hooks`` replace
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.diffusion.denoise import Request, finish
-from transformer_lens_bd3lm.diffusion.force import Force
+from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, committed
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
@@ -26,8 +26,6 @@ from transformer_lens_bd3lm.diffusion.run import Run, gather
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Step, StepHook, StepHooks
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
-
-Mode = Literal["pinned", "coupled", "fresh"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +42,7 @@ class Replay(Run):
     """
 
     base: Run = field(repr=False)
-    mode: Mode
+    mode: str
     kl: Float[Tensor, "step batch block"] | None = field(repr=False)
 
     @property
@@ -88,7 +86,7 @@ class Replay(Run):
 def replay(
     run: Run,
     hooks: Any = None,
-    mode: Mode = "coupled",
+    mode: str = "coupled",
     *,
     noise: Noise | None = None,
     record: Record | None = None,
@@ -134,7 +132,7 @@ def replay(
     return as_replay(other, run, mode, None)
 
 
-def as_replay(other: Run, base: Run, mode: Mode, kl: Tensor | None) -> Replay:
+def as_replay(other: Run, base: Run, mode: str, kl: Tensor | None) -> Replay:
     """A run, beside its base."""
     values = {item.name: getattr(other, item.name) for item in fields(Run)}
     return Replay(**values, base=base, mode=mode, kl=kl)
@@ -216,9 +214,10 @@ def commits(run: Run, before: int) -> list[Step]:
 
 
 def on_rows(step: Step, rows: Int[Tensor, " row"]) -> Step:
-    """The same step for other batch rows, some maybe several times."""
+    """The same step, before it, for other batch rows, some maybe several times."""
     ids = step.tokens[rows.to(step.tokens.device)]
-    return replace(step, t=step.t[rows], masked=step.masked[rows], tokens=ids)
+    nothing = {"after": None, "revealed": None, "log_p": None, "lead": None}
+    return replace(step, t=step.t[rows], masked=step.masked[rows], tokens=ids, **nothing)
 
 
 def fork(
@@ -246,7 +245,7 @@ def fork(
             the run did.
         hooks: of the future; the run's own by default, None for none.
         record: what to keep.
-        force: tokens or an order decided beforehand.
+        force: tokens or an order decided beforehand; what is left of the run's own by default.
         progress: as in :func:`denoise`.
 
     Raises:
@@ -264,7 +263,11 @@ def fork(
     over &= run.commit_step_all.amax(-1) < step
     lengths = torch.where(over, run.ends, run.canvas.lengths)[source]
     start = on_rows(at, source)
-    canvas = replace(run.canvas, tokens=start.tokens, lengths=lengths)
+    left = (run.commit_step_all >= step) & ~over[:, None]
+    canvas = replace(run.canvas, tokens=start.tokens, lengths=lengths, left=left[source])
+    if force is None and run.request.force is not None:
+        plan = Plan.of(run.bridge, run.canvas, run.request.force)
+        force = Force(*(x.masked_fill(~left, -1)[source] for x in (plan.tokens, plan.order)))
     noise = Noise(run.noise.seed + 1) if noise is None else noise
     same = torch.tensor(
         [

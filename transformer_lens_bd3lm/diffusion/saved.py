@@ -133,6 +133,8 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
     if request.force is not None:
         plan = Plan.of(run.bridge, run.canvas, request.force)
         found |= {"force/tokens": plan.tokens, "force/order": plan.order}
+    if run.canvas.left is not None:
+        found["canvas/left"] = run.canvas.left
     for name in ("started_at", "ceiling"):
         if getattr(request, name) is not None:
             found[name] = getattr(request, name)
@@ -203,6 +205,7 @@ def load(
         x["canvas/lengths"],
         manifest["mask_id"],
         manifest["context"],
+        x.get("canvas/left"),
     )
     windows = [(start, end) for start, end in x["steps/window"].tolist()]
     block, step, indices = (x[f"steps/{name}"].tolist() for name in ("block", "step", "index"))

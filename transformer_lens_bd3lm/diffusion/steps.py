@@ -53,7 +53,8 @@ class Step:
         log_p: log-probability in nats, under the network, of each token that it revealed
             ``[batch, block]``, NaN elsewhere; None inside hooks.
         lead: by how much, in nats, that token's score (log p + Gumbel) beat the runner-up's
-            ``[batch, block]``, NaN elsewhere: a near tie is a small lead. None inside hooks.
+            ``[batch, block]``, NaN elsewhere and where it was forced: a near tie is a small lead.
+            None inside hooks.
         masked_logits: raw logits of the masked positions ``[masked, d_vocab]``, in row-major order;
             None inside hooks, and in a finished run's steps.
     """
