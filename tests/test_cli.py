@@ -26,7 +26,7 @@ def test_demo_shows_the_hooks_a_lens_the_filling_in_and_what_the_hook_changed():
         "what each layer would put at [MASK]",
         "without the hook: step 0, block 0",
         "░░",
-        "with the hook, same noise",
+        'bd3lm.replay(run, hooks, "coupled")',
         "what the hook changed",
     ):
         assert told in result.output, told
@@ -38,9 +38,65 @@ def test_demo_wants_one_mask():
     assert "0 masks" in result.output
 
 
+def words(result) -> str:
+    """The output without its line breaks and frames."""
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def test_generate_writes_and_says_how():
+    result = run("generate", "tiny", "O Romeo", "To be", "--tokens", "9", "--seed", "2")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("<|endoftext|>") == 2
+    assert "2 rows, 18 tokens written" in words(result) and "seed=2" in words(result)
+    assert "░░" not in result.output
+
+
+def test_generate_streams_the_canvas_filling_in():
+    result = run("generate", "tiny", "O Romeo", "--tokens", "8", "--stream", "--block-size", "8")
+    assert result.exit_code == 0, result.output
+    assert "denoising: step 0, block 0" in result.output
+    boxes = [part.count("░░") for part in result.output.split("denoising: step")[1:]]
+    assert len(boxes) == 4 and boxes == sorted(boxes, reverse=True) and boxes[0] > boxes[-1]
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--sampler", "ancestral", "--steps", "3"], "Ancestral(temperature=1.0"),
+        (["--sampler", "confidence", "--temperature", "0"], "Confidence(temperature=0.0"),
+        (["--block-size", "full", "--nucleus-p", "0.9"], "block_size=256"),
+    ],
+)
+def test_generate_takes_each_sampler_and_the_dial(options, told):
+    result = run("generate", "tiny", "--tokens", "4", *options)
+    assert result.exit_code == 0, result.output
+    assert told in words(result)
+
+
+def test_generate_saves_a_run(tmp_path):
+    result = run("generate", "tiny", "O Romeo", "--tokens", "4", "--save", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "run.json",
+        "run.safetensors",
+    ]
+
+
+def test_generate_refuses_a_dial_setting_that_is_none():
+    result = subprocess.run(
+        [sys.executable, "-m", "transformer_lens_bd3lm", "generate", "tiny", "--block-size", "999"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "block_size=999 is not allowed" in result.stdout
+
+
 def test_info_reads_a_checkpoint_from_headers_alone(golden):
     result = run("info", "tiny")
     assert result.exit_code == 0, result.output
+    assert "from 1 to 256" in words(result)
     assert "3.3 M" in result.output and "6 x 6 x 192" in result.output
     result = run("info", str(golden("autoregressive").path))
     assert "autoregressive" in result.output and "no blocks" in result.output

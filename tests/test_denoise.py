@@ -1,5 +1,13 @@
 """The loop equals its definition: single forwards, with or without the cache, edited or not."""
 
+import dataclasses
+import os
+import pty
+import select
+import subprocess
+import sys
+from xml.etree import ElementTree
+
 import pytest
 import torch
 
@@ -916,3 +924,105 @@ def test_a_block_size_where_there_are_no_blocks_is_refused(open_bridge):
 def test_the_whole_context_can_be_filled(bridge):
     run = bd3lm.denoise(bridge, None, max_new_tokens=CONTEXT - 1)
     assert run.tokens.shape == (1, CONTEXT)
+
+
+# What else goes through the loop, and who watches.
+
+
+def test_the_hosts_diffusion_generate_is_the_same_loop(bridge, open_bridge):
+    prompt = small.prompt_of(2, 3)
+    run = bd3lm.denoise(bridge, prompt, max_new_tokens=9, block_size=2, noise=Noise(7))
+    found = bridge.diffusion_generate(prompt, max_new_tokens=9, block_size=2, noise=Noise(7))
+    assert torch.equal(found, run.tokens)
+    text = bridge.diffusion_generate("w3 w4", max_new_tokens=6)
+    assert text == bd3lm.denoise(bridge, "w3 w4", max_new_tokens=6).text[0].removeprefix("<bos> ")
+    cold = FirstHitting(temperature=0.5, nucleus_p=0.8)
+    run = bd3lm.denoise(bridge, prompt, max_new_tokens=9, sampler=cold, noise=Noise(3))
+    how = {"temperature": 0.5, "nucleus_p": 0.8}
+    found = bridge.diffusion_generate(prompt, max_new_tokens=9, seed=3, **how)
+    assert torch.equal(found, run.tokens)
+    with pytest.raises(InputError, match="sampler was given"):
+        bridge.diffusion_generate(prompt, sampler=cold, **how)
+    with pytest.raises(InputError, match="noise was given"):
+        bridge.diffusion_generate(prompt, noise=Noise(1), seed=2)
+    assert open_bridge.diffusion_generate(prompt, max_new_tokens=3).shape == (2, 6)
+    seen = []
+    with bridge.hooks(fwd_hooks=[("hook_embed", lambda x, hook: seen.append(x.shape))]):
+        bridge.diffusion_generate(prompt, max_new_tokens=5)
+    assert len(seen) == 5
+
+
+def test_the_autoregressive_baseline_has_no_diffusion_sampler(golden, device):
+    bridge = shared(golden("autoregressive").path, device, torch.float64)
+    with pytest.raises(NotImplementedError, match="no native sampler"):
+        bridge.diffusion_generate(torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_on_step_is_called_with_what_denoise_steps_yields(bridge):
+    seen = []
+    bd3lm.denoise(bridge, with_holes(), max_new_tokens=2, on_step=seen.append)
+    wanted = steps(bridge, with_holes(), max_new_tokens=2)
+    assert same_tokens(seen, wanted) and apart(seen, wanted) == 0.0
+
+
+WITH_A_BAR = """
+import sys
+import transformer_lens_bd3lm as bd3lm
+from transformer_lens.model_bridge import TransformerBridge
+
+bridge = TransformerBridge.boot_transformers(sys.argv[1])
+bd3lm.denoise(bridge, None, max_new_tokens=int(sys.argv[2]), block_size=1)
+"""
+
+
+@pytest.mark.parametrize(
+    "terminal, tokens, bar", [(True, 40, True), (True, 9, False), (False, 40, False)]
+)
+def test_a_long_run_shows_a_bar_where_somebody_sees_it(tmp_path, terminal, tokens, bar):
+    """In a process of its own whose standard error is a real terminal, or a file."""
+    folder = small.save(tmp_path / "small", model_length=64)
+    near, far = pty.openpty()
+    command = [sys.executable, "-c", WITH_A_BAR, str(folder), str(tokens)]
+    with open(tmp_path / "stderr", "wb") as file:
+        error = far if terminal else file
+        assert subprocess.run(command, stderr=error, timeout=120).returncode == 0
+    os.close(far)
+    told = (tmp_path / "stderr").read_bytes()
+    while terminal and select.select([near], [], [], 0.2)[0]:
+        try:
+            told += os.read(near, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(near)
+    assert (b"denoising" in told) == bar
+
+
+def test_a_run_shows_itself_in_a_notebook(bridge):
+    """Parsed as a browser would: every token there, in order, and shaded only if it was written."""
+    run = bd3lm.denoise(bridge, [[0, 3, 5], [0, 1, 2, 3, 4]], max_new_tokens=6)
+    root = ElementTree.fromstring(run._repr_html_())
+    rows = [div for div in root.iter("div") if "pre-wrap" in div.get("style", "")]
+    assert len(rows) == 2
+    for row, end, ids, commit in zip(rows, run.ends, run.tokens, run.commit_step, strict=True):
+        spans = list(row.iter("span"))
+        assert [span.text for span in spans] == [
+            bridge.tokenizer.decode([token]) for token in ids[:end].tolist()
+        ]
+        for span, step in zip(spans, commit[:end].tolist(), strict=True):
+            assert (f"step {step}," in span.get("title", "")) == (step >= 0)
+            assert ("background" in span.get("style", "")) == (step >= 0)
+    assert repr(run) in "".join(root.itertext())
+    assert "13 steps" not in repr(run) and f"{len(run.steps)} steps" in repr(run)
+
+
+def test_nothing_of_a_token_is_taken_for_markup(device, tmp_path):
+    run = bd3lm.denoise(boot(small.save(tmp_path), device), "w1 [MASK]", max_new_tokens=1)
+
+    class Nasty:
+        @staticmethod
+        def decode(ids):
+            return "<script>&" * len(ids)
+
+    bridge = type("Bridge", (), {"tokenizer": Nasty})
+    shown = dataclasses.replace(run, bridge=bridge)._repr_html_()
+    assert "<script>" not in shown and "&lt;script&gt;&amp;" in shown
