@@ -1,13 +1,20 @@
-"""Every Python snippet of the README runs, in order, as printed."""
+"""Every Python snippet of the README and of each page of the docs runs, in order, as printed."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+TOP = Path(__file__).parents[1]
+PAGES = sorted((TOP / "docs").glob("*.md"))
+
+
+def snippets_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def test_the_snippets_of_the_readme_run(capsys):
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    snippets = snippets_of(TOP / "README.md")
     assert len(snippets) == 3
     names: dict = {}
     exec(snippets[0], names)
@@ -18,3 +25,13 @@ def test_the_snippets_of_the_readme_run(capsys):
     for snippet in snippets[1:]:
         exec(snippet, names)
     assert names["bridge"].cfg.block_size == 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_snippets_of_the_docs_run(page, capsys):
+    snippets = snippets_of(page)
+    assert snippets
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert "Romeo" in capsys.readouterr().out

@@ -175,9 +175,10 @@ class Run:
         slot = list(self.recorded_steps).index(step)
         window = self.timeline.windows[self.timeline.indices.index(step)]
         rows = window[1] - window[0]
-        keys = window[1] - (self.canvas.first_visible(window[0]) if self.slid else 0)
+        keys = window[1] - self.canvas.first_visible(window[0])
         record = self.request.record
         rows = len(record.offsets(rows)) if record is not None else rows
+        points = self.bridge.hook_dict
         found = {}
         for name, stacked in self.activations.items():
             point = self.bridge.hook_dict[name].name or name
@@ -186,7 +187,7 @@ class Run:
                 x = x[:, :, :rows, :keys]
             elif not is_conditioning(point):
                 x = x[:, :rows]
-            found[point] = x
+            found |= {alias: x for alias in points if points[alias] is points[name]}
         return ActivationCache(found, self.bridge)
 
     def save(self, path: str | Path) -> None:
