@@ -1,6 +1,7 @@
 """The loop equals its definition: single forwards, with or without the cache, edited or not."""
 
 import dataclasses
+import gc
 import os
 import pty
 import select
@@ -14,6 +15,7 @@ import torch
 import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot, relative, shared
+from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.diffusion.canvas import read_canvas
 from transformer_lens_bd3lm.diffusion.denoise import Loop
 from transformer_lens_bd3lm.diffusion.force import Plan
@@ -1026,3 +1028,22 @@ def test_nothing_of_a_token_is_taken_for_markup(device, tmp_path):
     bridge = type("Bridge", (), {"tokenizer": Nasty})
     shown = dataclasses.replace(run, bridge=bridge)._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;&amp;" in shown
+
+
+def alive() -> list[KVCache]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, KVCache)]
+
+
+def test_the_cache_is_freed_at_the_end_and_seen_by_no_other_forward(bridge):
+    assert not alive()
+    alone = bridge(small.prompt_of(1, 8))
+    loop = bd3lm.denoise_steps(bridge, None, max_new_tokens=9)
+    for _ in range(5):
+        next(loop)
+    assert len(alive()) == 1
+    assert torch.equal(bridge(small.prompt_of(1, 8)), alone)
+    loop.close()
+    run = bd3lm.denoise(bridge, None, max_new_tokens=9)
+    bd3lm.replay(run, [("hook_embed", lambda x, hook: None)], "pinned")
+    assert run.kv_cache and not alive()

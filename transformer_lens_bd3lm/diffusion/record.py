@@ -72,7 +72,8 @@ class Record:
         """A copy of the kept positions, detached, where and as it is kept."""
         if self.positions is not None and not is_conditioning(name):
             axis = 2 if name.endswith(HAS_KEYS) else 1
-            kept = torch.tensor(self.offsets(activation.shape[axis]), device=activation.device)
+            offsets = self.offsets(activation.shape[axis])
+            kept = torch.tensor(offsets, dtype=torch.long, device=activation.device)
             activation = activation.index_select(axis, kept)
         dtype = self.dtype if self.dtype and activation.is_floating_point() else activation.dtype
         return activation.detach().to(device=self.device, dtype=dtype, copy=True)

@@ -231,20 +231,20 @@ class Run:
     def _row_html(self, row: int) -> str:
         in_block = dict(zip(self.timeline.indices, self.timeline.step, strict=True))
         longest = max([*self.timeline.step, 1])
+        commits, probs, leads = self.commit_step[row], self.log_p[row].exp(), self.lead[row]
         parts = []
         for position, token in enumerate(self.final[row, : int(self.ends[row])].tolist()):
             tokenizer = self.bridge.tokenizer
             word = str(token) + " " if tokenizer is None else tokenizer.decode([token])
             word = html.escape(word).replace("\n", "↵<br>")
-            commit = int(self.commit_step[row, position])
+            commit = int(commits[position])
             if commit < 0:
                 parts.append(f"<span>{word}</span>")
                 continue
             shade = 92 - 42 * in_block[commit] / longest
-            probability = float(self.log_p[row, position].exp())
             told = (
-                f"position {position}, step {commit}, p = {probability:.3f}, "
-                f"lead = {float(self.lead[row, position]):.2f} nats"
+                f"position {position}, step {commit}, p = {float(probs[position]):.3f}, "
+                f"lead = {float(leads[position]):.2f} nats"
             )
             parts.append(
                 f'<span title="{told}" style="background:hsl(210,70%,{shade:.0f}%);color:#000;'
