@@ -42,6 +42,12 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
 
 
+def there(x: Tensor | None) -> Tensor:
+    """What is there only sometimes, where it must be."""
+    assert x is not None
+    return x
+
+
 class CachedPasses:
     """Passes over rows ``start:end`` of a stream, whose blocks before ``start`` are stored."""
 
@@ -62,7 +68,7 @@ class CachedPasses:
     @torch.no_grad()
     def __call__(self, ids: Tensor, end: int, sigma: Tensor | None = None) -> Tensor:
         """Logits of the rows ``ids``, which end at ``end``, beside everything that is stored."""
-        model = self.bridge.original_model
+        model: Any = self.bridge.original_model
         start = end - ids.shape[1]
         assert start == self.cache.length
         x = model.backbone.vocab_embed(ids)

@@ -31,11 +31,13 @@ def block_of(position: int, block_size: int) -> int:
     return position // block_size
 
 
-def may_read(query: int, key: int, view: str, length: int, block_size: int) -> bool:
+def may_read(
+    query: int, key: int, view: str, length: int, block_size: int, reach: int | None = None
+) -> bool:
     """Whether the token in row ``query`` sees the token in row ``key``.
 
     Views: ``"sampling"`` (one stream in blocks), ``"dual"`` (``[noisy | clean]``), ``"causal"`` and
-    ``"open"``.
+    ``"open"``. With ``reach`` a block of the sampling view reads so many blocks, its own included.
     """
     if view == "open":
         return True
@@ -43,6 +45,8 @@ def may_read(query: int, key: int, view: str, length: int, block_size: int) -> b
         return key <= query
     query_block = block_of(query % length, block_size)
     key_block = block_of(key % length, block_size)
+    if view == "sampling" and reach is not None:
+        return query_block - reach < key_block <= query_block
     if view == "sampling":
         return key_block <= query_block
     query_is_noisy, key_is_noisy = query < length, key < length
@@ -55,9 +59,11 @@ def may_read(query: int, key: int, view: str, length: int, block_size: int) -> b
     return key_block <= query_block
 
 
-def visible(queries: int, keys: int, view: str, length: int, block_size: int) -> list[list[bool]]:
+def visible(
+    queries: int, keys: int, view: str, length: int, block_size: int, reach: int | None = None
+) -> list[list[bool]]:
     return [
-        [may_read(query, key, view, length, block_size) for key in range(keys)]
+        [may_read(query, key, view, length, block_size, reach) for key in range(keys)]
         for query in range(queries)
     ]
 
@@ -157,6 +163,7 @@ class Reference:
         sigma: Tensor | None = None,
         rows: range | None = None,
         edits: dict[str, Tensor] | None = None,
+        reach: int | None = None,
     ) -> dict[str, Tensor]:
         """Every activation by hook name, and ``"logits"``.
 
@@ -167,6 +174,7 @@ class Reference:
             sigma: one number a row of the batch; 0 by default, and without time conditioning.
             rows: edit only these positions, and report only them (sampling view).
             edits: what to add, by hook name, shaped as the activation there (of ``rows``).
+            reach: blocks that a block reads, its own included (sampling view); all by default.
         """
         if self.config["cross_attn"]:
             view = "sampling" if clean is None else "dual"
@@ -176,7 +184,8 @@ class Reference:
         streams = ids if clean is None else torch.cat([ids, clean], dim=1)
         positions = [row % length for row in range(streams.shape[1])]
         total = len(positions)
-        sees = visible(total, total, view, length, block_size or self.config["block_size"])
+        size = block_size or self.config["block_size"]
+        sees = visible(total, total, view, length, size, reach)
         mask = torch.tensor(sees, device=ids.device)
         points = Points(edits or {}, rows)
 

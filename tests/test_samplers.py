@@ -1,4 +1,4 @@
-"""Who is revealed, and as what: nucleus, temperature, each sampler, and what they write together."""
+"""Who is revealed, and as what: nucleus, temperature, each sampler, and what they write."""
 
 import itertools
 import math
@@ -433,8 +433,9 @@ def test_confidence_is_the_models_own_whatever_is_drawn_from(by):
     masked, _ = a_block()
     log_p = random_log_probs(masked)
     plain = surest(Confidence(by=by, k=2), masked, log_p)
-    for how in ({"temperature": 0.0}, {"temperature": 3.0}, {"nucleus_p": 0.3}):
-        assert torch.equal(surest(Confidence(by=by, k=2, **how), masked, log_p), plain)
+    for temperature, p in ((0.0, 1.0), (3.0, 1.0), (1.0, 0.3)):
+        sampler = Confidence(by=by, k=2, temperature=temperature, nucleus_p=p)
+        assert torch.equal(surest(sampler, masked, log_p), plain)
 
 
 def test_the_time_of_a_step_by_confidence_is_the_masked_fraction():

@@ -1,14 +1,22 @@
 """Step hooks: where they fire, what they may return, what they see, and what they leave behind."""
 
+from dataclasses import fields
+from typing import Any, cast
+
 import pytest
 import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
-from tests.passes import boot, relative
+from tests.passes import boot, relative, there
+from transformer_lens_bd3lm.diffusion.canvas import read_canvas
+from transformer_lens_bd3lm.diffusion.force import Force
+from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record, stack_ragged
 from transformer_lens_bd3lm.diffusion.rows import resolve, row_axis
-from transformer_lens_bd3lm.diffusion.steps import Step, StepHooks, matches
+from transformer_lens_bd3lm.diffusion.samplers import Ancestral, Confidence, FirstHitting
+from transformer_lens_bd3lm.diffusion.steps import Chosen, Scope, Step, StepHooks, matches
+from transformer_lens_bd3lm.diffusion.stop import EndOfText
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
 RESID = "blocks.1.hook_resid_post"
@@ -38,7 +46,7 @@ def run(bridge, hooks=None, **kwargs):
 
 def logits(bridge, hooks=None, **kwargs) -> list[torch.Tensor]:
     steps = bd3lm.denoise_steps(bridge, prompt(), max_new_tokens=NEW, hooks=hooks, **kwargs)
-    return [step.masked_logits for step in steps]
+    return [there(step.masked_logits) for step in steps]
 
 
 def same(found, wanted) -> bool:
@@ -46,7 +54,7 @@ def same(found, wanted) -> bool:
     return all(relative(x, y) < 1e-12 for x, y in zip(found, wanted, strict=True))
 
 
-def fired(bridge, scope="active", name=RESID, **selectors) -> list[tuple[int, int]]:
+def fired(bridge, scope: Scope = "active", name=RESID, **selectors) -> list[tuple[int, int]]:
     """``(block, step)`` of every call of one hook."""
     calls = []
 
@@ -117,7 +125,7 @@ def test_when_is_asked_beside_the_other_selectors(bridge):
 
 
 @pytest.mark.parametrize("which", [-1, slice(-1, None), "0", 1.0])
-@pytest.mark.parametrize("selector", ["block", "step", "index"])
+@pytest.mark.parametrize("selector", ["block", "step", "index", "masks_left"])
 def test_a_selector_that_could_never_mean_what_it_says_is_refused(selector, which):
     """How many steps there will be is not known beforehand: nothing counts from the end."""
     with pytest.raises(Exception, match=selector):
@@ -126,9 +134,158 @@ def test_a_selector_that_could_never_mean_what_it_says_is_refused(selector, whic
         Record([RESID], **{selector: which})
 
 
+@pytest.mark.parametrize(
+    "span",
+    [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0), (0.1,), (0.1, 0.2, 0.3), 0.5, "01"],
+)
+def test_a_range_of_times_that_is_none_is_refused(span):
+    with pytest.raises(Exception, match="t"):
+        StepHooks().add(RESID, forbidden, t=span)
+    with pytest.raises(Exception, match="t"):
+        Record([RESID], t=span)
+
+
+@pytest.mark.parametrize("span", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
+def test_a_range_of_the_right_type_is_refused_by_name(span):
+    for make in (lambda: Chosen(t=span), lambda: Record([RESID], t=span)):
+        with pytest.raises(InputError, match=r"give \(low, high\)"):
+            make()
+
+
+# Which rows they act in.
+
+RAGGED = [[0, 3], [0, 1, 2, 3, 4, 5, 6], [0, 5, 5], [0, 9, 11, 8]]
+SELECTORS = [
+    ({"t": (0.3, 0.7)}, lambda step, row: 0.3 <= float(step.t[row]) <= 0.7),
+    ({"t": (0.0, 0.25)}, lambda step, row: float(step.t[row]) <= 0.25),
+    ({"masks_left": 2}, lambda step, row: int(step.masks_left[row]) == 2),
+    ({"masks_left": [1, 4]}, lambda step, row: int(step.masks_left[row]) in (1, 4)),
+    ({"masks_left": slice(3, None)}, lambda step, row: int(step.masks_left[row]) >= 3),
+    (
+        {"masks_left": slice(0, 3), "t": (0.1, 0.9), "block": [1, 2]},
+        lambda step, row: (
+            int(step.masks_left[row]) < 3
+            and 0.1 <= float(step.t[row]) <= 0.9
+            and step.block in (1, 2)
+        ),
+    ),
+]
+POINTS = [
+    RESID,
+    "blocks.0.attn.hook_pattern",
+    "blocks.0.adaln.hook_shift_msa",
+    "timestep_embed.hook_out",
+    "unembed.hook_out",
+]
+
+
+def meant(steps: list[Step], rule) -> dict[int, list[bool]]:
+    """By its definition: rows that match, and have a mask left, of each step."""
+    return {
+        step.index: [
+            bool(step.masks_left[row] > 0) and rule(step, row) for row in range(len(step.t))
+        ]
+        for step in steps
+    }
+
+
+@pytest.mark.parametrize("sampler", [FirstHitting(), Ancestral(steps=8), Confidence()], ids=repr)
+@pytest.mark.parametrize("selectors, rule", SELECTORS, ids=[str(s) for s, _ in SELECTORS])
+def test_rows_are_chosen_by_their_own_time_and_masks(bridge, selectors, rule, sampler):
+    kwargs = {"max_new_tokens": 8, "sampler": sampler, "noise": Noise(2)}
+    ran = list(bd3lm.denoise_steps(bridge, RAGGED, **kwargs))
+    wanted, calls = meant(ran, rule), []
+    chosen = Chosen(**selectors)
+    assert {step.index: chosen.rows(step).tolist() for step in ran} == wanted
+    hooks = StepHooks().add(RESID, lambda x, hook, step: calls.append(step.index), **selectors)
+    if isinstance(sampler, FirstHitting):
+        list(bd3lm.denoise_steps(bridge, RAGGED, hooks=hooks, **kwargs))
+        assert calls == [index for index, rows in wanted.items() if any(rows)]
+    assert any(any(rows) and not all(rows) for rows in wanted.values()), "rows differ"
+
+
+def after_an_edit(bridge, name, hooks, **kwargs) -> tuple[list[Step], dict[int, torch.Tensor]]:
+    """What stands at a hook point behind the edit, step by step, of all rows."""
+    seen = {}
+
+    def look(x, hook, step):
+        seen[step.index] = x.clone()
+
+    both = StepHooks([*hooks.hooks]).add(name, look)
+    return list(bd3lm.denoise_steps(bridge, RAGGED, max_new_tokens=6, hooks=both, **kwargs)), seen
+
+
+def doubled(x, hook, step):
+    return 2 * x
+
+
+def doubled_in_place(x, hook, step):
+    x.mul_(2)
+
+
+@pytest.mark.parametrize("fn, kv_cache", [(doubled, True), (doubled_in_place, False)])
+@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("selectors, rule", SELECTORS[:4:3], ids=["t", "masks_left"])
+def test_an_edit_acts_in_the_chosen_rows_and_leaves_the_others_bit_for_bit(
+    bridge, selectors, rule, name, fn, kv_cache
+):
+    """With tokens forced, so that no later step differs for what was written."""
+    wanted = read_canvas(bridge, RAGGED, 6, None, True).to_denoise()
+    kwargs = {"kv_cache": kv_cache, "force": Force(tokens=wanted.long() * 2 - 1)}
+    ran, plain = after_an_edit(bridge, name, StepHooks(), **kwargs)
+    _, edited = after_an_edit(bridge, name, StepHooks().add(name, fn, **selectors), **kwargs)
+    rows_of = meant(ran, rule)
+    assert plain.keys() == edited.keys() == rows_of.keys()
+    for index, rows in rows_of.items():
+        for row, chosen in enumerate(rows):
+            factor = 2 if chosen else 1
+            assert torch.equal(edited[index][row], factor * plain[index][row]), (index, row)
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_an_edit_of_some_rows_changes_no_other_rows_logits(bridge, kv_cache):
+    """In the first block only the second row ever has two masks left."""
+    hooks = StepHooks().add("blocks.0.hook_resid_pre", lambda x, *_: x.flip(-1), masks_left=2)
+    kwargs = {"max_new_tokens": 6, "noise": Noise(3), "kv_cache": kv_cache}
+    rows = [[0, 1, 2], [0, 1], [0, 9, 9]]
+    seen = {}
+    for name, h in (("edited", hooks), ("plain", None)):
+        ran = bd3lm.denoise_steps(bridge, rows, hooks=h, **kwargs)
+        seen[name] = [step for step in ran if step.block == 0]
+    for x, y in zip(seen["edited"], seen["plain"], strict=True):
+        assert torch.equal(x.t, y.t)
+        changed = [
+            not torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=0, atol=1e-12)
+            for a, b in zip(x.logits, y.logits, strict=True)
+        ]
+        assert changed[0] is False and changed[2] is False
+        assert changed[1] == (x.step == 0)
+
+
+def test_the_rows_of_a_commit_are_all_of_them(bridge):
+    """A commit is no step: it has neither a time nor masks."""
+    seen = []
+
+    def look(x, hook, step):
+        seen.append((step.scope, step.block))
+
+    hooks = StepHooks().add(RESID, look, t=(0.9, 1.0), masks_left=4, block=1, scope="commit")
+    run(bridge, hooks, noise=Noise(1))
+    assert ("commit", 1) in seen
+    step = next(bd3lm.denoise_steps(bridge, prompt(3), max_new_tokens=NEW))
+    assert Chosen(step=7).rows(step).tolist() == [False] * 3
+    assert Chosen(t=(0.0, 1.0)).rows(step).tolist() == [True] * 3
+
+
+def test_another_shape_is_refused_where_only_some_rows_are_chosen_too(bridge):
+    hooks = StepHooks().add(RESID, lambda x, *_: x[:1], masks_left=1)
+    with pytest.raises(HookReturnError, match=r"\(4, 4, 16\)"):
+        bd3lm.denoise(bridge, RAGGED, max_new_tokens=8, hooks=hooks)
+
+
 def test_a_scope_that_is_none_is_refused():
     with pytest.raises(Exception, match="scope"):
-        StepHooks().add(RESID, forbidden, scope="everything")
+        StepHooks().add(RESID, forbidden, scope=cast(Any, "everything"))
 
 
 def test_a_commit_hook_fires_once_more_for_each_finished_block(bridge):
@@ -441,6 +598,117 @@ def test_a_yielded_step_has_the_log_probabilities_of_its_block(bridge):
         wanted = bd3lm.log_probs(step.logits, step.tokens[:, start:end])
         assert torch.equal(step.log_probs, wanted)
         assert step.log_probs.shape == (2, 4, 12)
+
+
+def test_logits_are_there_at_masked_positions_and_nan_at_clean_ones(bridge):
+    for step in bd3lm.denoise_steps(bridge, RAGGED, max_new_tokens=8):
+        assert step.masked_logits is not None
+        full = step.logits
+        assert full.shape == (4, 4, 12)
+        assert torch.equal(full[step.masked], step.masked_logits)
+        assert bool(full[~step.masked].isnan().all())
+        assert torch.equal(step.margin.isnan().cpu(), ~step.masked)
+
+
+def test_probabilities_sum_to_one_and_carry_what_is_given(bridge):
+    for step in bd3lm.denoise_steps(bridge, prompt(2), max_new_tokens=NEW):
+        probs, now = step.probs, step.tokens[:, slice(*step.window)]
+        assert torch.equal(probs, step.log_probs.exp())
+        torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]))
+        assert bool((probs[..., 11][step.masked] == 0).all())
+        given = ~step.masked
+        assert bool((probs[given].gather(-1, now[given][:, None]) == 1).all())
+
+
+def test_the_margin_is_the_likeliest_against_the_second_by_a_loop(bridge):
+    for step in bd3lm.denoise_steps(bridge, RAGGED, max_new_tokens=8):
+        for row, offset in step.masked.nonzero().tolist():
+            ordered = sorted(step.log_probs[row, offset].tolist())
+            wanted = ordered[-1] - ordered[-2]
+            assert float(step.margin[row, offset]) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [FirstHitting(), FirstHitting(temperature=0.5, nucleus_p=0.8), Ancestral(steps=4)],
+    ids=repr,
+)
+def test_log_p_is_the_networks_and_lead_is_that_of_the_draw(bridge, sampler):
+    """``log_p`` knows nothing of temperature and nucleus; ``lead`` is of what was drawn from."""
+    noise = Noise(7)
+    for step in bd3lm.denoise_steps(bridge, RAGGED, max_new_tokens=8, sampler=sampler, noise=noise):
+        assert step.log_p is not None and step.lead is not None
+        assert step.after is not None and step.revealed is not None
+        for array in (step.log_p, step.lead):
+            assert torch.equal(array.isnan(), ~step.revealed)
+        for row, offset in step.revealed.nonzero().tolist():
+            position = step.window[0] + offset
+            token = int(step.after[row, position])
+            log_p = step.log_probs[row, offset].cpu()
+            torch.testing.assert_close(step.log_p[row, offset], log_p[token])
+            scores = sampler.distribution(log_p) + noise.gumbels(row, position, 12)
+            ordered = sorted(scores.tolist())
+            assert token == int(scores.argmax())
+            assert float(step.lead[row, offset]) == pytest.approx(ordered[-1] - ordered[-2])
+
+
+def test_a_finished_runs_steps_have_no_logits(bridge):
+    step = run(bridge).steps[3]
+    for name in ("logits", "log_probs", "probs", "margin"):
+        with pytest.raises(InputError, match="denoise_steps"):
+            getattr(step, name)
+
+
+# Rebuilt.
+
+
+REBUILT = {
+    "ragged": {},
+    "ancestral": {"sampler": Ancestral(steps=4)},
+    "confidence": {"sampler": Confidence(k=2)},
+    "stop": {"stop": [EndOfText(6), lambda step: torch.arange(4) == step.block]},
+    "force": {"force": Force(tokens={6: 3}, order={1: [3], 6: 7})},
+    "stop and ancestral": {"sampler": Ancestral(steps=4), "stop": EndOfText(6)},
+    "beyond the context": {"max_new_tokens": 19},
+    "uncached": {"kv_cache": False},
+    "blocks of two": {"block_size": 2},
+}
+
+
+def fields_of(step: Step) -> dict[str, Any]:
+    return {item.name: getattr(step, item.name) for item in fields(Step)}
+
+
+def same_field(x, y) -> bool:
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return x is y or x == y
+    if x.dtype != y.dtype or x.shape != y.shape or x.device != y.device:
+        return False
+    return torch.equal(x.nan_to_num(-1.0), y.nan_to_num(-1.0)) and torch.equal(x != x, y != y)
+
+
+@pytest.mark.parametrize("kwargs", REBUILT.values(), ids=REBUILT.keys())
+def test_a_runs_steps_are_those_of_the_loop_field_by_field(bridge, kwargs):
+    how = {"max_new_tokens": 8, "noise": Noise(5)} | kwargs
+    rebuilt = bd3lm.denoise(bridge, RAGGED, **how).steps
+    ran = list(bd3lm.denoise_steps(bridge, RAGGED, **how))
+    assert len(rebuilt) == len(ran) > 3
+    for mine, wanted in zip(rebuilt, ran, strict=True):
+        theirs = fields_of(wanted) | {"masked_logits": None}
+        wrong = [name for name, x in fields_of(mine).items() if not same_field(x, theirs[name])]
+        assert wrong == [], wanted.index
+    other = fields_of(ran[1])
+    differ = {name for name, x in fields_of(ran[0]).items() if not same_field(x, other[name])}
+    assert differ >= {"index", "tokens", "after", "masked", "revealed", "log_p", "lead"}
+
+
+def test_steps_are_a_sequence(bridge):
+    steps = run(bridge).steps
+    assert len(steps) == len(STEPS) == len(list(steps))
+    assert [step.index for step in steps[2:5]] == [2, 3, 4]
+    assert steps[-1].index == 9
+    with pytest.raises(IndexError):
+        _ = steps[10]
 
 
 def test_there_is_no_step_outside_the_loop(bridge):

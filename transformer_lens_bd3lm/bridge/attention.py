@@ -16,7 +16,7 @@ share its storage as booted, and the joint module is dropped, so no parameter is
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import einops
 import torch
@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
-from transformer_lens_bd3lm.checkpoint.masks import sampling_mask
+from transformer_lens_bd3lm.checkpoint.masks import dual_mask, sampling_mask
 from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables
 from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.errors import InputError
@@ -118,6 +118,24 @@ def spans(length: int, block_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+def noisy_tiles(length: int, block_size: int, device: torch.device) -> list[Tile]:
+    """A noisy stream alone over keys ``[clean | noisy]``: each span's clean past and itself."""
+    tiles = []
+    for start, end in spans(length, block_size):
+        noisy = slice(start, end)
+        keys = (slice(0, end), slice(length + start, length + end))
+        if end - start <= block_size:
+            tiles.append(Tile((noisy,), (slice(0, start), keys[1]), None))
+            continue
+        block = torch.arange(start, end, device=device) // block_size
+        visible = torch.ones(end - start, start, dtype=torch.bool, device=device)
+        noisy_reads_past = block[:, None] > block[None, :]
+        within_noisy = block[:, None] == block[None, :]
+        mask = torch.cat([visible, noisy_reads_past, within_noisy], dim=1)
+        tiles.append(Tile((noisy,), keys, mask))
+    return tiles
+
+
 def dual_tiles(length: int, block_size: int, device: torch.device) -> list[Tile]:
     """The dual view: ``[noisy | clean]`` queries, each span over the clean past and itself."""
     tiles = []
@@ -151,6 +169,15 @@ def block_tiles(length: int, block_size: int, device: torch.device) -> list[Tile
     return tiles
 
 
+@runtime_checkable
+class Store(Protocol):
+    """Keys and values from outside a pass: a layer's own go in, all that its rows read come out."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Everything up to the end of the pass's rows."""
+        ...
+
+
 @dataclass
 class Routing:
     """How the rows of one pass read each other, shared by all its layers.
@@ -168,7 +195,7 @@ class Routing:
     sin: Float[Tensor, "row d_head"]
     tiles: list[Tile]
     dense: Callable[[], Bool[Tensor, "*batch row key"] | None]
-    cache: KVCache | None = None
+    cache: Store | None = None
     first_key: int = 0
 
     @classmethod
@@ -223,6 +250,21 @@ class Routing:
             dense = sampling_mask(end - start, end - first, block_size, like.device, reach)
         tile = Tile((slice(0, end - start),), (slice(0, end - first),), dense)
         return cls(cos, sin, [additive(tile, like.dtype)], lambda: dense, cache, first)
+
+    @classmethod
+    def of_noisy(
+        cls, length: int, block_size: int, cache: Store, inv_freq: Tensor, like: Tensor
+    ) -> "Routing":
+        """A whole noisy stream over a clean stream's stored keys and values, and itself."""
+        device = like.device
+        cos, sin = signed_tables(torch.arange(length, device=device), inv_freq, like.dtype)
+        tiles = [additive(t, like.dtype) for t in noisy_tiles(length, block_size, device)]
+
+        def dense() -> Bool[Tensor, "row key"]:
+            noisy, clean = dual_mask(length, block_size, device)[:length].chunk(2, dim=1)
+            return torch.cat([clean, noisy], dim=1)
+
+        return cls(cos, sin, tiles, dense, cache)
 
     def tiles_of(self, queries: slice) -> list[Tile]:
         """The tiles of these rows alone, numbered as if no other row were there."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
@@ -29,6 +29,25 @@ from transformer_lens_bd3lm.checkpoint.views import (
     read_sigma,
 )
 from transformer_lens_bd3lm.errors import InputError
+
+FEW_ROWS = 64
+
+
+class Linear(nn.Linear):
+    """A linear that is fast for the few rows of a denoising step in bfloat16 on a CPU.
+
+    There ``x W^T`` has all of W laid out anew at every call, and ``(W x^T)^T`` only x: the same
+    sums, in about two thirds of the time. Everything else is the plain linear's.
+    """
+
+    def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
+        """``input W^T + bias``."""
+        rows = input.shape[:-1].numel()
+        if input.dtype != torch.bfloat16 or input.device.type != "cpu" or rows > FEW_ROWS:
+            return super().forward(input)
+        x = input.reshape(rows, -1).T
+        y = self.weight @ x if self.bias is None else self.bias[:, None].addmm(self.weight, x)
+        return y.T.reshape(*input.shape[:-1], -1)
 
 
 def run(
@@ -249,8 +268,11 @@ def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
 
 
 def install(model: Any, cfg: Any) -> None:
-    """Put ``HookedForward`` in front of the model's own class, once."""
+    """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of the linears'."""
     model.tl_cfg = cfg
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
     if "inv_freq" not in model.__dict__:
         model.inv_freq = exact_frequencies(model.backbone.rotary_emb.inv_freq)
     cls = type(model)

@@ -50,3 +50,64 @@ class KVCache:
     def commit(self, length: int) -> None:
         """Declare the rows written up to ``length`` final."""
         self.length = length
+
+
+class CleanStream:
+    """Keys and values of a whole clean stream by layer, with their graph, made by one pass over it.
+
+    Handed to that pass as its cache it collects; ``beside`` makes the cache of a pass over noisy
+    rows that read it.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None):
+        self.layers = layers or []
+
+    def extend(
+        self,
+        layer: int,
+        k: Float[Tensor, "batch head row d_head"],
+        v: Float[Tensor, "batch head row d_head"],
+    ) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row d_head"]]:
+        """Keep the layer's keys and values; they are all that there is to read."""
+        assert layer == len(self.layers)
+        self.layers.append((k, v))
+        return k, v
+
+    def beside(self, copies: int) -> "BesideClean":
+        """For a pass whose batch is so many copies of this one's, one after another."""
+        return BesideClean(self.layers, copies)
+
+    def leaves(self) -> "CleanStream":
+        """The same numbers without their graph, to gather gradients at."""
+        return CleanStream(
+            [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers]
+        )
+
+    def backward(self, leaves: "CleanStream") -> None:
+        """Send the gradients gathered at the leaves on through this stream's graph."""
+        pairs = [
+            (x, leaf.grad)
+            for mine, theirs in zip(self.layers, leaves.layers, strict=True)
+            for x, leaf in zip(mine, theirs, strict=True)
+            if leaf.grad is not None and x.requires_grad
+        ]
+        if pairs:
+            outputs, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(outputs, gradients)
+
+
+class BesideClean:
+    """Clean keys and values in front of a noisy pass's own, ``[clean | noisy]``."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], copies: int):
+        self.layers, self.copies = layers, copies
+
+    def extend(
+        self,
+        layer: int,
+        k: Float[Tensor, "batch head row d_head"],
+        v: Float[Tensor, "batch head row d_head"],
+    ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
+        """Both streams' keys and values."""
+        keys, values = (x.repeat(self.copies, 1, 1, 1) for x in self.layers[layer])
+        return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)

@@ -142,7 +142,7 @@ def pinned(run: Run, request: Request) -> Replay:
     """Both networks over the run's own steps, in lockstep."""
     run.request.need("hooks")
     if request.record is not None:
-        request.record.check_budget(run.bridge, run.canvas, one_row_at_a_time=True)
+        request.record.check_budget(run.bridge, run.canvas, True, run.commit_step_all)
     mine = request.network(run.bridge, run.canvas)
     base = replace(run.request, kv_cache=run.kv_cache, record=None).network(run.bridge, run.canvas)
     kl = torch.full((len(run.steps), *run.steps[0].masked.shape), torch.nan, dtype=torch.float64)

@@ -49,8 +49,8 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
     """The hook points behind names, each checked.
 
     Raises:
-        HookNameError: for a name that the bridge does not have (the nearest are listed), or whose
-            flag is off, so that it would never fire.
+        HookNameError: for a name that the bridge does not have (the nearest are listed), or that
+            would never fire: its flag is off, or a flag takes it off the path.
     """
     known = bridge.hook_dict
     found = {}
@@ -59,11 +59,23 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
             near = difflib.get_close_matches(name, known, n=3)
             told = f"; the nearest are {', '.join(near)}" if near else ""
             raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
-        reason = bridge._gated_hook_reason(known[name].name or name)
+        point = known[name].name or name
+        reason = bridge._gated_hook_reason(point) or bypassed(bridge, point)
         if reason is not None:
             raise HookNameError(f"{name!r} would never fire: {reason}")
         found[name] = known[name]
     return found
+
+
+def bypassed(bridge: Any, point: str) -> str | None:
+    """The flag that takes a hook point off the path, if one does."""
+    cfg = bridge.cfg
+    if cfg.use_attn_result and point.endswith("attn.o.hook_out"):
+        return "use_attn_result is on, hook attn.hook_out"
+    forked = cfg.use_split_qkv_input or cfg.use_attn_in
+    if forked and point.endswith(("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in")):
+        return "use_split_qkv_input or use_attn_in is on, every head reads a copy of its own"
+    return None
 
 
 def apply_on_rows(

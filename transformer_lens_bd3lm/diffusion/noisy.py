@@ -1,0 +1,136 @@
+"""Finished texts under masks of one's choice: the noisy stream, over a clean stream run once.
+
+The dual view is ``[noisy | clean]``, and the clean half never reads the noisy one. So the clean
+stream's keys and values are computed once a text, and any number of mask patterns are run as
+batches of noisy streams alone over them: half the rows of a dual pass, and only masked positions
+are unembedded.
+
+It needs c constant, and it does not say which patterns, or what to do with their probabilities.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_block_size
+from transformer_lens_bd3lm.diffusion.rows import resolve
+from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
+from transformer_lens_bd3lm.errors import InputError, NotExactError
+
+CHUNK = 256  # rows whose log-softmax is in memory at once
+
+
+@dataclass(frozen=True)
+class NoisyText:
+    """Some texts of one length, to be looked at under masks.
+
+    Attributes:
+        bridge: a BD3LM bridge.
+        tokens: the texts ``[batch, pos]``.
+        block_size: the dial.
+        hooks: the host's ``[(name, fn), ...]``, on the noisy stream.
+        clean_hooks: the same on the clean stream, whose keys and values later blocks read.
+        rows: rows of a pass, at most, unless one pattern has more.
+    """
+
+    bridge: Any
+    tokens: Int[Tensor, "batch pos"]
+    block_size: int
+    hooks: list[tuple[str, Any]]
+    clean_hooks: list[tuple[str, Any]]
+    rows: int
+
+    @property
+    def counted(self) -> Bool[Tensor, "batch pos"]:
+        """Positions that may be masked, on the CPU: all but BOS."""
+        batch, n = self.tokens.shape
+        return (torch.arange(n) > 0).expand(batch, n)
+
+    @property
+    def together(self) -> int:
+        """Patterns a pass."""
+        return max(self.rows // self.tokens.numel(), 1)
+
+    def sigma(self, x: Tensor) -> Float[Tensor, " batch"]:
+        """Zeros: the network does not see t."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.zeros(len(x), device=x.device, dtype=wide)
+
+    def clean(self) -> CleanStream:
+        """Keys and values of the clean stream, from one pass."""
+        model, stream = self.bridge.original_model, CleanStream()
+        view = View(self.tokens, self.tokens.shape[1], self.block_size, "block", dual=False)
+        nobody = torch.zeros(0, 2, dtype=torch.long, device=self.tokens.device)
+        with self.bridge.hooks(fwd_hooks=self.clean_hooks):
+            x = model.backbone.vocab_embed(self.tokens)
+            routing = Routing.of_view(view, frequencies(model, x.device), x.dtype)
+            routing.cache = stream
+            run(model, x, self.sigma(x), routing, slice(0, 1), nobody)
+        return stream
+
+    def log_p(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
+    ) -> Float[Tensor, "pattern batch pos"]:
+        """``log p`` of the true token at each masked position, nats; 0 elsewhere. One pass.
+
+        In float64 on the CPU, from a log-softmax in the model's own precision.
+        """
+        model, n = self.bridge.original_model, self.tokens.shape[1]
+        mask_id, hidden = self.bridge.cfg.mask_token_id, masked.flatten(0, 1)
+        ids = self.tokens.repeat(len(masked), 1)
+        at = hidden.nonzero()
+        where = at.to(ids.device)
+        with self.bridge.hooks(fwd_hooks=self.hooks):
+            x = model.backbone.vocab_embed(ids.masked_fill(hidden.to(ids.device), mask_id))
+            beside = stream.beside(len(masked))
+            inv_freq = frequencies(model, x.device)
+            routing = Routing.of_noisy(n, self.block_size, beside, inv_freq, x)
+            logits = run(model, x, self.sigma(x), routing, slice(0, n), where)
+        true = ids[where.unbind(-1)]
+        parts = zip(logits.split(CHUNK), true.split(CHUNK), strict=True)
+        found = [masked_log_probs(x, mask_id).gather(-1, y[:, None])[:, 0] for x, y in parts]
+        full = torch.zeros(hidden.shape, dtype=torch.float64)
+        full = full.index_put(at.unbind(-1), torch.cat(found).double().cpu())
+        return full.unflatten(0, masked.shape[:2])
+
+
+def read_noisy_text(
+    bridge: Any, tokens: Any, block_size: int | str | None, hooks: Any, scope: str, rows: int
+) -> NoisyText:
+    """Read texts, dial and hooks at the door; nothing has been run then.
+
+    Raises:
+        InputError: for what does not fit.
+        NotExactError: with time conditioning, without blocks, or in training with dropout.
+    """
+    config = bridge.original_model.config
+    if not config.cross_attn:
+        raise NotExactError("this checkpoint has no blocks (cross_attn=False): no stream is clean")
+    if config.time_conditioning:
+        raise NotExactError(
+            "this checkpoint sees t (time_conditioning=True): what it says of a masked state "
+            "depends on when it is met, so no finite sum over states is exact"
+        )
+    if bridge.training and bridge.cfg.dropout:
+        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    if scope not in ("active", "commit"):
+        raise InputError(f'scope={scope!r}: give "active" or "commit"')
+    ids = bridge.to_tokens(tokens, truncate=False) if isinstance(tokens, str) else tokens
+    ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
+    size = bridge.cfg.block_size if block_size is None else block_size
+    size = min(read_block_size(size, config.model_length), ids.shape[1])
+    if not 2 <= ids.shape[1] <= config.model_length:
+        raise InputError(
+            f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"
+        )
+    if bool((ids == bridge.cfg.mask_token_id).any()):
+        raise InputError("tokens hold the mask: give a finished text")
+    pairs = list(hooks or [])
+    resolve(bridge, [name for name, _ in pairs])
+    return NoisyText(bridge, ids, size, pairs, pairs if scope == "commit" else [], rows)
