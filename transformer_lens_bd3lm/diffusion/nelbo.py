@@ -1,0 +1,279 @@
+"""The bound on a text's likelihood: exact, or estimated, and always by its name.
+
+The NELBO of a block of k maskable tokens (Arriola et al., section 3) is an integral over t of the
+loss of a random mask, each token masked with probability t, at weight 1/t. Three ways to it::
+
+    exact        sum over all 2^k - 1 masks, in closed form                          no error
+    stratified   sum_m 1/m * sum_{i in M} -log p(x_i | not M), one random |M| = m    unbiased
+    monte_carlo  one t a block, one mask, weight 1/t                                 unbiased
+
+Monte Carlo spreads its t over strata, one a block, and permutes the strata over blocks: with the
+public code's assignment (the j-th stratum always to the j-th block) early blocks always get low t,
+and since early blocks are harder the estimate is biased for a given text. It is here by name.
+
+``clip`` names three different things that are called clipping; each changes what is estimated:
+
+- ``Clip("t", a, b)``: t is drawn from U[a, b] (training with less variance), weight 1/t.
+- ``Clip("fraction", a, b)``: a block's t and mask are drawn again, together, until its masked
+  fraction is in [a, b].
+- ``Clip("unweighted", a, b)``: as ``"t"``, with weight 1 in place of 1/t.
+
+Draws of one replicate depend on each other; standard errors come from independent replicates.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.diffusion.exact import exact
+from transformer_lens_bd3lm.diffusion.noisy import NoisyText, read_noisy_text
+from transformer_lens_bd3lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A named way to leave out extreme masks; every one of them is no longer the bound.
+
+    Attributes:
+        kind: see the module.
+        low: a.
+        high: b.
+    """
+
+    kind: Literal["t", "fraction", "unweighted"]
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("t", "fraction", "unweighted"):
+            raise InputError(f'kind={self.kind!r}: give "t", "fraction" or "unweighted"')
+        if not 0 <= self.low < self.high <= 1:
+            raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
+
+
+@dataclass(frozen=True)
+class Nelbo:
+    """The NELBO of some texts, or an estimate of it, in nats.
+
+    Attributes:
+        kind: ``"exact"`` (the bound itself), ``"estimate"`` (unbiased for it) or ``"biased"``.
+        method: how it was made.
+        tokens: the texts ``[batch, pos]``.
+        block_size: the dial.
+        counted: positions that have a likelihood ``[batch, pos]``: all but BOS.
+        by_token: what each token adds ``[batch, pos]``, mean over replicates.
+        replicates: independent values for each text ``[replicate, batch]``; one if exact.
+    """
+
+    kind: Literal["exact", "estimate", "biased"]
+    method: str
+    tokens: Int[Tensor, "batch pos"] = field(repr=False)
+    block_size: int
+    counted: Bool[Tensor, "batch pos"] = field(repr=False)
+    by_token: Float[Tensor, "batch pos"] = field(repr=False)
+    replicates: Float[Tensor, "replicate batch"] = field(repr=False)
+
+    @property
+    def nats(self) -> Float[Tensor, " batch"]:
+        """Nats of each text, mean over replicates."""
+        return self.replicates.mean(0)
+
+    @property
+    def standard_error(self) -> Float[Tensor, " batch"]:
+        """Of ``nats``, from the replicates; 0 if exact, NaN with a single replicate."""
+        if self.kind == "exact":
+            return torch.zeros_like(self.nats)
+        return self.replicates.std(0) / math.sqrt(len(self.replicates))
+
+    @property
+    def nats_per_token(self) -> float:
+        """Over all texts, BOS not counted."""
+        return float(self.nats.sum()) / int(self.counted.sum())
+
+    @property
+    def standard_error_per_token(self) -> float:
+        """Of ``nats_per_token``, nats."""
+        if self.kind == "exact":
+            return 0.0
+        means = self.replicates.sum(-1) / int(self.counted.sum())
+        return float(means.std()) / math.sqrt(len(means))
+
+    @property
+    def bits_per_token(self) -> float:
+        """``nats_per_token / log 2``."""
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nats_per_token)``."""
+        return math.exp(self.nats_per_token)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks to look under, and the weight of each masked position's ``-log p``."""
+
+    masked: Bool[Tensor, "pattern batch pos"]
+    weight: Float[Tensor, "pattern batch pos"]
+
+
+def by_block(counted: Bool[Tensor, "batch pos"], size: int) -> Bool[Tensor, "batch block place"]:
+    """Maskable places block by block; the last block filled up with places that are none."""
+    missing = -counted.shape[1] % size
+    return torch.nn.functional.pad(counted, (0, missing)).unflatten(1, (-1, size))
+
+
+def stratified(text: NoisyText, generator: torch.Generator) -> Masks:
+    """One random mask of every number m, weight 1/m: pattern m - 1 has m in every block."""
+    counted = by_block(text.counted, text.block_size)
+    k = counted.sum(-1)
+    patterns, shape = int(k.max()), counted.shape
+    draw = torch.rand(patterns, *shape, generator=generator, dtype=torch.float64)
+    rank = draw.masked_fill(~counted, 2.0).argsort(-1).argsort(-1)
+    m = torch.arange(1, patterns + 1)[:, None, None, None]
+    masked = (rank < m) & (m <= k[..., None]) & counted
+    return whole(text, masked, (1.0 / m).expand(masked.shape))
+
+
+def monte_carlo(
+    text: NoisyText,
+    generator: torch.Generator,
+    strata: str = "permuted",
+    clip: Clip | None = None,
+) -> Masks:
+    """One t a block from one stratum each, one mask of probability t, weight 1/t."""
+    counted = by_block(text.counted, text.block_size)
+    shape = counted.shape[:2]
+    number = shape.numel()
+    if strata == "none":
+        u = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)
+    else:
+        order = torch.arange(number)
+        if strata == "permuted":
+            order = torch.randperm(number, generator=generator)
+        within = 1 - torch.rand(number, generator=generator, dtype=torch.float64)
+        u = ((order + within) / number).view(shape)
+    low, high = (clip.low, clip.high) if clip and clip.kind != "fraction" else (0.0, 1.0)
+    t = (low + (high - low) * u)[..., None]
+    masked = draw_mask(t, counted, generator)
+    if clip is not None and clip.kind == "fraction":
+        masked, t = redraw(masked, t, counted, clip, generator)
+    weight = torch.ones_like(t) if clip is not None and clip.kind == "unweighted" else 1 / t
+    return whole(text, masked[None], weight.expand(masked.shape)[None])
+
+
+def draw_mask(t: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
+    """Each maskable place with probability t."""
+    draw = torch.rand(counted.shape, generator=generator, dtype=torch.float64)
+    return (draw < t) & counted
+
+
+def redraw(
+    masked: Bool[Tensor, "batch block place"],
+    t: Float[Tensor, "batch block one"],
+    counted: Bool[Tensor, "batch block place"],
+    clip: Clip,
+    generator: torch.Generator,
+) -> tuple[Bool[Tensor, "batch block place"], Float[Tensor, "batch block one"]]:
+    """Draw blocks again until their masked fraction lies within the clip.
+
+    Raises:
+        InputError: if some block has no number of masks whose fraction does.
+    """
+    k = counted.sum(-1)
+    fractions = torch.arange(int(k.max()) + 1) / k[..., None].clamp(min=1)
+    fits = (fractions >= clip.low) & (fractions <= clip.high)
+    fits &= torch.arange(int(k.max()) + 1) <= k[..., None]
+    if not bool(fits[..., 1:].any(-1)[k > 0].all()):
+        raise InputError(
+            f"clip to {clip.low}..{clip.high}: no number of masks of some block has such a "
+            "fraction; widen it"
+        )
+    while True:
+        share = masked.sum(-1) / k.clamp(min=1)
+        out = ((share < clip.low) | (share > clip.high)) & (k > 0)
+        if not bool(out.any()):
+            return masked, t
+        again = 1 - torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        t = torch.where(out[..., None], again, t)
+        masked = torch.where(out[..., None], draw_mask(t, counted, generator), masked)
+
+
+def whole(text: NoisyText, masked: Tensor, weight: Tensor) -> Masks:
+    """Blocks put together again, cut to the text."""
+    n = text.tokens.shape[1]
+    parts = (x.flatten(-2)[..., :n] for x in (masked, weight))
+    return Masks(*parts)
+
+
+@torch.no_grad()
+def nelbo(
+    bridge: Any,
+    tokens: Any,
+    block_size: int | str | None = None,
+    method: str = "exact",
+    *,
+    replicates: int = 8,
+    seed: int = 0,
+    strata: str = "permuted",
+    clip: Clip | None = None,
+    hooks: Any = None,
+    scope: str = "active",
+    max_states: int = 256,
+    rows: int = 2048,
+) -> Nelbo:
+    """The NELBO of finished texts (Arriola et al., section 3), exactly or by an estimate.
+
+    Args:
+        bridge: a BD3LM bridge.
+        tokens: a string, or ids ``[batch, pos]``; position 0 is BOS, given and not counted.
+        block_size: the dial; the bridge's by default.
+        method: ``"exact"``, ``"stratified"`` or ``"monte_carlo"``; see the module.
+        replicates: independent estimates, at least 2.
+        seed: of all the draws.
+        strata: for Monte Carlo: ``"permuted"`` over blocks, ``"none"``, or ``"public"``: biased.
+        clip: for Monte Carlo: a named clipping; biased.
+        hooks: TransformerLens's ``[(name, fn), ...]``, as in :func:`exact`.
+        scope: how far they reach, as in :func:`exact`.
+        max_states: for the exact sum, as in :func:`exact`.
+        rows: rows of a pass; memory grows with it.
+
+    Raises:
+        InputError: for what does not fit.
+        NotExactError: with time conditioning, or without blocks.
+    """
+    if method not in ("exact", "stratified", "monte_carlo"):
+        raise InputError(f'method={method!r}: give "exact", "stratified" or "monte_carlo"')
+    if strata not in ("permuted", "none", "public"):
+        raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
+    if method != "monte_carlo" and (clip is not None or strata != "permuted"):
+        raise InputError(f'clip and strata are choices of method="monte_carlo", not {method!r}')
+    if method == "exact":
+        how = {"scope": scope, "max_states": max_states, "rows": rows}
+        found = exact(bridge, tokens, block_size, hooks, **how)
+        values = (found.nelbo_by_token, found.nelbo[None])
+        return Nelbo("exact", method, found.tokens, found.block_size, found.counted, *values)
+    if replicates < 2:
+        raise InputError(f"replicates={replicates}: a standard error needs at least 2")
+    text = read_noisy_text(bridge, tokens, block_size, hooks, scope, rows)
+    generator = torch.Generator().manual_seed(seed)
+    stream = text.clean()
+    if method == "stratified":
+        drawn = [stratified(text, generator) for _ in range(replicates)]
+    else:
+        drawn = [monte_carlo(text, generator, strata, clip) for _ in range(replicates)]
+    owner = torch.arange(replicates).repeat_interleave(len(drawn[0].masked))
+    masked, weight = (
+        torch.cat(x) for x in zip(*((m.masked, m.weight) for m in drawn), strict=True)
+    )
+    by_token = torch.zeros(replicates, *text.tokens.shape, dtype=torch.float64)
+    for part in torch.arange(len(owner)).split(text.together):
+        log_p = text.log_p(stream, masked[part])
+        by_token.index_add_(0, owner[part], -weight[part] * log_p)
+    kind = "biased" if clip is not None or strata == "public" else "estimate"
+    values = (by_token.mean(0), by_token.sum(-1))
+    return Nelbo(kind, method, text.tokens, text.block_size, text.counted, *values)
