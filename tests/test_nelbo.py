@@ -106,30 +106,18 @@ def test_at_block_size_one_every_method_is_the_nll_in_expectation(bridge):
     assert float(found.standard_error.max()) < 1e-10
 
 
-def harder_early(bridge) -> torch.Tensor:
-    """A text whose early tokens the model finds much less likely than its late ones."""
-    ids = texts(1, CONTEXT)
-    for position in range(1, CONTEXT):
-        x_t = ids.clone()
-        x_t[:, position:] = MASK
-        with torch.no_grad():
-            log_p = bd3lm.log_probs(bridge(x_t, clean=ids, block_size=4), x_t)[0, position]
-        order = log_p[:MASK].argsort()
-        ids[0, position] = order[0] if position < 8 else order[-1]
-    return ids
-
-
-def test_the_public_assignment_of_strata_is_biased_where_early_blocks_are_harder(bridge):
-    ids = harder_early(bridge)
+def test_the_public_assignment_of_strata_is_biased_where_early_blocks_are_harder(device):
+    """The embedded default on a list of plurals: once it has begun, it is easy to go on with."""
+    tiny = boot(bd3lm.TINY, device)
+    ids = tiny.to_tokens("Lords, Ladies, Officers, Soldiers, Sailors, Messengers")[:, :16]
+    per_token = exact(tiny, ids, 4).nll_by_block[0] / torch.tensor([3, 4, 4, 4])
+    assert float(per_token[:2].mean()) > 1.5 * float(per_token[2:].mean())
     for strata, biased in (("permuted", False), ("public", True)):
-        how = {"method": "monte_carlo", "replicates": 2, "strata": strata}
-        errors, _, truth = scores(bridge, ids, 4, 6000, **how)
-        away = float(errors.mean()) / (float(errors.std()) / 6000**0.5)
-        assert (away < -6) == biased, (strata, away)
-        assert biased or abs(away) < 4
-        kind = nelbo(bridge, ids, 4, "monte_carlo", strata=strata, replicates=2).kind
-        assert kind == ("biased" if biased else "estimate")
-    assert truth > 0
+        how = {"method": "monte_carlo", "replicates": 4000, "strata": strata}
+        found = nelbo(tiny, ids, 4, **how)
+        away = (float(found.nats) - float(exact(tiny, ids, 4).nelbo)) / float(found.standard_error)
+        assert away < -5 if biased else abs(away) < 4
+        assert found.kind == ("biased" if biased else "estimate")
 
 
 @pytest.mark.parametrize("kind", ["t", "fraction", "unweighted"])
