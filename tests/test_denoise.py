@@ -1047,3 +1047,26 @@ def test_the_cache_is_freed_at_the_end_and_seen_by_no_other_forward(bridge):
     run = bd3lm.denoise(bridge, None, max_new_tokens=9)
     bd3lm.replay(run, [("hook_embed", lambda x, hook: None)], "pinned")
     assert run.kv_cache and not alive()
+
+
+def test_adaln_is_computed_once_a_run_unless_somebody_looks(bridge, monkeypatch):
+    """And an edit of it, at some steps, acts there alone."""
+    ran = []
+    forward = type(bridge.blocks[1].adaln).forward
+
+    def counted(self, c):
+        ran.append(self)
+        return forward(self, c)
+
+    monkeypatch.setattr(type(bridge.blocks[1].adaln), "forward", counted)
+    wanted = steps(bridge, None, max_new_tokens=11, kv_cache=False)
+    assert ran.count(bridge.blocks[1].adaln) == len(wanted) == 11
+    ran.clear()
+    assert_same(steps(bridge, None, max_new_tokens=11), wanted)
+    assert ran.count(bridge.blocks[1].adaln) == 1
+    for name in ("timestep_embed.hook_out", "blocks.1.adaln.hook_in", "blocks.1.adaln.hook_out"):
+        hooks = StepHooks().add(name, edit, index=[2, 5])
+        cached, recomputed = both(bridge, None, max_new_tokens=11, hooks=hooks)
+        assert_same(cached, recomputed)
+        assert apart(cached[:2], wanted[:2]) < EXACT
+        assert relative(cached[2].masked_logits, wanted[2].masked_logits) > 1e-6

@@ -189,6 +189,7 @@ class Routing:
         dense: makes the same rules as one square ``[*batch, row, key]``; None where all is visible.
         cache: where finished blocks' keys and values are kept, if this pass reads them.
         first_key: how many of the stored keys have slid out of everybody's view.
+        constants: adaLN's vectors by layer, kept from pass to pass of a run in which c is constant.
     """
 
     cos: Float[Tensor, "row d_head"]
@@ -197,6 +198,7 @@ class Routing:
     dense: Callable[[], Bool[Tensor, "*batch row key"] | None]
     cache: Store | None = None
     first_key: int = 0
+    constants: dict[int, tuple[Tensor, ...]] | None = None
 
     @classmethod
     def of_view(

@@ -80,7 +80,7 @@ class BD3LMBlockBridge(BlockBridge):
         if readout is not None and not self.training and not self.looked_at():
             return self.read_out(x, c, routing, readout)
         x = self.hook_in(x)
-        vectors = (None,) * 6 if c is None else self.adaln(c)
+        vectors = self.modulation(c, routing)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
 
         flags = self.attn.config  # shared with the bridge; a block's own config is a copy
@@ -99,6 +99,17 @@ class BD3LMBlockBridge(BlockBridge):
         read = self.hook_mlp_in(x) if self._read_use_hook_mlp_in() else x
         h = self.hook_modulated_mlp(modulate(self.ln2(read), shift_mlp, scale_mlp))
         return self.hook_out(add(x, gate_mlp, self.dropout(self.mlp(h)), self.hook_mlp_out))
+
+    def modulation(self, c: Tensor | None, routing: Routing) -> tuple[Tensor | None, ...]:
+        """AdaLN's six vectors; where c is one constant of a run, computed once if nobody looks."""
+        if c is None:
+            return (None,) * 6
+        if routing.constants is None or watched(*self.adaln.modules()):
+            return self.adaln(c)
+        layer = self.attn._layer_idx
+        if layer not in routing.constants:
+            routing.constants[layer] = self.adaln(c)
+        return routing.constants[layer]
 
     def dropout(self, write: Tensor) -> Tensor:
         """The checkpoint's residual dropout, before the gate; the identity unless in training.
@@ -126,7 +137,7 @@ class BD3LMBlockBridge(BlockBridge):
         self, x: Tensor, c: Tensor | None, routing: Routing, readout: slice
     ) -> Float[Tensor, "batch pos d_model"]:
         """The same for the rows ``readout`` alone, with every row a key."""
-        vectors = (None,) * 6 if c is None else self.adaln(c)
+        vectors = self.modulation(c, routing)
         read = [v if v is None or v.shape[1] == 1 else v[:, readout] for v in vectors]
         gate_msa, shift_mlp, scale_mlp, gate_mlp = read[2:]
         h = modulate(self.ln1(x), vectors[0], vectors[1])

@@ -68,7 +68,8 @@ class BD3LMNormBridge(NormalizationBridge):
         x = self.hook_in(hidden_states)
         if watched(self.hook_scale, self.hook_normalized):
             return self.hook_out(self._python_norm_forward(x))
-        wide = at_least_float32(x)
+        # The kernel computes in float32 or wider, and would round a wider weight first.
+        wide = x if x.dtype == self.weight.dtype else at_least_float32(x)
         weight = self.weight.to(wide.dtype)
         return self.hook_out(
             F.layer_norm(wide, x.shape[-1:], weight, eps=self.config.eps).to(x.dtype)

@@ -37,7 +37,7 @@ class Linear(nn.Linear):
     """A linear that is fast for the few rows of a denoising step in bfloat16 on a CPU.
 
     There ``x W^T`` has all of W laid out anew at every call, and ``(W x^T)^T`` only x: the same
-    sums, in about two thirds of the time. Everything else is the plain linear's.
+    sums, in about three quarters of the time. Everything else is the plain linear's.
     """
 
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
@@ -45,9 +45,14 @@ class Linear(nn.Linear):
         rows = input.shape[:-1].numel()
         if input.dtype != torch.bfloat16 or input.device.type != "cpu" or rows > FEW_ROWS:
             return super().forward(input)
-        x = input.reshape(rows, -1).T
-        y = self.weight @ x if self.bias is None else self.bias[:, None].addmm(self.weight, x)
-        return y.T.reshape(*input.shape[:-1], -1)
+        weight, bias = self.weight, self.bias
+        if rows == 1:
+            x = input.flatten()
+            y = weight @ x if bias is None else bias.addmv(weight, x)
+        else:
+            x = input.reshape(rows, -1).T
+            y = (weight @ x if bias is None else bias[:, None].addmm(weight, x)).T
+        return y.reshape(*input.shape[:-1], -1)
 
 
 def run(
@@ -268,7 +273,7 @@ def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
 
 
 def install(model: Any, cfg: Any) -> None:
-    """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of the linears'."""
+    """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
     model.tl_cfg = cfg
     for module in model.modules():
         if type(module) is nn.Linear:

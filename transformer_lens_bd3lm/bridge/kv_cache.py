@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` are final."""
+    """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` are final.
+
+    ``constants`` holds what else is the same in every pass of the run: adaLN's vectors by layer.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+        self.constants: dict[int, tuple[Tensor, ...]] = {}
 
     def extend(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.views import View
@@ -95,11 +95,16 @@ class Network:
         model, size, reach = self.bridge.original_model, self.canvas.block_size, self.canvas.reach
         inv_freq = frequencies(model, x.device)
         if self.cache is not None and (first > 0 or reach is not None):
-            return Routing.of_window(first, end, size, self.cache, inv_freq, x, reach)
-        kind = "block" if model.config.cross_attn else "open"
-        view = View(ids, end - first, size, kind, dual=False)
-        routing = Routing.of_view(view, inv_freq, x.dtype)
-        routing.cache = self.cache
+            routing = Routing.of_window(first, end, size, self.cache, inv_freq, x, reach)
+        else:
+            kind = "block" if model.config.cross_attn else "open"
+            view = View(ids, end - first, size, kind, dual=False)
+            routing = Routing.of_view(view, inv_freq, x.dtype)
+            routing.cache = self.cache
+        # With the cache c is a constant of the run, unless a hook on its way changes it.
+        if self.cache is not None and model.config.adaln:
+            if not watched(*self.bridge.timestep_embed.modules()):
+                routing.constants = self.cache.constants
         return routing
 
     def looking(self, step: Step, first: int, width: int) -> list[tuple[str, Any]]:
