@@ -46,50 +46,50 @@ class Plan:
         Raises:
             InputError: for positions that are not to be denoised, or ids that are none.
         """
-        shape, wanted = canvas.tokens.shape, canvas.to_denoise()
-        plan = cls(*(torch.full(shape, -1, dtype=torch.long) for _ in range(2)))
         if force is None:
-            return plan
+            force = Force()
         if not isinstance(force, Force):
             raise InputError(f"force is {type(force).__name__}: give Force(tokens=..., order=...)")
-        for name, given, entries in (
-            ("tokens", force.tokens, plan.tokens),
-            ("order", force.order, plan.order),
-        ):
-            if isinstance(given, Tensor):
-                if given.ndim != 2 or given.shape[0] != shape[0] or given.shape[1] > shape[1]:
-                    raise InputError(
-                        f"force {name} has shape {list(given.shape)}: give [batch, pos] = "
-                        f"{list(shape)}"
-                    )
-                if (
-                    given.is_floating_point()
-                    or given.dtype == torch.bool
-                    or bool((given < -1).any())
-                ):
-                    raise InputError(f"force {name} is {given.dtype}: give ints, -1 or more")
-                entries[:, : given.shape[1]] = given
-                if name == "tokens":
-                    entries[entries == canvas.tokens.cpu()] = -1
-            elif isinstance(given, Mapping):
-                for position, value in cls._pairs(bridge, name, given):
-                    if not 0 <= position < shape[1]:
-                        raise InputError(
-                            f"force {name} names position {position}: the canvas has {shape[1]}"
-                        )
-                    if bool((entries[:, position] >= 0).any()):
-                        raise InputError(f"force {name} names position {position} twice")
-                    entries[:, position] = value
-                    if bool(wanted[:, position].any()):
-                        entries[~wanted[:, position], position] = -1
-            elif given is not None:
-                raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
-            if bool((entries >= 0)[~wanted].any()):
-                raise InputError("force names a position that is given already: nothing would come")
+        tokens = cls._entries(bridge, canvas, "tokens", force.tokens)
+        order = cls._entries(bridge, canvas, "order", force.order)
         vocab, mask_id = bridge.original_model.config.vocab_size, canvas.mask_id
-        if bool((plan.tokens >= vocab).any()) or bool((plan.tokens == mask_id).any()):
+        if bool(((tokens >= vocab) | (tokens == mask_id)).any()):
             raise InputError(f"force names a token that is none: ids are 0..{vocab - 1}, no mask")
-        return plan
+        return cls(tokens, order)
+
+    @classmethod
+    def _entries(
+        cls, bridge: Any, canvas: Canvas, name: str, given: Any
+    ) -> Int[Tensor, "batch pos"]:
+        """One of the two over the whole canvas, from a tensor, a dict or None."""
+        shape, wanted = canvas.tokens.shape, canvas.to_denoise()
+        entries = torch.full(shape, -1, dtype=torch.long)
+        if isinstance(given, Tensor):
+            if given.ndim != 2 or given.shape[0] != shape[0] or given.shape[1] > shape[1]:
+                raise InputError(
+                    f"force {name} has shape {list(given.shape)}: give [batch, pos] = {list(shape)}"
+                )
+            fractional = given.is_floating_point() or given.dtype == torch.bool
+            if fractional or bool((given < -1).any()):
+                raise InputError(f"force {name} is {given.dtype}: give ints, -1 or more")
+            entries[:, : given.shape[1]] = given
+            if name == "tokens":  # what stands there already is not forced
+                entries[entries == canvas.tokens.cpu()] = -1
+        elif isinstance(given, Mapping):
+            for position, value in cls._pairs(bridge, name, given):
+                if not 0 <= position < shape[1]:
+                    raise InputError(
+                        f"force {name} names position {position}: the canvas has {shape[1]}"
+                    )
+                if bool((entries[:, position] >= 0).any()):
+                    raise InputError(f"force {name} names position {position} twice")
+                rows = wanted[:, position]
+                entries[rows if bool(rows.any()) else slice(None), position] = value
+        elif given is not None:
+            raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
+        if bool((entries >= 0)[~wanted].any()):
+            raise InputError("force names a position that is given already: nothing would come")
+        return entries
 
     @staticmethod
     def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
