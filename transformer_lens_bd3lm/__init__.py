@@ -10,9 +10,17 @@ from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_si
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
 from transformer_lens_bd3lm.diffusion.denoise import denoise_steps as denoise_steps
+from transformer_lens_bd3lm.diffusion.exact import Exact as Exact
+from transformer_lens_bd3lm.diffusion.exact import ExactEffect as ExactEffect
+from transformer_lens_bd3lm.diffusion.exact import exact as exact
+from transformer_lens_bd3lm.diffusion.exact import exact_backward as exact_backward
+from transformer_lens_bd3lm.diffusion.exact import exact_effect as exact_effect
 from transformer_lens_bd3lm.diffusion.force import Force as Force
 from transformer_lens_bd3lm.diffusion.mediate import Mediation as Mediation
 from transformer_lens_bd3lm.diffusion.mediate import mediate as mediate
+from transformer_lens_bd3lm.diffusion.nelbo import Clip as Clip
+from transformer_lens_bd3lm.diffusion.nelbo import Nelbo as Nelbo
+from transformer_lens_bd3lm.diffusion.nelbo import nelbo as nelbo
 from transformer_lens_bd3lm.diffusion.noise import Noise as Noise
 from transformer_lens_bd3lm.diffusion.record import Record as Record
 from transformer_lens_bd3lm.diffusion.replay import Replay as Replay
@@ -35,15 +43,19 @@ TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 
 __all__ = [
     "TINY",
+    "Ancestral",
     "BD3LMArchitectureAdapter",
     "BD3LMError",
-    "Ancestral",
+    "Clip",
     "Confidence",
     "EndOfText",
+    "Exact",
+    "ExactEffect",
     "FirstHitting",
     "Force",
     "LowEntropy",
     "Mediation",
+    "Nelbo",
     "Noise",
     "Record",
     "Replay",
@@ -54,9 +66,13 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "exact",
+    "exact_backward",
+    "exact_effect",
     "fork",
     "log_probs",
     "mediate",
+    "nelbo",
     "register",
     "replay",
     "set_block_size",
