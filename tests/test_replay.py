@@ -169,6 +169,22 @@ def test_a_replay_of_a_replay_keeps_its_own_base(bridge):
     assert back.base is edited and edited.base is run
 
 
+def test_a_run_keeps_the_hooks_it_was_made_with(bridge):
+    """Handed over in a generator, or in a collection that grows afterwards."""
+
+    def on_host(activation, hook):
+        return edit(activation, hook, None)
+
+    run = written(bridge, hooks=((name, on_host) for name in [RESID]))
+    same_run(bd3lm.replay(run, edits()), run)
+    assert float(bd3lm.replay(run, edits(), "pinned").kl.nan_to_num().max()) == 0.0
+    assert float(bd3lm.replay(run, None, "pinned").kl.nan_to_num().max()) > 1e-3
+    hooks = edits()
+    run = written(bridge, hooks=hooks)
+    hooks.add("unembed.hook_out", lambda x, hook, step: x.flip(-1))
+    assert float(bd3lm.replay(run, edits(), "pinned").kl.nan_to_num().max()) == 0.0
+
+
 # Forks.
 
 

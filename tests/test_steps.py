@@ -834,3 +834,20 @@ def test_a_record_of_one_name_must_be_a_list():
 )
 def test_row_axis_says_where_a_passs_rows_are(name, axis):
     assert row_axis(name) == axis
+
+
+def test_a_hook_may_run_the_bridge_and_the_loop_without_meeting_itself(bridge):
+    wanted, seen = logits(bridge), []
+
+    def nested(activation, hook, step):
+        seen.append(step.index)
+        with torch.no_grad():
+            bridge(step.tokens[:, :6])
+        inner = []
+        hooks = StepHooks().add(RESID, lambda x, hook, step: inner.append(step.index))
+        bd3lm.denoise(bridge, prompt(), max_new_tokens=2, hooks=hooks)
+        assert inner == [0, 1, 2, 3][: len(inner)] and len(inner) >= 2
+        assert bd3lm.current_step() is step
+
+    assert same(logits(bridge, StepHooks().add(RESID, nested)), wanted)
+    assert seen == list(range(len(wanted)))

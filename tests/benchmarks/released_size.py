@@ -14,6 +14,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -34,7 +35,7 @@ def released_model() -> BD3LM:
     config = BD3LMConfig(block_size=4, cond_dim=128, architectures=["BD3LM"], return_dict=False)
     model = BD3LM(config).eval()
     for block in model.backbone.blocks:
-        torch.nn.init.normal_(block.adaLN_modulation.bias, std=0.5)
+        torch.nn.init.normal_(cast(Any, block).adaLN_modulation.bias, std=0.5)
     return model
 
 

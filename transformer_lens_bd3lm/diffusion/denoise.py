@@ -30,7 +30,7 @@ from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
 from transformer_lens_bd3lm.diffusion.run import Run, Timeline, gather
 from transformer_lens_bd3lm.diffusion.samplers import Drawing, FirstHitting, Sampler
-from transformer_lens_bd3lm.diffusion.steps import Step
+from transformer_lens_bd3lm.diffusion.steps import Step, StepHooks
 from transformer_lens_bd3lm.diffusion.stop import Stop
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
@@ -302,7 +302,8 @@ def denoise(
         HookReturnError: for a hook that returns another shape.
     """
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
-    request = Request(sampler, noise, kv_cache, hooks, record, stop, force)
+    made = StepHooks.of(hooks)  # a copy: the run keeps the hooks that it was made with
+    request = Request(sampler, noise, kv_cache, made, record, stop, force)
     return finish(bridge, canvas, request.loop(bridge, canvas), request, progress, on_step)
 
 

@@ -26,6 +26,7 @@ HAS_KEYS = ("hook_pattern", "hook_attn_scores")
 READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
 
 _current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
+_looking: ContextVar[Step | None] = ContextVar("bd3lm_looking", default=None)
 
 
 def current_step() -> Step | None:
@@ -171,15 +172,23 @@ def attached(
     with ExitStack() as stack:
         for name, fn in fns:
             point = points[name]
-            handle = point.add_hook(cast(Any, partial(_named, fn)))
+            handle = point.add_hook(cast(Any, partial(_named, step, fn)))
             stack.callback(point.fwd_hooks.remove, handle)
             stack.callback(handle.hook.remove)
         stack.callback(_current_step.reset, _current_step.set(step))
+        stack.callback(_looking.reset, _looking.set(step))
         yield
 
 
-def _named(fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
-    return fn(activation, hook)
+def _named(step: Step, fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
+    """A step hook in its own step's pass; silent in passes that are started from within a hook."""
+    if _looking.get() is not step:
+        return None
+    token = _looking.set(None)
+    try:
+        return fn(activation, hook)
+    finally:
+        _looking.reset(token)
 
 
 def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:
