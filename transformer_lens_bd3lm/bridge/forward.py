@@ -43,7 +43,8 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
         """``input W^T + bias``."""
         rows = input.shape[:-1].numel()
-        if input.dtype != torch.bfloat16 or input.device.type != "cpu" or rows > FEW_ROWS:
+        few = input.dtype == torch.bfloat16 and 0 < rows <= FEW_ROWS
+        if not few or input.device.type != "cpu":
             return super().forward(input)
         weight, bias = self.weight, self.bias
         if rows == 1:
