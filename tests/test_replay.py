@@ -185,6 +185,19 @@ def test_a_run_keeps_the_hooks_it_was_made_with(bridge):
     assert float(bd3lm.replay(run, edits(), "pinned").kl.nan_to_num().max()) == 0.0
 
 
+def test_a_run_that_does_not_come_out_again_is_refused(device, tmp_path):
+    """Weights edited since would be told as the effect of the hook."""
+    own = boot(small.save(tmp_path), device, torch.float64)
+    run = written(own)
+    bd3lm.replay(run, edits(), "pinned")
+    with torch.no_grad():
+        own.blocks[0].attn.o.weight.mul_(1.01)
+    with pytest.raises(NotExactError, match="come out again"):
+        bd3lm.replay(run, edits(), "pinned")
+    with pytest.raises(NotExactError, match="come out again"):
+        bd3lm.mediate(run, edits(), block=0)
+
+
 # Forks.
 
 

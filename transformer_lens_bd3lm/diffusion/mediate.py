@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.diffusion.network import make_network
 from transformer_lens_bd3lm.diffusion.replay import (
     Replay,
+    check_same,
     commits,
     divergence,
     limited,
@@ -140,5 +141,6 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
                 write_log_p(log_p[i, j], step, found)
                 if last:
                     network.finish(step)
+    check_same(run, log_p[0, 0])
     length = run.length
     return Mediation(run, edited, block, log_p[..., :length], kl)

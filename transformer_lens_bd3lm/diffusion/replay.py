@@ -146,14 +146,16 @@ def pinned(run: Run, request: Request) -> Replay:
     mine = request.network(run.bridge, run.canvas)
     base = replace(run.request, kv_cache=run.kv_cache, record=None).network(run.bridge, run.canvas)
     kl = torch.full((len(run.steps), *run.steps[0].masked.shape), torch.nan, dtype=torch.float64)
-    log_p = torch.full_like(run.log_p_all, torch.nan)
+    log_p, again = (torch.full_like(run.log_p_all, torch.nan) for _ in range(2))
     for i, (step, last) in enumerate(with_ends(run)):
         before, after = (log_probs_of(network, step) for network in (base, mine))
         kl[i, :, : step.masked.shape[1]][step.masked] = divergence(before, after)
+        write_log_p(again, step, before)
         write_log_p(log_p, step, after)
         if last:
             base.finish(step)
             mine.finish(step)
+    check_same(run, again)
     other = replace(
         run,
         log_p_all=log_p,
@@ -194,6 +196,21 @@ def write_log_p(
     ids = step.after[:, part].cpu()[step.revealed]
     rows = found[step.revealed[step.masked]]
     log_p[:, part][step.revealed] = rows.gather(-1, ids[:, None])[:, 0]
+
+
+def check_same(run: Run, again: Float[Tensor, "batch total"]) -> None:
+    """Refuse a base that is not the recorded run, beyond the rounding of the model's precision.
+
+    Raises:
+        NotExactError: where the tokens' log-probabilities, computed again, are others.
+    """
+    within = torch.finfo(run.bridge.embed.weight.dtype).eps ** 0.5
+    off = (again - run.log_p_all).abs() > within * (1 + run.log_p_all.abs())
+    if bool(off.any()):
+        raise NotExactError(
+            "this run does not come out again under its own hooks: the weights, or hooks set on "
+            "the bridge itself, have changed since, or a hook is random. Make the run anew"
+        )
 
 
 def limited(hook: StepHook, when: Any) -> StepHook:
