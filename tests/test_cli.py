@@ -1,12 +1,15 @@
 """The command line, run as a user would."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
+import transformer_lens_bd3lm as bd3lm
 from transformer_lens_bd3lm.cli import app
 
 HAMLET = Path(__file__).parent / "fixtures" / "hamlet.txt"
@@ -94,6 +97,9 @@ def test_generate_refuses_a_dial_setting_that_is_none():
 
 
 def test_info_reads_a_checkpoint_from_headers_alone(golden):
+    result = run("info", "grammar")
+    assert result.exit_code == 0, result.output
+    assert "from 1 to 8" in words(result)
     result = run("info", "tiny")
     assert result.exit_code == 0, result.output
     assert "from 1 to 256" in words(result)
@@ -109,14 +115,62 @@ def test_info_of_something_else_is_one_message(model):
     assert "could not be read" in " ".join(result.output.split())
 
 
-def test_likelihood_says_which_figures_are_exact(golden, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{1 + i % 30}" for i in range(40)))
-    result = run(
-        "likelihood", str(golden("bd3lm").path), str(text), "--block-size", "1", "--block-size", "4"
-    )
+@pytest.fixture
+def corpus(tmp_path):
+    """Two texts in one file, and one in another."""
+    play = tmp_path / "play.txt"
+    play.write_text("ACT I\nO Romeo, Romeo\nACT II\nwherefore art thou\n")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"body": "To be, or not to be"}) + "\n")
+    return str(play), str(lines)
+
+
+def test_exact_shows_every_token_and_the_gap():
+    result = run("exact", "tiny", "To be, or not to be", "--block-size", "4")
     assert result.exit_code == 0, result.output
-    assert "exact NLL" in result.output and "NELBO (a bound), 4 draws" in result.output
+    bridge = TransformerBridge.boot_transformers(bd3lm.TINY)
+    found = bd3lm.exact(bridge, "To be, or not to be", 4)
+    assert f"NLL {float(found.nll[0]):.4f} nats" in words(result)
+    assert f"gap {float(found.gap[0]):.4f}" in words(result)
+    for token in ("'To'", "' not'", "','"):
+        assert token in result.output
+
+
+def test_likelihood_says_which_figures_are_exact(corpus):
+    how = ["--field", "body", "--split", "^ACT", "--block-size"]
+    result = run("likelihood", "tiny", *corpus, *how, "2")
+    assert result.exit_code == 0, result.output
+    assert "NLL: of what is written, exact" in words(result)
+    assert (
+        "3 texts" in words(result)
+        and "1 process;" in words(result)
+        and "95% over such texts" in words(result)
+    )
+    result = run("likelihood", "tiny", *corpus, *how, "full")
+    assert "NELBO: a bound, estimate" in words(result) and "NLL" not in words(result)
+
+
+def test_likelihood_goes_on_where_it_was(corpus, tmp_path):
+    how = ["likelihood", "tiny", corpus[0], "--out", str(tmp_path / "out"), "--json", "-"]
+    first, again = (run(*how) for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.output) == json.loads(again.output)
+    assert len((tmp_path / "out" / "jobs-0.jsonl").read_text().splitlines()) == 1
+
+
+def test_sweep_draws_the_dial_and_says_what_the_bound_costs(corpus, tmp_path):
+    figure, told = tmp_path / "dial.png", tmp_path / "dial.json"
+    sizes = [x for size in ("1", "4", "full") for x in ("--block-size", size)]
+    result = run(
+        "sweep", "tiny", *corpus, "--field", "body", "--split", "^ACT", *sizes,
+        "--plot", str(figure), "--json", str(told),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 10_000
+    found = json.loads(told.read_text())
+    assert [each["block_size"] for each in found] == [1, 4, 256]
+    assert found[0]["nll"]["kind"] == "exact" and "nll" not in found[2]
+    assert "looseness" in words(result)
 
 
 def test_an_error_of_ours_is_one_message_and_exit_status_one(golden, tmp_path):

@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
+from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
+from transformer_lens_bd3lm.analysis.sweep import Price as Price
+from transformer_lens_bd3lm.analysis.sweep import Sweep as Sweep
+from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes as sweep_block_sizes
 from transformer_lens_bd3lm.bridge.adapter import (
     BD3LMArchitectureAdapter as BD3LMArchitectureAdapter,
 )
@@ -16,6 +21,8 @@ from transformer_lens_bd3lm.diffusion.exact import exact as exact
 from transformer_lens_bd3lm.diffusion.exact import exact_backward as exact_backward
 from transformer_lens_bd3lm.diffusion.exact import exact_effect as exact_effect
 from transformer_lens_bd3lm.diffusion.force import Force as Force
+from transformer_lens_bd3lm.diffusion.likelihood import Likelihood as Likelihood
+from transformer_lens_bd3lm.diffusion.likelihood import likelihood as likelihood
 from transformer_lens_bd3lm.diffusion.mediate import Mediation as Mediation
 from transformer_lens_bd3lm.diffusion.mediate import mediate as mediate
 from transformer_lens_bd3lm.diffusion.nelbo import Clip as Clip
@@ -36,33 +43,44 @@ from transformer_lens_bd3lm.diffusion.steps import StepHooks as StepHooks
 from transformer_lens_bd3lm.diffusion.stop import EndOfText as EndOfText
 from transformer_lens_bd3lm.diffusion.stop import LowEntropy as LowEntropy
 from transformer_lens_bd3lm.diffusion.subs import log_probs as log_probs
+from transformer_lens_bd3lm.diffusion.units import Nats as Nats
 from transformer_lens_bd3lm.errors import BD3LMError as BD3LMError
 
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 """Path of the embedded default: a 3 M parameter BD3LM, trained over the whole dial."""
 
+GRAMMAR = str(Path(__file__).parent / "checkpoint" / "grammar")
+"""Path of the second embedded model: eight tokens and a copying rule, all of it known."""
+
 __all__ = [
+    "GRAMMAR",
     "TINY",
     "Ancestral",
     "BD3LMArchitectureAdapter",
     "BD3LMError",
     "Clip",
     "Confidence",
+    "DialComparison",
     "EndOfText",
     "Exact",
     "ExactEffect",
     "FirstHitting",
     "Force",
+    "Likelihood",
     "LowEntropy",
     "Mediation",
+    "Nats",
     "Nelbo",
     "Noise",
+    "Price",
     "Record",
     "Replay",
     "Run",
     "Step",
     "StepHooks",
+    "Sweep",
     "block_size",
+    "compare_block_sizes",
     "current_step",
     "denoise",
     "denoise_steps",
@@ -70,12 +88,14 @@ __all__ = [
     "exact_backward",
     "exact_effect",
     "fork",
+    "likelihood",
     "log_probs",
     "mediate",
     "nelbo",
     "register",
     "replay",
     "set_block_size",
+    "sweep_block_sizes",
 ]
 
 register()

@@ -57,6 +57,11 @@ def canvas_text(bridge: Any, step: Any, row: int = 0) -> Text:
     return Text("\n").join(lines[-room:])
 
 
+def number(count: int, what: str) -> str:
+    """``1 text``, ``2 texts``."""
+    return f"{count:,} {what}" + ("" if count == 1 else "es" if what.endswith("ss") else "s")
+
+
 class Canvases:
     """A run filling in, a panel a row: live on a terminal, a few frames elsewhere."""
 

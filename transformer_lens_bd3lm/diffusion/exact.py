@@ -33,23 +33,27 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.diffusion.noisy import NoisyText, read_noisy_text
 from transformer_lens_bd3lm.diffusion.samplers import FirstHitting
+from transformer_lens_bd3lm.diffusion.units import PerToken
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(PerToken):
     """Sums over every masked state of every block of some texts, in nats.
+
+    Figures a token and a character are those of the NLL.
 
     Attributes:
         tokens: the texts ``[batch, pos]``.
         block_size: the dial.
-        counted: positions that have a likelihood ``[batch, pos]``: all but BOS.
+        counted: positions that have a likelihood ``[batch, pos]``: all but those given.
         nll_by_block: exact NLL of the sampler ``[batch, block]``, given the blocks before.
         nelbo_by_block: exact NELBO ``[batch, block]``; at least the NLL.
         nelbo_by_rank: what each token adds to the NELBO when it is revealed as number ``rank`` of
             its block ``[batch, pos, rank]``; sums over ranks and a block's tokens to the NELBO.
         order_posterior: probability, given the text, that the token was revealed as number ``rank``
             ``[batch, pos, rank]``; over a block's tokens each rank sums to 1.
+        characters: of the text; None where ids were given.
     """
 
     tokens: Int[Tensor, "batch pos"] = field(repr=False)
@@ -59,6 +63,7 @@ class Exact:
     nelbo_by_block: Float[Tensor, "batch block"] = field(repr=False)
     nelbo_by_rank: Float[Tensor, "batch pos rank"] = field(repr=False)
     order_posterior: Float[Tensor, "batch pos rank"] = field(repr=False)
+    characters: int | None = field(default=None, repr=False)
 
     @property
     def nll(self) -> Float[Tensor, " batch"]:
@@ -81,9 +86,19 @@ class Exact:
         return self.nelbo_by_rank.sum(-1)
 
     @property
-    def nats_per_token(self) -> float:
-        """Exact NLL a counted token, nats."""
-        return float(self.nll.sum()) / int(self.counted.sum())
+    def total_nats(self) -> float:
+        """Exact NLL of all texts, nats."""
+        return float(self.nll.sum())
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens counted."""
+        return int(self.counted.sum())
+
+    @property
+    def total_characters(self) -> int | None:
+        """Characters of the text, if it was given as one."""
+        return self.characters
 
 
 @dataclass(frozen=True)
@@ -223,6 +238,7 @@ def read_states(
     sampler: Any,
     max_states: int,
     rows: int,
+    given: int,
 ) -> States:
     """Read at the door what :func:`exact` was given; nothing has been run then.
 
@@ -236,7 +252,7 @@ def read_states(
             "FirstHitting() with temperature 1 and no nucleus draws from; no likelihood of this "
             "sampler is known"
         )
-    text = read_noisy_text(bridge, tokens, block_size, hooks, scope, rows)
+    text = read_noisy_text(bridge, tokens, block_size, hooks, scope, rows, given)
     size = text.block_size
     if 2**size > max_states:
         raise InputError(
@@ -255,6 +271,7 @@ def exact(
     *,
     scope: str = "active",
     sampler: Any = None,
+    given: int = 1,
     max_states: int = 256,
     rows: int = 2048,
 ) -> Exact:
@@ -269,6 +286,8 @@ def exact(
         scope: ``"active"`` edits the noisy stream alone, as an active step hook at every step
             would; ``"commit"`` also the clean stream, whose keys and values later blocks read.
         sampler: only ``FirstHitting()`` has this likelihood.
+        given: leading positions that are given, a prompt say: never masked and not counted; 1 is
+            BOS alone.
         max_states: refuse more states a block than this.
         rows: rows of a pass; memory grows with it.
 
@@ -276,7 +295,8 @@ def exact(
         InputError: for what does not fit, or too many states.
         NotExactError: with time conditioning, without blocks, or for another sampler.
     """
-    states = read_states(bridge, tokens, block_size, hooks, scope, sampler, max_states, rows)
+    limits = (max_states, rows, given)
+    states = read_states(bridge, tokens, block_size, hooks, scope, sampler, *limits)
     return summed(states, states.table(states.text.clean()))
 
 
@@ -292,7 +312,8 @@ def summed(states: States, table: Float[Tensor, "pattern batch pos"]) -> Exact:
         by_block[1][:, block] = bound.sum((-1, -2)).view(shape)
         for kept, terms in zip(by_rank, (bound, orders.by_rank(orders.gamma())), strict=True):
             kept[:, at, : orders.k] = terms.view(*shape, orders.k, orders.k)
-    return Exact(states.text.tokens, size, states.text.counted, *by_block, *by_rank)
+    text = states.text
+    return Exact(text.tokens, size, text.counted, *by_block, *by_rank, text.characters)
 
 
 @dataclass(frozen=True)
@@ -332,6 +353,7 @@ def exact_backward(
     hooks: Any = None,
     *,
     scope: str = "active",
+    given: int = 1,
     max_states: int = 256,
     rows: int = 2048,
 ) -> Exact:
@@ -342,7 +364,8 @@ def exact_backward(
     number of states. Arguments and errors as :func:`exact`; gradients also flow into what the hooks
     close over.
     """
-    states = read_states(bridge, tokens, block_size, hooks, scope, None, max_states, rows)
+    limits = (max_states, rows, given)
+    states = read_states(bridge, tokens, block_size, hooks, scope, None, *limits)
     with torch.no_grad():
         table = states.table(states.text.clean())
         found, weights = summed(states, table), torch.zeros_like(table)

@@ -21,7 +21,6 @@ and since early blocks are harder the estimate is biased for a given text. It is
 Draws of one replicate depend on each other; standard errors come from independent replicates.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,8 +28,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.diffusion.exact import exact
+from transformer_lens_bd3lm.diffusion.exact import Exact, exact
 from transformer_lens_bd3lm.diffusion.noisy import NoisyText, read_noisy_text
+from transformer_lens_bd3lm.diffusion.units import Nats
 from transformer_lens_bd3lm.errors import InputError
 
 
@@ -55,62 +55,23 @@ class Clip:
             raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
 
 
-@dataclass(frozen=True)
-class Nelbo:
+@dataclass(frozen=True, kw_only=True)
+class Nelbo(Nats):
     """The NELBO of some texts, or an estimate of it, in nats.
 
     Attributes:
-        kind: ``"exact"`` (the bound itself), ``"estimate"`` (unbiased for it) or ``"biased"``.
-        method: how it was made.
+        method: how it was made; ``kind`` says what that makes of it.
         tokens: the texts ``[batch, pos]``.
         block_size: the dial.
-        counted: positions that have a likelihood ``[batch, pos]``: all but BOS.
+        counted: positions that have a likelihood ``[batch, pos]``: all but those given.
         by_token: what each token adds ``[batch, pos]``, mean over replicates.
-        replicates: independent values for each text ``[replicate, batch]``; one if exact.
     """
 
-    kind: Literal["exact", "estimate", "biased"]
     method: str
     tokens: Int[Tensor, "batch pos"] = field(repr=False)
     block_size: int
     counted: Bool[Tensor, "batch pos"] = field(repr=False)
     by_token: Float[Tensor, "batch pos"] = field(repr=False)
-    replicates: Float[Tensor, "replicate batch"] = field(repr=False)
-
-    @property
-    def nats(self) -> Float[Tensor, " batch"]:
-        """Nats of each text, mean over replicates."""
-        return self.replicates.mean(0)
-
-    @property
-    def standard_error(self) -> Float[Tensor, " batch"]:
-        """Of ``nats``, from the replicates; 0 if exact, NaN with a single replicate."""
-        if self.kind == "exact":
-            return torch.zeros_like(self.nats)
-        return self.replicates.std(0) / math.sqrt(len(self.replicates))
-
-    @property
-    def nats_per_token(self) -> float:
-        """Over all texts, BOS not counted."""
-        return float(self.nats.sum()) / int(self.counted.sum())
-
-    @property
-    def standard_error_per_token(self) -> float:
-        """Of ``nats_per_token``, nats."""
-        if self.kind == "exact":
-            return 0.0
-        means = self.replicates.sum(-1) / int(self.counted.sum())
-        return float(means.std()) / math.sqrt(len(means))
-
-    @property
-    def bits_per_token(self) -> float:
-        """``nats_per_token / log 2``."""
-        return self.nats_per_token / math.log(2)
-
-    @property
-    def perplexity(self) -> float:
-        """``exp(nats_per_token)``."""
-        return math.exp(self.nats_per_token)
 
 
 @dataclass(frozen=True)
@@ -223,6 +184,7 @@ def nelbo(
     clip: Clip | None = None,
     hooks: Any = None,
     scope: str = "active",
+    given: int = 1,
     max_states: int = 256,
     rows: int = 2048,
 ) -> Nelbo:
@@ -239,6 +201,7 @@ def nelbo(
         clip: for Monte Carlo: a named clipping; biased.
         hooks: TransformerLens's ``[(name, fn), ...]``, as in :func:`exact`.
         scope: how far they reach, as in :func:`exact`.
+        given: leading positions that are given, as in :func:`exact`.
         max_states: for the exact sum, as in :func:`exact`.
         rows: rows of a pass; memory grows with it.
 
@@ -252,14 +215,13 @@ def nelbo(
         raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
     if method != "monte_carlo" and (clip is not None or strata != "permuted"):
         raise InputError(f'clip and strata are choices of method="monte_carlo", not {method!r}')
+    how = {"hooks": hooks, "scope": scope, "given": given, "rows": rows}
     if method == "exact":
-        how = {"scope": scope, "max_states": max_states, "rows": rows}
-        found = exact(bridge, tokens, block_size, hooks, **how)
-        values = (found.nelbo_by_token, found.nelbo[None])
-        return Nelbo("exact", method, found.tokens, found.block_size, found.counted, *values)
+        found = exact(bridge, tokens, block_size, max_states=max_states, **how)
+        return told(found, method, "exact", found.nelbo_by_token, found.nelbo[None])
     if replicates < 2:
         raise InputError(f"replicates={replicates}: a standard error needs at least 2")
-    text = read_noisy_text(bridge, tokens, block_size, hooks, scope, rows)
+    text = read_noisy_text(bridge, tokens, block_size, **how)
     generator = torch.Generator().manual_seed(seed)
     stream = text.clean()
     if method == "stratified":
@@ -275,5 +237,26 @@ def nelbo(
         log_p = text.log_p(stream, masked[part])
         by_token.index_add_(0, owner[part], -weight[part] * log_p)
     kind = "biased" if clip is not None or strata == "public" else "estimate"
-    values = (by_token.mean(0), by_token.sum(-1))
-    return Nelbo(kind, method, text.tokens, text.block_size, text.counted, *values)
+    return told(text, method, kind, by_token.mean(0), by_token.sum(-1))
+
+
+def told(
+    about: NoisyText | Exact,
+    method: str,
+    kind: Literal["exact", "estimate", "biased"],
+    by_token: Float[Tensor, "batch pos"],
+    replicates: Float[Tensor, "replicate batch"],
+) -> Nelbo:
+    """The result, about these texts."""
+    characters = None if about.characters is None else torch.tensor([about.characters])
+    return Nelbo(
+        kind=kind,
+        replicates=replicates,
+        token_counts=about.counted.sum(-1),
+        characters=characters,
+        method=method,
+        tokens=about.tokens,
+        block_size=about.block_size,
+        counted=about.counted,
+        by_token=by_token,
+    )

@@ -37,6 +37,8 @@ class NoisyText:
         hooks: the host's ``[(name, fn), ...]``, on the noisy stream.
         clean_hooks: the same on the clean stream, whose keys and values later blocks read.
         rows: rows of a pass, at most, unless one pattern has more.
+        given: leading positions that are given: never masked, not counted; 1 is BOS alone.
+        characters: characters of the text, if it was given as one and counts whole.
     """
 
     bridge: Any
@@ -45,12 +47,14 @@ class NoisyText:
     hooks: list[tuple[str, Any]]
     clean_hooks: list[tuple[str, Any]]
     rows: int
+    given: int = 1
+    characters: int | None = None
 
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that may be masked, on the CPU: all but BOS."""
+        """Positions that may be masked, on the CPU: all but those given."""
         batch, n = self.tokens.shape
-        return (torch.arange(n) > 0).expand(batch, n)
+        return (torch.arange(n) >= self.given).expand(batch, n)
 
     @property
     def together(self) -> int:
@@ -101,7 +105,13 @@ class NoisyText:
 
 
 def read_noisy_text(
-    bridge: Any, tokens: Any, block_size: int | str | None, hooks: Any, scope: str, rows: int
+    bridge: Any,
+    tokens: Any,
+    block_size: int | str | None,
+    hooks: Any = None,
+    scope: str = "active",
+    rows: int = 2048,
+    given: int = 1,
 ) -> NoisyText:
     """Read texts, dial and hooks at the door; nothing has been run then.
 
@@ -131,6 +141,13 @@ def read_noisy_text(
         )
     if bool((ids == bridge.cfg.mask_token_id).any()):
         raise InputError("tokens hold the mask: give a finished text")
+    if not 1 <= given < ids.shape[1]:
+        raise InputError(
+            f"given={given} of {ids.shape[1]} positions: give at least 1 (BOS), and leave one to "
+            "count"
+        )
     pairs = list(hooks or [])
     resolve(bridge, [name for name, _ in pairs])
-    return NoisyText(bridge, ids, size, pairs, pairs if scope == "commit" else [], rows)
+    characters = len(tokens) if isinstance(tokens, str) and given == 1 else None
+    clean_hooks = pairs if scope == "commit" else []
+    return NoisyText(bridge, ids, size, pairs, clean_hooks, rows, given, characters)

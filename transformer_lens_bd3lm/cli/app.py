@@ -1,0 +1,70 @@
+"""What every command shares: the app, how a model is named and booted, and a file for figures."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transformer_lens_bd3lm.terminal import console
+
+app = typer.Typer(
+    help="Block-diffusion language models, opened up for interpretability.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ModelOption = Annotated[
+    str | None, typer.Option(help="Hub id or folder; the embedded default if not given.")
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help='Hub id or folder; "tiny" and "grammar" are the embedded models.'),
+]
+EMBEDDED = ("tiny", "grammar")
+
+
+def path_of(model: str) -> str:
+    """The folder of an embedded model; any other name as it is."""
+    import transformer_lens_bd3lm as bd3lm
+
+    return getattr(bd3lm, model.upper()) if model in EMBEDDED else model
+
+
+def boot(model: str | None, device: str | None = None) -> Any:
+    """The bridge of a Hub id or folder, or of an embedded model; the default for None."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with console.status("loading ..."), quiet():
+        return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own progress bar out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def read_dial(value: str) -> int | str:
+    """A setting of the dial as it is typed; what is none is refused where it is used."""
+    return int(value) if value.lstrip("-").isdigit() else value
+
+
+def write_json(found: Any, path: Path | None) -> None:
+    """Write figures where they were asked for: a file, or standard output for ``-``."""
+    if path is None:
+        return
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+    else:
+        path.write_text(text, encoding="utf-8")

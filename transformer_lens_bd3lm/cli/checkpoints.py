@@ -1,0 +1,97 @@
+"""``bd3lm info`` and ``bd3lm train``: what a checkpoint is, and how the default was made."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of
+from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.terminal import console
+
+
+@app.command()
+def info(model: ModelArgument) -> None:
+    """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
+
+    name = path_of(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{model} could not be read: {str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type != "bd3lm":
+        raise typer.BadParameter(f"{model} is a {config.model_type!r} checkpoint, not BD3LM")
+    check_weights(name, config)
+    shapes = weight_shapes(name)
+    parameters = sum(
+        torch.Size(shape).numel() for key, shape in shapes.items() if "inv_freq" not in key
+    )
+    kind = (
+        "block diffusion"
+        if config.cross_attn
+        else "autoregressive"
+        if config.causal
+        else "full diffusion"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        mask = tokenizer.mask_token or "added when booted"
+        spoken = f"{len(tokenizer)} tokens, mask {mask}"
+    except BD3LMError as error:
+        spoken = f"none: {error}"
+    table = Table(title=str(model), title_justify="left", show_header=False)
+    rows = {
+        "kind": kind,
+        "parameters": f"{parameters / 1e6:.1f} M, names and shapes as the config calls for",
+        "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
+        "context": f"{config.model_length} tokens",
+        "block size": f"{config.block_size} (trained); the dial goes from 1 to "
+        f"{config.model_length}"
+        if config.cross_attn
+        else "no blocks",
+        "vocabulary": f"{config.vocab_size}",
+        "tokenizer": spoken,
+        "adaLN": f"yes, conditioning {config.cond_dim} wide" if config.adaln else "no",
+        "sees t": "yes: no cache, nothing folds"
+        if config.time_conditioning
+        else "no: cached denoising is exact",
+    }
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+@app.command()
+def train(
+    train_file: Annotated[
+        Path, typer.Argument(help="Text to train on.", exists=True, dir_okay=False)
+    ],
+    valid_file: Annotated[
+        Path, typer.Argument(help="Text to validate on.", exists=True, dir_okay=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run goes on.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps, other than the recipe's.")
+    ] = None,
+) -> None:
+    """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
+    from transformer_lens_bd3lm.diffusion.train import Recipe
+    from transformer_lens_bd3lm.diffusion.train import train as run
+
+    recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=recipe.steps)
+        for report in run(recipe, train_file.read_text(), valid_file.read_text(), out):
+            told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
+            progress.update(task, completed=report["step"])
+            progress.console.print(told)

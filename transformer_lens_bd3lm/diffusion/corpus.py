@@ -1,0 +1,182 @@
+"""Texts from anywhere, cut into windows of the context, one at a time.
+
+A text longer than the context is *wrapped*: window after window of BOS and the next tokens, each
+token counted once. Or it *slides*: a window moves by ``stride`` tokens, what it has in common with
+the window before is given, and only the new tokens are counted, so that each has more before it.
+The last window is as long as what is left; nothing is dropped. BOS is never counted.
+
+Strings are texts; a ``Path`` is a file to read: ``.jsonl`` holds one text a line, anything else is
+plain text, whole or split. Whatever can be iterated over is a corpus of its items, and so is a
+dataset of ``datasets``, streamed or not. Rows of ids are texts that were tokenized before.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.checkpoint.views import check_ids
+from transformer_lens_bd3lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a corpus, or its ids ``[pos]``, BOS first; and what to call it."""
+
+    name: str
+    text: str | Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a text that fills the context, or is what is left.
+
+    Attributes:
+        text: number of the text in its corpus.
+        ids: BOS and tokens ``[pos]``.
+        given: leading positions that are not counted: BOS, and what an earlier window counted.
+    """
+
+    text: int
+    ids: Int[Tensor, " pos"]
+    given: int
+
+
+def read_texts(source: Any, field: str = "text", split: str | None = None) -> Iterator[Text]:
+    """The texts of a corpus, in order, one at a time.
+
+    Args:
+        source: a string (one text), a ``Path`` (``.jsonl``, or plain text), ids ``[batch, pos]``
+            with BOS first, or anything that can be iterated over and holds strings, ``Path``s, or
+            mappings with the field.
+        field: where a mapping, or a line of a ``.jsonl`` file, has its text.
+        split: a regular expression; a plain file is cut before each match, pieces without a word
+            are dropped.
+
+    Raises:
+        InputError: for what is no text.
+    """
+    if isinstance(source, str | Path | Mapping):
+        source = [source]
+    if not isinstance(source, Iterable):
+        raise InputError(f"{type(source).__name__} is no corpus: give a string, a Path, or texts")
+    for number, item in enumerate(source):
+        if isinstance(item, str):
+            yield Text(str(number), item)
+        elif isinstance(item, Mapping):
+            yield Text(str(number), text_of(item, field, f"item {number}"))
+        elif isinstance(item, Tensor) and item.ndim == 1:
+            yield Text(str(number), item)
+        elif isinstance(item, Path):
+            yield from read_file(item, field, split)
+        else:
+            raise InputError(
+                f"item {number} is {type(item).__name__}: give a string, a Path, or a mapping with "
+                f"the field {field!r}"
+            )
+
+
+def read_file(path: Path, field: str, split: str | None) -> Iterator[Text]:
+    """The texts of one file.
+
+    Raises:
+        InputError: if it cannot be read, or a line has no such field.
+    """
+    try:
+        if path.suffix != ".jsonl":
+            whole = path.read_text(encoding="utf-8")
+            for number, piece in enumerate(pieces(whole, split)):
+                yield Text(path.name if split is None else f"{path.name}:{number}", piece)
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path.name}:{number}"
+                    yield Text(where, text_of(json.loads(line), field, where))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def pieces(whole: str, split: str | None) -> list[str]:
+    """A text cut before each match; pieces without a word are dropped.
+
+    Raises:
+        InputError: if ``split`` is no regular expression.
+    """
+    if split is None:
+        return [whole]
+    try:
+        starts = [match.start() for match in re.finditer(split, whole, re.MULTILINE)]
+    except re.error as error:
+        raise InputError(f"split={split!r} is no regular expression: {error}") from error
+    bounds = [0, *starts, len(whole)]
+    cut = [whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [piece for piece in cut if piece.strip()]
+
+
+def text_of(item: Any, field: str, where: str) -> str:
+    """The text in a mapping.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if isinstance(item, Mapping) and isinstance(item.get(field), str):
+        return item[field]
+    has = f"fields {sorted(item)}" if isinstance(item, Mapping) else type(item).__name__
+    raise InputError(f"{where} has no text in the field {field!r}, but {has}: name another field")
+
+
+def cut(
+    ids: Int[Tensor, " token"], text: int, bos: int, context: int, stride: int | None = None
+) -> Iterator[Window]:
+    """A text's windows; every token is counted in exactly one.
+
+    Args:
+        ids: the text, without BOS.
+        text: its number.
+        bos: put before each window.
+        context: positions of a window.
+        stride: tokens that a window counts after the first, sliding; None wraps.
+
+    Raises:
+        InputError: if the stride is not 1..context - 1.
+    """
+    room = context - 1
+    stride = room if stride is None else stride
+    if not 1 <= stride <= room:
+        raise InputError(f"stride={stride}: give 1..{room}, the context less BOS")
+    counted = 0
+    while counted < len(ids):
+        end = min(counted + (room if counted == 0 else stride), len(ids))
+        start = max(end - room, 0) if stride < room else counted
+        window = torch.cat([torch.tensor([bos]), ids[start:end]])
+        yield Window(text, window, 1 + counted - start)
+        counted = end
+
+
+def windows(text: Text, number: int, bridge: Any, stride: int | None = None) -> Iterator[Window]:
+    """The windows of a text, as the bridge's tokenizer reads it.
+
+    Raises:
+        InputError: if it holds the mask, ids do not begin with BOS, or the stride is none.
+    """
+    tokenizer, bos, ids = bridge.tokenizer, bridge.tokenizer.bos_token_id, text.text
+    if isinstance(ids, Tensor):
+        ids = check_ids(ids[None], bridge.cfg.d_vocab, "tokens")[0].cpu()
+        if not len(ids) or int(ids[0]) != bos:
+            raise InputError(f"row {text.name} does not begin with BOS ({bos}): put it there")
+        ids = ids[1:]
+    else:
+        words = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor(words, dtype=torch.long)
+    if bool((ids == bridge.cfg.mask_token_id).any()):
+        raise InputError(f"text {text.name} holds the mask token: give finished texts")
+    yield from cut(ids, number, bos, bridge.cfg.n_ctx, stride)
