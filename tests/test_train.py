@@ -123,7 +123,7 @@ def test_masks_come_from_the_generator_alone():
 
 def test_windows_are_bos_and_consecutive_tokens_from_anywhere_in_the_text():
     text = torch.arange(100, 120)
-    rows = windows(text, 400, CONTEXT, generator())
+    rows = windows(text, CONTEXT)(400, generator())
     assert rows.shape == (400, CONTEXT) and bool((rows[:, 0] == 0).all())
     assert bool((rows[:, 2:] - rows[:, 1:-1] == 1).all())
     assert set(rows[:, 1].tolist()) == set(range(100, 120 - (CONTEXT - 1) + 1))
@@ -238,11 +238,11 @@ def test_the_loss_is_of_masked_positions_alone(model):
 # Stopping and going on.
 
 
-IDS = torch.randint(1, 11, (500,), generator=generator(0))
+ROWS = windows(torch.randint(1, 11, (500,), generator=generator(0)), CONTEXT)
 
 
 def go(run: Run, steps: int) -> list[tuple[int, float]]:
-    return [run.advance(IDS) for _ in range(steps)]
+    return [run.advance(ROWS) for _ in range(steps)]
 
 
 def same_state(one: Run, other: Run) -> bool:
@@ -277,8 +277,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, stop):
 def test_looking_at_a_run_does_not_change_it(whole):
     run = Run(TINY)
     for _ in range(TINY.steps):
-        run.validate(IDS, 2, rows=3)
-        run.advance(IDS)
+        run.validate(ROWS, 2, rows=3)
+        run.advance(ROWS)
     assert same_state(run, whole[0])
 
 
@@ -300,7 +300,7 @@ def test_a_state_without_one_of_its_parts_would_be_seen(whole, tmp_path, lost):
 
 def test_every_block_size_of_the_dial_is_drawn_and_the_loss_falls():
     run = Run(replace(TINY, steps=60, schedule=60, dropout=0.0, learning_rate=2e-2))
-    text = torch.arange(1, 11).repeat(60)
+    text = windows(torch.arange(1, 11).repeat(60), CONTEXT)
     reported = [run.advance(text) for _ in range(60)]
     assert {size for size, _ in reported} == set(TINY.block_sizes)
     losses = [loss for _, loss in reported]

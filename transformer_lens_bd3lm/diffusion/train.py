@@ -1,4 +1,4 @@
-"""The recipe that made the embedded default: one small BD3LM trained over the whole dial.
+"""The recipes that made the embedded models: small BD3LMs trained over the whole dial.
 
 Every step draws a block size B, so that one set of weights is on-distribution from autoregressive
 (B = 1) to full diffusion. The loss is the NELBO with its integral over time done in closed form:
@@ -13,15 +13,16 @@ the integral of t^(m-1) (1-t)^(k-m) over t is 1 / (m C(k, m)). At B = 1 it is th
 autoregressive NLL. The numbers of masks are stratified over the blocks of a batch, the strata
 permuted.
 
-Everything random comes from (seed, step), so a run that was stopped resumes as if it had not been:
-``bd3lm train TRAIN.txt VALID.txt OUT`` does both.
+Where the rows come from is a function of the generator: windows of a text for the default,
+``grammar.sample`` for the grammar. Everything random comes from (seed, step), so a run that was
+stopped resumes as if it had not been: ``bd3lm train TRAIN.txt VALID.txt OUT`` does both.
 
 Nothing here is needed to study a checkpoint; several processes and mixed corpora are out of scope.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,20 +36,25 @@ from transformers import PreTrainedTokenizerFast
 
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.diffusion import grammar
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 
 BOS = "<|endoftext|>"
 MASK = "[MASK]"
 
+Rows = Callable[[int, torch.Generator], Int[Tensor, "batch pos"]]
+"""So many random rows, each BOS and tokens."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, beside the text.
+    """Everything that decides the weights, beside where the rows come from.
 
     Attributes:
-        vocab_size: byte-level BPE tokens, the mask (last id) included.
+        vocab_size: tokens, the mask (last id) included.
         context: tokens a row, BOS included.
-        block_sizes: the dial's settings, one drawn a step; each divides ``context``.
+        block_sizes: the dial's settings, one drawn a step; each divides ``context``. One that is
+            there twice is drawn twice as often.
         hidden_dim: width of the residual stream.
         n_blocks: layers.
         n_heads: heads.
@@ -61,6 +67,7 @@ class Recipe:
         warmup: steps of linear warm-up.
         weight_decay: AdamW's.
         ema: decay of the averaged weights, which are what ships.
+        autocast: forward in bfloat16; a very small model is as fast without.
         seed: of weights, data order, masks and dropout.
     """
 
@@ -79,6 +86,7 @@ class Recipe:
     warmup: int = 200
     weight_decay: float = 0.05
     ema: float = 0.999
+    autocast: bool = True
     seed: int = 0
 
     def config(self) -> BD3LMConfig:
@@ -90,6 +98,13 @@ class Recipe:
             architectures=["BD3LM"], dtype="float32", bos_token_id=0,
             eos_token_id=0,
         )  # fmt: skip
+
+
+GRAMMAR_RECIPE = Recipe(
+    vocab_size=grammar.MASK + 1, context=grammar.CONTEXT, block_sizes=(1, 2, 4, 8, 8),
+    hidden_dim=64, n_blocks=3, n_heads=4, cond_dim=8, steps=4_000, schedule=4_000, batch=256,
+    learning_rate=3e-3, weight_decay=0.01, autocast=False,
+)  # fmt: skip
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -115,19 +130,34 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
             "more "
             "text, or with a smaller vocabulary"
         )
+    return fast(bpe)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Words between spaces; BOS is id 0, the mask the last id. Another word is an error."""
+    vocabulary = {word: i for i, word in enumerate((BOS, *words, MASK))}
+    whole = Tokenizer(models.WordLevel(vocabulary))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return fast(whole)
+
+
+def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """As transformers takes it: BOS is also the end and the padding."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=BOS, pad_token=BOS, mask_token=MASK,
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS, mask_token=MASK,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
-def windows(
-    ids: Int[Tensor, " text"], rows: int, context: int, generator: torch.Generator
-) -> Int[Tensor, "batch pos"]:
-    """Random rows of BOS (id 0) and ``context - 1`` consecutive tokens."""
-    starts = torch.randint(len(ids) - context + 2, (rows, 1), generator=generator)
-    x_0 = ids[starts + torch.arange(context - 1)]
-    return torch.cat([torch.zeros_like(starts), x_0], dim=1)
+def windows(ids: Int[Tensor, " text"], context: int) -> Rows:
+    """Rows of BOS (id 0) and ``context - 1`` consecutive tokens, from anywhere in a text."""
+
+    def draw(rows: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
+        starts = torch.randint(len(ids) - context + 2, (rows, 1), generator=generator)
+        x_0 = ids[starts + torch.arange(context - 1)]
+        return torch.cat([torch.zeros_like(starts), x_0], dim=1)
+
+    return draw
 
 
 def draw_masks(
@@ -236,18 +266,18 @@ class Run:
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 
-    def advance(self, ids: Int[Tensor, " text"]) -> tuple[int, float]:
+    def advance(self, draw: Rows) -> tuple[int, float]:
         """One optimizer step; returns the block size drawn and the loss in nats a token."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
         choice = int(torch.randint(len(recipe.block_sizes), (), generator=generator))
         block_size = recipe.block_sizes[choice]
-        x_0 = windows(ids, recipe.batch, recipe.context, generator)
+        x_0 = draw(recipe.batch, generator)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
         self.model.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.autocast):
             loss = nelbo_loss(self.model, x_0, block_size, generator)
         self.optimizer.zero_grad()
         loss.backward()
@@ -260,16 +290,14 @@ class Run:
         return block_size, loss.item()
 
     @torch.no_grad()
-    def validate(self, ids: Int[Tensor, " text"], block_size: int, rows: int = 64) -> float:
-        """NELBO in nats a token of the averaged weights, on fixed windows and masks."""
+    def validate(self, draw: Rows, block_size: int, rows: int = 64) -> float:
+        """NELBO in nats a token of the averaged weights, on fixed rows and masks."""
         generator = torch.Generator().manual_seed(12345)
         own = {name: p.data for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             p.data = self.ema[name]
         self.model.eval()
-        loss = nelbo_loss(
-            self.model, windows(ids, rows, self.recipe.context, generator), block_size, generator
-        )
+        loss = nelbo_loss(self.model, draw(rows, generator), block_size, generator)
         for name, p in self.model.named_parameters():
             p.data = own[name]
         return loss.item()
@@ -289,22 +317,32 @@ class Run:
 def train(
     recipe: Recipe, train_text: str, valid_text: str, out: Path
 ) -> Iterator[dict[str, float]]:
-    """Train, or go on, in ``out``; yields a report every 250 steps and ends with the export."""
+    """Train on a text, or go on, in ``out``; yields reports and ends with the export."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     else:
         tokenizer = train_tokenizer(train_text, recipe.vocab_size)
         tokenizer.save_pretrained(out)
-    ids = torch.tensor(tokenizer(train_text)["input_ids"])
-    valid = torch.tensor(tokenizer(valid_text)["input_ids"])
+    texts = (torch.tensor(tokenizer(text)["input_ids"]) for text in (train_text, valid_text))
+    yield from go_on(recipe, *(windows(ids, recipe.context) for ids in texts), out)
+
+
+def train_grammar(out: Path, recipe: Recipe = GRAMMAR_RECIPE) -> Iterator[dict[str, float]]:
+    """Train on the grammar, or go on, in ``out``; yields reports and ends with the export."""
+    word_tokenizer(grammar.WORDS).save_pretrained(out)
+    yield from go_on(recipe, grammar.sample, grammar.sample, out)
+
+
+def go_on(recipe: Recipe, draw: Rows, valid: Rows, out: Path) -> Iterator[dict[str, float]]:
+    """From the state in ``out``, if there is one; yields a report every 250 steps, and exports."""
     run = Run(recipe)
     state = out / "state.safetensors"
     if state.exists():
         run.load(state)
     recent: list[float] = []
     while run.step < recipe.steps:
-        _, loss = run.advance(ids)
+        _, loss = run.advance(draw)
         recent.append(loss)
         if run.step % 250 == 0 or run.step == recipe.steps:
             run.save(state)
