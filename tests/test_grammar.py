@@ -20,7 +20,7 @@ from transformer_lens_bd3lm.diffusion.train import (
 )
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 
-GRAMMAR = Path(grammar.__file__).parents[1] / "checkpoint" / "grammar"
+GRAMMAR = Path(bd3lm.GRAMMAR)
 EXACT = 1e-10
 SIZES = [1, 2, 4, 8]
 

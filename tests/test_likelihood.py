@@ -193,6 +193,11 @@ def test_intervals_over_texts_cover_as_they_should():
     assert 0.90 < covered / 500 < 0.98
 
 
+def test_empty_texts_do_not_widen_an_interval(bridge):
+    found, with_empty = (likelihood(bridge, texts, 2).nll for texts in (TEXTS, [*TEXTS, "", ""]))
+    assert found.interval() == with_empty.interval()
+
+
 def test_an_interval_over_one_text_is_refused(bridge):
     with pytest.raises(InputError, match="give two or more"):
         likelihood(bridge, TEXTS[0], 2).nll.interval()
@@ -352,6 +357,19 @@ def test_a_damaged_or_foreign_folder_is_refused(bridge, tmp_path):
     (tmp_path / "out" / "jobs-0.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="damaged"):
         likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_bar_counts_windows_and_a_stream_has_no_known_end(bridge, capfd, monkeypatch, known):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    likelihood(bridge, LONG[:6] if known else iter(LONG[:6]), 1, progress=True)
+    told = capfd.readouterr().err
+    windows = sum(-(-(40 + 30 * i) // (CONTEXT - 1)) for i in range(6))
+    assert "likelihood" in told
+    assert f"/{windows}" in told if known else "/?" in told
+    likelihood(bridge, LONG[:6], 1, progress=False)
+    assert capfd.readouterr().err == ""
 
 
 # What is refused, and what is left behind.

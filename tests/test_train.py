@@ -274,6 +274,33 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, stop):
     assert same_state(resumed, whole[0])
 
 
+def test_each_step_draws_rows_of_its_own_from_the_seed_and_the_step():
+    def drawn(seed: int) -> list[list]:
+        seen, run = [], Run(replace(TINY, seed=seed))
+
+        def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
+            seen.append(ROWS(rows, generator))
+            return seen[-1]
+
+        for _ in range(3):
+            run.advance(draw)
+        return [x.tolist() for x in seen]
+
+    first = drawn(3)
+    assert first == drawn(3)
+    assert [len(rows) for rows in first] == [TINY.batch] * 3
+    assert all(x != y for x, y in itertools.combinations([*first, *drawn(4)], 2))
+
+
+@pytest.mark.parametrize("autocast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_recipe_says_in_which_precision_the_forward_is(autocast, dtype):
+    run, seen = Run(replace(TINY, autocast=autocast)), []
+    layer = run.model.backbone.blocks[0].attn_qkv
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    go(run, 1)
+    assert seen == [dtype]
+
+
 def test_looking_at_a_run_does_not_change_it(whole):
     run = Run(TINY)
     for _ in range(TINY.steps):

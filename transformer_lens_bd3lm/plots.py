@@ -206,7 +206,7 @@ def draw_price(axes: Axes, sweep: Sweep) -> None:
     prices = sweep.prices()
     at = range(len(prices))
     share = [price.share for price in prices]
-    axes.bar(at, share, width=0.55, color=ORANGE, alpha=0.35)
+    axes.bar(at, share, width=0.85, color=ORANGE, alpha=0.35)
     for i, price in enumerate(prices):
         if price.intervals is not None:
             axes.plot([i, i], price.intervals["share"], color=ORANGE, linewidth=1.6)

@@ -108,9 +108,8 @@ class Ledger:
         """Write a finished job to disk."""
         if self.path is None:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(job)) + "\n")
-            file.flush()
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps(asdict(job)).encode() + b"\n")  # a line is one write
             os.fsync(file.fileno())
 
 

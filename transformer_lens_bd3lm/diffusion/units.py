@@ -139,9 +139,12 @@ def drawn_again(
 ) -> Float[Tensor, "quantity resample"]:
     """Totals over whole texts drawn with replacement, the same texts for every quantity.
 
+    A text of which nothing counts is none.
+
     Raises:
         InputError: for fewer than two texts.
     """
+    values = values[:, values.any(0)]
     texts = values.shape[1]
     if texts < 2:
         raise InputError(f"{texts} text: an interval is over texts, give two or more (or split it)")
