@@ -1,6 +1,7 @@
 """The command line, run as a user would."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_generate_refuses_a_dial_setting_that_is_none():
         timeout=120,
     )
     assert result.returncode == 1
-    assert "block_size=999 is not allowed" in result.stdout
+    assert "block_size=999 is not allowed" in result.stderr and not result.stdout
 
 
 def test_info_reads_a_checkpoint_from_headers_alone(golden):
@@ -173,6 +174,43 @@ def test_sweep_draws_the_dial_and_says_what_the_bound_costs(corpus, tmp_path):
     assert "looseness" in words(result)
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--plot", "dial.xyz"], "ends in .png"),
+        (["--plot", "/no/such/folder/dial.png"], "cannot be written"),
+        (["--json", "/no/such/folder/dial.json"], "cannot be written"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_before_the_work(corpus, words, told):
+    result = run("sweep", "no/such/model", corpus[0], *words)
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "no/such"])
+def test_a_model_that_is_none_is_one_message(model):
+    result = run("exact", model, "To be")
+    assert result.exit_code == 2 and "could not be loaded" in result.output
+
+
+def test_standard_output_is_json_alone(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"body": "To be"}\n')
+    words = ["-m", "transformer_lens_bd3lm", "likelihood", "tiny", str(bad), "--json", "-"]
+    environment = os.environ | {"FORCE_COLOR": "1"}
+    refused, told = (
+        subprocess.run(
+            [sys.executable, *words, *more],
+            capture_output=True, text=True, timeout=120, env=environment,
+        )
+        for more in ([], ["--field", "body"])
+    )  # fmt: skip
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert "bad.jsonl:1 has no text" in refused.stderr and "['body']" in refused.stderr
+    assert json.loads(told.stdout)["texts"] == ["bad.jsonl:1"]
+
+
 def test_an_error_of_ours_is_one_message_and_exit_status_one(golden, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bd3lm", "vocab_size": 10}')
     result = subprocess.run(
@@ -182,4 +220,4 @@ def test_an_error_of_ours_is_one_message_and_exit_status_one(golden, tmp_path):
         timeout=120,
     )
     assert result.returncode == 1
-    assert "E2D2" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    assert "E2D2" in result.stderr and "Traceback" not in result.stdout + result.stderr

@@ -1,9 +1,11 @@
 """Texts come from anywhere, and every token is counted in exactly one window."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -78,6 +80,9 @@ def test_pieces_without_a_word_are_dropped(tmp_path):
         (Path("/no/such/file.jsonl"), {}, "cannot be read"),
         (Path(__file__), {"split": "("}, "no regular expression"),
         ([torch.zeros(1, 3)], {}, "item 0 is Tensor"),
+        ({"a", "b"}, {}, "in a fixed order"),
+        (pandas.DataFrame({"text": ["a"]}), {}, "DataFrame is no corpus"),
+        (Path("texts.json"), {}, "is .json"),
     ],
 )
 def test_what_is_no_text_is_refused(source, how, told):
@@ -93,6 +98,19 @@ def test_a_bad_line_is_named(tmp_path):
     path.write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(InputError, match="cannot be read"):
         list(read_texts(path))
+
+
+def test_a_pipe_is_refused_since_it_cannot_be_read_again(tmp_path):
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="no file that can be read again"):
+        list(read_texts(pipe))
+
+
+def test_a_file_is_read_as_it_is_stored(tmp_path):
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert [t.text for t in read_texts(path)] == ["a\r\nb\r\n"]
 
 
 # Windows.

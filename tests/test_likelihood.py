@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot
 from transformer_lens_bd3lm.diffusion.exact import exact
+from transformer_lens_bd3lm.diffusion.ledger import Job, Ledger, read_lines
 from transformer_lens_bd3lm.diffusion.likelihood import JOB, likelihood
 from transformer_lens_bd3lm.diffusion.nelbo import Clip
 from transformer_lens_bd3lm.diffusion.units import Nats, drawn_again
@@ -247,6 +249,11 @@ def command(folder, out, slow, result, method="exact") -> list[str]:
     return ["-c", SCRIPT, str(folder), str(out), slow, str(result), method]
 
 
+LAUNCH = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", "0",
+]  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
@@ -286,13 +293,8 @@ def test_two_processes_give_what_one_gives(bridge, folder, tmp_path, method):
     script = tmp_path / "shared.py"
     script.write_text(SCRIPT)
     words = command(folder, tmp_path / "out", "fast", tmp_path / "result.pt", method)[2:]
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0",
-    ]  # fmt: skip
     done = subprocess.run(
-        [*launch, str(script), *words], env=ENVIRONMENT, capture_output=True, timeout=300, text=True
+        [*LAUNCH, str(script), *words], env=ENVIRONMENT, capture_output=True, timeout=300, text=True
     )
     assert done.returncode == 0, done.stderr
     nelbo, counts, processes, nll = torch.load(tmp_path / "result.pt")
@@ -306,6 +308,53 @@ def test_two_processes_give_what_one_gives(bridge, folder, tmp_path, method):
     assert relative(nelbo, alone.nelbo.replicates) < 1e-12
     if method == "exact":
         assert relative(nll, alone.nll.replicates) < 1e-12
+
+
+def test_processes_that_read_different_corpora_are_refused(folder, tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SCRIPT.replace("bridge, LONG,", "bridge, LONG[:: 1 - 2 * int(RANK)],"))
+    script.write_text("import os\nRANK = os.environ['RANK']\n" + script.read_text())
+    words = command(folder, "", "fast", tmp_path / "result.pt")[2:]
+    launch = [*LAUNCH, str(script), *words]
+    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, timeout=300, text=True)
+    assert done.returncode != 0 and "read different corpora" in done.stderr
+    assert not (tmp_path / "result.pt").exists()
+
+
+def test_hooks_on_the_bridge_and_another_mask_are_told_apart(bridge, tmp_path):
+    likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    with bridge.hooks(fwd_hooks=[("hook_embed", lambda x, hook: 0 * x)]):
+        with pytest.raises(InputError, match="hooks apart"):
+            likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    own = bridge.cfg.mask_token_id
+    try:
+        bridge.cfg.mask_token_id = 10
+        with pytest.raises(InputError, match="mask_token_id=11"):
+            likelihood(bridge, ["w1 w2"], 2, out=tmp_path / "out")
+    finally:
+        bridge.cfg.mask_token_id = own
+
+
+def test_a_full_disk_leaves_whole_lines(bridge, tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    ledger, limits = Ledger(tmp_path / "jobs-0.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    jobs = [Job(i, "mark", [0] * 50, [[1.0]] * 50, None) for i in range(3)]
+    ledger.keep(jobs[0])
+    size = (tmp_path / "jobs-0.jsonl").stat().st_size
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, limits[1]))
+        with pytest.raises(OSError, match="disk full"):
+            ledger.keep(jobs[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger.keep(jobs[2])
+    assert read_lines(tmp_path / "jobs-0.jsonl") == [jobs[0], jobs[2]]
+
+
+def test_an_exact_run_goes_on_with_fewer_rows(bridge, tmp_path):
+    first = likelihood(bridge, LONG, 2, out=tmp_path / "out")
+    again = likelihood(bridge, LONG, 2, out=tmp_path / "out", rows=64, max_states=32)
+    assert torch.equal(first.nll.replicates, again.nll.replicates)
 
 
 def test_what_is_done_is_not_done_again(bridge, tmp_path):
@@ -379,6 +428,8 @@ def test_a_bar_counts_windows_and_a_stream_has_no_known_end(bridge, capfd, monke
     "source, how, told",
     [
         (TEXTS, {"method": "quadrature"}, "give one of"),
+        (TEXTS, {"clip": Clip("t", 0.4, 0.9)}, "choices of"),
+        (TEXTS, {"seed": -1}, "give 0 or more"),
         (TEXTS, {"block_size": 0}, "block_size=0"),
         (TEXTS, {"method": "exact", "block_size": 9}, "512 states"),
         ([""], {}, "no tokens"),

@@ -1,6 +1,7 @@
 """The dial as an experiment: every setting, paired over texts, and what the inside looks like."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rich.console import Console
 import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot
-from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
+from transformer_lens_bd3lm.analysis.sweep import Sweep, sweep_block_sizes
 from transformer_lens_bd3lm.diffusion.likelihood import likelihood
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError
 
@@ -59,10 +60,12 @@ def test_the_price_is_the_bounds_looseness_and_the_models_own_loss(sweep):
         assert price.price == pytest.approx(here.nelbo.nats_per_token - one)
         gap = here.nelbo.nats_per_token - here.nll.nats_per_token
         assert price.looseness == pytest.approx(gap) and gap > 0
-        assert price.share == pytest.approx(price.looseness / price.price)
+        clear = price.intervals["price"][0] > 0
+        assert price.share == (pytest.approx(price.looseness / price.price) if clear else None)
         for name, (low, high) in price.intervals.items():
             assert low <= getattr(price, name) <= high, name
-    assert [price.block_size for price in sweep.prices()] == [2, 4]
+    shares = {price.block_size: price.share is not None for price in sweep.prices()}
+    assert shares == {2: False, 4: True}, "random weights are not dearer at 2 than at 1"
     for size in (1, CONTEXT):
         with pytest.raises(InputError, match="exact NLLs"):
             sweep.price(size)
@@ -111,6 +114,22 @@ def test_the_figure_draws_both_curves_and_the_price(sweep, tmp_path):
     assert (tmp_path / "dial.png").stat().st_size > 10_000
 
 
+def test_a_price_that_may_be_nothing_has_no_share(bridge, sweep):
+    one, bound = sweep.at(1), sweep.at(4).nelbo
+    turned = Sweep("turned", [replace(one, nll=bound, nelbo=bound), sweep.at(4)])
+    price = turned.price(4)
+    assert price.price == pytest.approx(0) and price.share is None
+    assert "share" not in price.intervals and "–" in printed(turned.table())
+    assert len(turned.plot().axes) == 1
+
+
+def test_an_empty_text_is_no_text(bridge):
+    found = sweep_block_sizes(bridge, ["", *texts(1)], [1, 2])
+    assert found.texts == 1 and found.price(2).intervals is None
+    printed(found.table())
+    found.plot()
+
+
 # Looking inside.
 
 
@@ -151,6 +170,10 @@ def test_a_function_of_the_cache_is_called_at_each_setting(bridge):
     [
         (texts(1), [], {}, InputError, "is empty"),
         (texts(1), [0, 1], {}, BlockSizeError, "block_size=0"),
+        (texts(1), [1, 16], {"method": "exact"}, InputError, "65536 states"),
+        (texts(1), [1, 16], {"replicates": 1}, InputError, "at least 2"),
+        (["", ""], [1], {"look": [RESID]}, InputError, "no tokens"),
+        (iter(texts(1)), [1], {"look": [RESID]}, InputError, "read only once"),
         (iter(texts(1)), [1, 2], {}, InputError, "read only once"),
         (texts(1), [1], {"look": ["blocks.9.hook"]}, HookNameError, "no hook point"),
     ],

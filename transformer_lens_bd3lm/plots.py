@@ -155,7 +155,7 @@ def draw_shares(axes: Axes, comparison: DialComparison) -> None:
 
 def sweep_figure(sweep: Sweep) -> Figure:
     """NLL and NELBO over the dial; beside it, how the price of diffusion divides."""
-    prices = sweep.prices()
+    prices = [price for price in sweep.prices() if price.share is not None]
     figure = Figure(figsize=(8.4 if prices else 5.2, 3.6), layout="constrained")
     grid = figure.add_gridspec(1, 2 if prices else 1, width_ratios=(1.5, 1) if prices else (1,))
     draw_dial(figure.add_subplot(grid[0]), sweep)
@@ -203,13 +203,15 @@ def draw_dial(axes: Axes, sweep: Sweep) -> None:
 
 def draw_price(axes: Axes, sweep: Sweep) -> None:
     """The bound's part of each price over block size 1, and its interval over texts."""
-    prices = sweep.prices()
+    prices = [price for price in sweep.prices() if price.share is not None]
     at = range(len(prices))
-    share = [price.share for price in prices]
+    share = [price.share or 0.0 for price in prices]
+    drawn_to = [*share, 1.0]
     axes.bar(at, share, width=0.85, color=ORANGE, alpha=0.35)
     for i, price in enumerate(prices):
         if price.intervals is not None:
             axes.plot([i, i], price.intervals["share"], color=ORANGE, linewidth=1.6)
+            drawn_to += price.intervals["share"]
         own = price.price - price.looseness
         told = f"{price.share:.0%}\nbound {price.looseness:+.3f}\nmodel {own:+.3f}\nnats/token"
         axes.annotate(
@@ -218,7 +220,9 @@ def draw_price(axes: Axes, sweep: Sweep) -> None:
     axes.axhline(1, color=QUIET, linewidth=0.9, linestyle=":")
     axes.set_xticks(at, [str(price.block_size) for price in prices])
     axes.set(xlabel="block size", xlim=(-0.6, len(prices) - 0.4))
-    axes.set(ylabel="looseness of the bound / price", ylim=(0, max(1.1, max(share) * 1.15)))
+    axes.set(
+        ylabel="looseness of the bound / price", ylim=(min(0.0, *drawn_to), 1.1 * max(drawn_to))
+    )
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("what the bound adds", loc="left", color=INK, fontsize=10)
     plain(axes)

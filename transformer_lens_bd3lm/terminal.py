@@ -13,6 +13,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 console = Console(highlight=False)
+errors = Console(highlight=False, stderr=True)
 
 
 def hook_tree(bridge: Any, cache: Any) -> Tree:

@@ -13,19 +13,25 @@ setting: the settings are compared in pairs.
 It does not train: a checkpoint is on-distribution only at the settings it was trained at.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.dial import read_noised_text
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
-from transformer_lens_bd3lm.diffusion.likelihood import Likelihood, likelihood
+from transformer_lens_bd3lm.diffusion.likelihood import (
+    Likelihood,
+    Settings,
+    likelihood,
+    read_settings,
+)
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
@@ -42,14 +48,14 @@ class Price:
         block_size: the dial.
         price: NELBO(B) - NLL(1).
         looseness: NELBO(B) - NLL(B), the bound's part.
-        share: looseness / price.
+        share: looseness / price; None unless the price is clearly above 0, by its interval.
         intervals: of the three, by name; None for fewer than two texts.
     """
 
     block_size: int
     price: float
     looseness: float
-    share: float
+    share: float | None
     intervals: dict[str, tuple[float, float]] | None = field(repr=False)
 
 
@@ -74,8 +80,8 @@ class Sweep:
 
     @property
     def texts(self) -> int:
-        """How many texts the corpus has."""
-        return len(self.settings[0].names)
+        """How many texts of the corpus count."""
+        return self.settings[0].nelbo.texts
 
     def at(self, block_size: int) -> Likelihood:
         """What was measured at one setting.
@@ -112,7 +118,10 @@ class Sweep:
             quantities = (again[0] / again[2], again[1] / again[2], again[1] / again[0])
             names = ("price", "looseness", "share")
             intervals = {name: between(x, level) for name, x in zip(names, quantities, strict=True)}
-        share = looseness / price
+        lowest = price if intervals is None else intervals["price"][0]
+        share = looseness / price if lowest > 0 else None
+        if intervals is not None and share is None:
+            del intervals["share"]
         return Price(block_size, price / counted, looseness / counted, share, intervals)
 
     def prices(self) -> list[Price]:
@@ -149,8 +158,9 @@ class Sweep:
                 cells += ["" if nll is None else f"{nll.bits_per_character:.4f}"]
                 cells += [f"{nelbo.bits_per_character:.4f}"]
             price = prices.get(each.block_size)
-            cells += ["" if price is None else f"{price.share:.0%}"]
-            shown = price is not None and price.intervals is not None
+            known = price is not None and price.share is not None
+            cells += [f"{price.share:.0%}" if known else "–" if price is not None else ""]
+            shown = known and price.intervals is not None
             cells += ["[{:.0%}, {:.0%}]".format(*price.intervals["share"]) if shown else ""]
             table.add_row(*cells, "exact sums" if nll is not None else f"{nelbo.kind}: the bound")
         return table
@@ -190,8 +200,32 @@ def over_the_dial(
     if len(sizes) > 1 and isinstance(source, Iterator):
         raise InputError("the corpus can be read only once: give a list, a Path or a dataset")
     for size in sizes:
+        read_settings(bridge, size, how.get("method"), **with_defaults(how))
+    for size in sizes:
         folder = None if out is None else Path(out) / f"block_{size}"
         yield likelihood(bridge, source, size, out=folder, **how)
+
+
+def with_defaults(how: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`likelihood` would settle on, to check it before anything runs."""
+    names = [each.name for each in fields(Settings)][2:]
+    defaults = {name: signature(likelihood).parameters[name].default for name in names}
+    return {name: how.get(name, default) for name, default in defaults.items()}
+
+
+def first_window(bridge: Any, source: Any, how: dict[str, Any]) -> Tensor:
+    """Ids of the corpus's first window ``[1, pos]``.
+
+    Raises:
+        InputError: if there is none, or it could not be read again.
+    """
+    if isinstance(source, Iterator):
+        raise InputError("the corpus can be read only once: give a list, a Path or a dataset")
+    reading = {name: how[name] for name in ("field", "split") if name in how}
+    for text in read_texts(source, **reading):
+        for window in windows(text, 0, bridge):
+            return window.ids[None]
+    raise InputError("the corpus has no tokens: give at least one text with a word in it")
 
 
 def sweep_block_sizes(
@@ -213,7 +247,7 @@ def sweep_block_sizes(
         block_sizes: settings of the dial; by default the powers of 2, and ``"full"``.
         look: hook names to cache, or a function of the ``ActivationCache``, of a dual forward
             (activations ``[noisy | clean]``) of the corpus's first window, noised alike at every
-            setting.
+            setting; ``hooks`` fire in it, and see both streams.
         x_t: the noised ids ``[1, pos]`` for it; by default half of the window is masked, from
             ``seed``.
         seed: of all draws.
@@ -226,15 +260,14 @@ def sweep_block_sizes(
     """
     if look is not None and not callable(look):
         resolve(bridge, look)
-    settings = list(over_the_dial(bridge, source, block_sizes, seed=seed, out=out, **how))
-    sizes = [each.block_size for each in settings]
-    looked = {}
+    noised, looked = None, {}
     if look is not None:
-        reading = {name: how[name] for name in ("field", "split") if name in how}
-        first = next(iter(read_texts(source, **reading)))
-        window = next(itertools.islice(windows(first, 0, bridge), 1))
-        noised = read_noised_text(bridge, window.ids[None], x_t, seed)
-        looked = {size: looked_at(bridge, noised, size, look) for size in sizes}
+        noised = read_noised_text(bridge, first_window(bridge, source, how), x_t, seed)
+    settings = list(over_the_dial(bridge, source, block_sizes, seed=seed, out=out, **how))
+    if look is not None:
+        with bridge.hooks(fwd_hooks=list(how.get("hooks") or [])):
+            for each in settings:
+                looked[each.block_size] = looked_at(bridge, noised, each.block_size, look)
     return Sweep(Path(bridge.cfg.model_name).name, settings, looked)
 
 

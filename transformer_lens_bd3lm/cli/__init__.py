@@ -5,10 +5,12 @@ Every command is a few calls of the public surface and a table; nothing is compu
 
 import sys
 
+from rich.markup import escape
+
 from transformer_lens_bd3lm.cli import checkpoints, demo, generate, measure
 from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.terminal import errors
 
 COMMANDS = (demo, generate, measure, checkpoints)
 
@@ -18,5 +20,5 @@ def main() -> None:
     try:
         app()
     except BD3LMError as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

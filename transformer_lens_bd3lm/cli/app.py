@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.terminal import errors
 
 app = typer.Typer(
     help="Block-diffusion language models, opened up for interpretability.",
@@ -38,8 +40,15 @@ def boot(model: str | None, device: str | None = None) -> Any:
     """The bridge of a Hub id or folder, or of an embedded model; the default for None."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    with console.status("loading ..."), quiet():
-        return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
+    try:
+        with errors.status("loading ..."), quiet():
+            return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{model} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -56,7 +65,21 @@ def quiet() -> Iterator[None]:
 
 def read_dial(value: str) -> int | str:
     """A setting of the dial as it is typed; what is none is refused where it is used."""
-    return int(value) if value.lstrip("-").isdigit() else value
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
+def check_writable(path: Path | None, kinds: tuple[str, ...] = ()) -> None:
+    """Refuse a file that could not be written in the end, before the work."""
+    if path is None or str(path) == "-":
+        return
+    if kinds and path.suffix.lower() not in kinds:
+        raise typer.BadParameter(f"{path}: give a name that ends in {', '.join(kinds)}")
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: give a file in a folder that exists")
 
 
 def write_json(found: Any, path: Path | None) -> None:

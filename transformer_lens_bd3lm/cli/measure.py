@@ -9,7 +9,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, boot, read_dial, write_json
+from transformer_lens_bd3lm.cli.app import (
+    ModelArgument,
+    app,
+    boot,
+    check_writable,
+    read_dial,
+    write_json,
+)
 from transformer_lens_bd3lm.terminal import console, number
 
 
@@ -54,6 +61,7 @@ def exact(
     """Exact NLL, bound and reveal order of one text, summed over every order."""
     import transformer_lens_bd3lm as bd3lm
 
+    check_writable(json)
     bridge = boot(model, device)
     dial = None if block_size is None else read_dial(block_size)
     found = bd3lm.exact(bridge, text, dial, max_states=max_states)
@@ -154,6 +162,7 @@ def likelihood(
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     dial = None if block_size is None else read_dial(block_size)
+    check_writable(json)
     bridge = boot(model, shared_device(device))
     found = bd3lm.likelihood(bridge, texts, dial, **how)
     if not is_main():
@@ -174,7 +183,8 @@ def figures(found: Any) -> dict[str, Any]:
     told: dict[str, Any] = {
         "block_size": found.block_size,
         "method": found.method,
-        "texts": len(found.names),
+        "texts": found.names,
+        "tokens_by_text": found.nelbo.token_counts.tolist(),
         "tokens": found.nelbo.total_tokens,
         "characters": found.nelbo.total_characters,
     }
@@ -186,7 +196,7 @@ def figures(found: Any) -> dict[str, Any]:
             "bits_per_token": nats.bits_per_token,
             "bits_per_character": nats.bits_per_character,
             "perplexity": nats.perplexity,
-            "interval_95": nats.interval() if len(found.names) > 1 else None,
+            "interval_95": nats.interval() if nats.texts > 1 else None,
             "nats_by_text": nats.nats.tolist(),
         }
     return told
@@ -216,7 +226,7 @@ def figures_table(model: str, found: Any) -> Table:
         "bits a character": lambda x: f"{x.bits_per_character:.4f}",
         "perplexity": lambda x: f"{x.perplexity:.3f}",
     }
-    if len(found.names) > 1:
+    if found.nelbo.texts > 1:
         rows["95% over such texts"] = lambda x: "{:.4f} .. {:.4f}".format(*x.interval())
     for name, tell in rows.items():
         table.add_row(name, *map(tell, columns.values()))
@@ -251,14 +261,16 @@ def sweep(
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     sizes = None if block_size is None else [read_dial(each) for each in block_size]
+    check_writable(plot, (".png", ".svg", ".pdf"))
+    check_writable(json)
     bridge = boot(model, shared_device(device))
     found = bd3lm.sweep_block_sizes(bridge, texts, sizes, **how)
     if not is_main():
         return
     if str(json) != "-":
         console.print(found.table())
+    write_json([figures(each) for each in found.settings], json)
     if plot is not None:
         found.plot().savefig(plot, dpi=160)
         if str(json) != "-":
             console.print(f"figure in {plot}")
-    write_json([figures(each) for each in found.settings], json)

@@ -12,7 +12,7 @@ dataset of ``datasets``, streamed or not. Rows of ids are texts that were tokeni
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,13 @@ def read_texts(source: Any, field: str = "text", split: str | None = None) -> It
     Raises:
         InputError: for what is no text.
     """
-    if isinstance(source, str | Path | Mapping):
+    if isinstance(source, str | Path | Mapping) or isinstance(source, Tensor) and source.ndim == 1:
         source = [source]
-    if not isinstance(source, Iterable):
-        raise InputError(f"{type(source).__name__} is no corpus: give a string, a Path, or texts")
+    if not isinstance(source, Iterable) or isinstance(source, Set) or hasattr(source, "columns"):
+        raise InputError(
+            f"{type(source).__name__} is no corpus: give a string, a Path, ids [batch, pos], or "
+            "texts in a fixed order"
+        )
     for number, item in enumerate(source):
         if isinstance(item, str):
             yield Text(str(number), item)
@@ -88,13 +91,19 @@ def read_file(path: Path, field: str, split: str | None) -> Iterator[Text]:
     Raises:
         InputError: if it cannot be read, or a line has no such field.
     """
+    kind = path.suffix.lower()
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no file that can be read again: save the text in one")
+    if kind in (".json", ".gz", ".parquet"):
+        raise InputError(f"{path} is {kind}: give .jsonl or plain text, or load it with datasets")
     try:
-        if path.suffix != ".jsonl":
-            whole = path.read_text(encoding="utf-8")
+        if kind != ".jsonl":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                whole = file.read()
             for number, piece in enumerate(pieces(whole, split)):
                 yield Text(path.name if split is None else f"{path.name}:{number}", piece)
             return
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path.name}:{number}"

@@ -68,9 +68,14 @@ class Ledger:
         if out is None:
             return cls()
         folder = Path(out)
+        decides = asdict(settings)
+        del decides["max_states"]
+        if settings.method == "exact":
+            del decides["rows"]
         mine = {
             "format": FORMAT,
-            "settings": asdict(settings),
+            "settings": decides,
+            "mask_token_id": bridge.cfg.mask_token_id,
             "model": str(bridge.cfg.model_name),
             "dtype": str(bridge.embed.weight.dtype),
             "weights_sha256": weights_hash(bridge),
@@ -86,7 +91,8 @@ class Ledger:
         own = folder / f"jobs-{state.process_index}.jsonl"
         if own.exists():
             whole = own.read_bytes()
-            os.truncate(own, whole.rfind(b"\n") + 1)
+            if not whole.endswith(b"\n"):
+                os.truncate(own, whole.rfind(b"\n") + 1)
         return cls(own, jobs)
 
     def done(self, number: int, mark: str) -> Job | None:
@@ -108,8 +114,12 @@ class Ledger:
         """Write a finished job to disk."""
         if self.path is None:
             return
+        line = json.dumps(asdict(job)).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(asdict(job)).encode() + b"\n")  # a line is one write
+            before = file.tell()
+            if file.write(line) < len(line):  # one write a line; a full disk may take a part
+                file.truncate(before)
+                raise OSError(f"{self.path} could not be written: is the disk full?")
             os.fsync(file.fileno())
 
 
@@ -119,12 +129,15 @@ def begin(folder: Path, mine: dict[str, Any]) -> None:
     Raises:
         InputError: if the folder holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty and holds no run of this kind: give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{SETTINGS}")
-    draft.write_text(json.dumps(mine, indent=1), encoding="utf-8")
-    os.replace(draft, folder / SETTINGS)
+    draft = folder / f".{SETTINGS}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(not path.name.startswith(f".{SETTINGS}") for path in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no run of this kind: give a new one")
+        draft.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+        os.replace(draft, folder / SETTINGS)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
 
 
 def check_same_run(folder: Path, mine: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ so none is counted twice.
 It does not say how the sums are done: ``exact.py`` and ``nelbo.py`` do.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,11 @@ from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.corpus import Text, Window, read_texts, windows
 from transformer_lens_bd3lm.diffusion.exact import exact
 from transformer_lens_bd3lm.diffusion.ledger import Job, Ledger, fingerprint
-from transformer_lens_bd3lm.diffusion.nelbo import Clip, nelbo
+from transformer_lens_bd3lm.diffusion.nelbo import Clip, check_choices, nelbo
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
 
 JOB = 32
-METHODS = ("exact", "stratified", "monte_carlo")
 TIMEOUT = timedelta(days=30)  # a process may wait long for another's jobs
 
 
@@ -120,8 +120,12 @@ def read_settings(bridge: Any, block_size: Any, method: str | None, **rest: Any)
     size = read_block_size(bridge.cfg.block_size if block_size is None else block_size, context)
     if method is None:
         method = "exact" if 2**size <= rest["max_states"] else "monte_carlo"
-    if method not in METHODS:
-        raise InputError(f"method={method!r}: give one of {', '.join(METHODS)}, or None")
+    check_choices(method, rest["strata"], rest["clip"], rest["replicates"], rest["seed"])
+    if method == "exact" and 2**size > rest["max_states"]:
+        raise InputError(
+            f"block_size={size} has {2**size} states a block, max_states is {rest['max_states']}: "
+            "raise it, or estimate the bound"
+        )
     return Settings(size, method, **rest)
 
 
@@ -164,22 +168,26 @@ def likelihood(
         scope: how far they reach, as in :func:`exact`.
         max_states: for the exact sum, as in :func:`exact`.
         rows: rows of a pass; memory grows with it.
-        out: a folder that keeps finished jobs, so that a stopped run goes on.
+        out: a folder that keeps finished jobs, so that a stopped run goes on; several processes
+            must all reach it.
         progress: show a bar; by default on a terminal.
 
     Raises:
         InputError: for what does not fit; for a folder of another run, or a corpus that changed.
         NotExactError: with time conditioning, without blocks.
+
+    Where a process group exists, every process of it must call this.
     """
     settings = read_settings(
         bridge, block_size, method, replicates=replicates, seed=seed, strata=strata, clip=clip,
         scope=scope, stride=stride, max_states=max_states, rows=rows,
     )  # fmt: skip
-    if out is not None and hooks is not None:
+    hooked = hooks or any(point.fwd_hooks for point in bridge.hook_dict.values())
+    if out is not None and hooked:
         raise InputError("out= cannot tell hooks apart when a run goes on: give one or the other")
     state = processes()
     ledger = Ledger.open(out, bridge, settings, state)
-    tally, found = Tally(bridge, stride), {}
+    tally, found, read = Tally(bridge, stride), {}, hashlib.sha256()
 
     def texts() -> Iterator[Text]:
         return read_texts(source, field, split)
@@ -187,13 +195,17 @@ def likelihood(
     with bar(progress, state, source, lambda: Tally(bridge, stride).jobs(texts())) as advance:
         for number, job in enumerate(tally.jobs(texts())):
             mark = fingerprint(job)
+            read.update(mark.encode())
             if (done := ledger.done(number, mark)) is not None:
                 found[number] = done
             elif number % state.num_processes == state.process_index:
                 found[number] = measured(bridge, job, number, mark, settings, hooks)
                 ledger.keep(found[number])
             advance(len(job))
-    for part in gather_object([found]):
+    shared = gather_object([(read.hexdigest(), found)])
+    if len({digest for digest, _ in shared}) > 1:
+        raise InputError("the processes read different corpora: give every one the same, in order")
+    for _, part in shared:
         found = part | found
     return assembled(settings, tally, found, state.num_processes)
 

@@ -171,6 +171,24 @@ def whole(text: NoisyText, masked: Tensor, weight: Tensor) -> Masks:
     return Masks(*parts)
 
 
+def check_choices(method: str, strata: str, clip: Clip | None, replicates: int, seed: int) -> None:
+    """Refuse a method that is none, and choices that it does not have.
+
+    Raises:
+        InputError: and says which there are.
+    """
+    if method not in ("exact", "stratified", "monte_carlo"):
+        raise InputError(f'method={method!r}: give one of "exact", "stratified", "monte_carlo"')
+    if strata not in ("permuted", "none", "public"):
+        raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
+    if method != "monte_carlo" and (clip is not None or strata != "permuted"):
+        raise InputError(f'clip and strata are choices of method="monte_carlo", not {method!r}')
+    if method != "exact" and replicates < 2:
+        raise InputError(f"replicates={replicates}: a standard error needs at least 2")
+    if seed < 0:
+        raise InputError(f"seed={seed}: give 0 or more")
+
+
 @torch.no_grad()
 def nelbo(
     bridge: Any,
@@ -209,18 +227,11 @@ def nelbo(
         InputError: for what does not fit.
         NotExactError: with time conditioning, or without blocks.
     """
-    if method not in ("exact", "stratified", "monte_carlo"):
-        raise InputError(f'method={method!r}: give "exact", "stratified" or "monte_carlo"')
-    if strata not in ("permuted", "none", "public"):
-        raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
-    if method != "monte_carlo" and (clip is not None or strata != "permuted"):
-        raise InputError(f'clip and strata are choices of method="monte_carlo", not {method!r}')
+    check_choices(method, strata, clip, replicates, seed)
     how = {"hooks": hooks, "scope": scope, "given": given, "rows": rows}
     if method == "exact":
         found = exact(bridge, tokens, block_size, max_states=max_states, **how)
         return told(found, method, "exact", found.nelbo_by_token, found.nelbo[None])
-    if replicates < 2:
-        raise InputError(f"replicates={replicates}: a standard error needs at least 2")
     text = read_noisy_text(bridge, tokens, block_size, **how)
     generator = torch.Generator().manual_seed(seed)
     stream = text.clean()

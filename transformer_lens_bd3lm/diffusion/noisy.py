@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_block_size
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
@@ -83,7 +84,7 @@ class NoisyText:
     ) -> Float[Tensor, "pattern batch pos"]:
         """``log p`` of the true token at each masked position, nats; 0 elsewhere. One pass.
 
-        In float64 on the CPU, from a log-softmax in the model's own precision.
+        In float64 on the CPU, from a log-softmax in float32 or wider.
         """
         model, n = self.bridge.original_model, self.tokens.shape[1]
         mask_id, hidden = self.bridge.cfg.mask_token_id, masked.flatten(0, 1)
@@ -98,7 +99,10 @@ class NoisyText:
             logits = run(model, x, self.sigma(x), routing, slice(0, n), where)
         true = ids[where.unbind(-1)]
         parts = zip(logits.split(CHUNK), true.split(CHUNK), strict=True)
-        found = [masked_log_probs(x, mask_id).gather(-1, y[:, None])[:, 0] for x, y in parts]
+        found = [
+            masked_log_probs(at_least_float32(x), mask_id).gather(-1, y[:, None])[:, 0]
+            for x, y in parts
+        ]
         full = torch.zeros(hidden.shape, dtype=torch.float64)
         full = full.index_put(at.unbind(-1), torch.cat(found).double().cpu())
         return full.unflatten(0, masked.shape[:2])

@@ -81,6 +81,11 @@ class Nats(PerToken):
     characters: Int[Tensor, " text"] | None = field(default=None, repr=False)
 
     @property
+    def texts(self) -> int:
+        """Texts of which something counts; an interval needs two."""
+        return int((self.token_counts > 0).sum())
+
+    @property
     def total_nats(self) -> float:
         """Nats of all texts, mean over replicates."""
         return float(self.nats.sum())
@@ -146,6 +151,8 @@ def drawn_again(
     """
     values = values[:, values.any(0)]
     texts = values.shape[1]
+    if resamples < 1:
+        raise InputError(f"resamples={resamples}: give at least 1")
     if texts < 2:
         raise InputError(f"{texts} text: an interval is over texts, give two or more (or split it)")
     generator = torch.Generator().manual_seed(seed)
