@@ -13,6 +13,7 @@ from transformer_lens_bd3lm.bridge.adapter import (
 from transformer_lens_bd3lm.bridge.forward import block_size as block_size
 from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
+from transformer_lens_bd3lm.diffusion import grammar as grammar
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
 from transformer_lens_bd3lm.diffusion.denoise import denoise_steps as denoise_steps
 from transformer_lens_bd3lm.diffusion.exact import Exact as Exact
@@ -88,6 +89,7 @@ __all__ = [
     "exact_backward",
     "exact_effect",
     "fork",
+    "grammar",
     "likelihood",
     "log_probs",
     "mediate",
