@@ -5,7 +5,7 @@ modules and, with
 ``trust_remote_code=True``, a repository's own. A repository's code is imported only when the user
 says so.
 
-Folding into weights is another module's subject; until it is exact it is refused here.
+What weight processing needs beyond the host's own is in ``folding``.
 """
 
 import logging
@@ -15,7 +15,6 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
     MLPBridge,
-    UnembeddingBridge,
 )
 from transformer_lens.model_bridge.supported_architectures._remote_code_compat import (
     disable_tied_weights_lookup,
@@ -29,15 +28,16 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     AdaLNBridge,
     BD3LMEmbeddingBridge,
     BD3LMNormBridge,
+    BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
+from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
-from transformer_lens_bd3lm.errors import NotExactError
 
 logger = logging.getLogger("transformer_lens_bd3lm")
 
@@ -45,7 +45,7 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 class BD3LMArchitectureAdapter(ArchitectureAdapter):
     """Adapter for ``architectures: ["BD3LM"]``, every hook point exact and editable."""
 
-    applicable_phases: list[int] = [1, 2]
+    applicable_phases: list[int] = [1, 2, 3]
     supports_generation: bool = False
     native_sampler: str | None = "diffusion_generate"
     supports_kv_cache: bool = False
@@ -99,7 +99,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             "embed": BD3LMEmbeddingBridge(name="backbone.vocab_embed", config=cfg),
             "blocks": BD3LMBlockBridge("backbone.blocks", cfg, layer),
             "ln_final": BD3LMNormBridge(name="backbone.output_layer.norm_final", config=cfg),
-            "unembed": UnembeddingBridge(name="backbone.output_layer.linear", config=cfg),
+            "unembed": BD3LMUnembeddingBridge(name="backbone.output_layer.linear", config=cfg),
         }
 
     def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
@@ -151,28 +151,34 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         elif getattr(bridge.cfg, "mask_token_id", None) is None:
             bridge.cfg.mask_token_id = model.config.vocab_size - 1
 
-    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Refuse, until folding is exact.
-
-        Raises:
-            NotExactError: always.
-        """
-        raise NotExactError(FOLDING)
-
     @property
     def supports_compatibility_mode(self) -> bool:
         """Refuse before the host has changed anything.
 
         Raises:
-            NotExactError: always.
+            NotExactError: for a model that weight processing would change, time conditioning first.
         """
-        raise NotExactError(FOLDING)
+        require_foldable(self.cfg)
+        return True
 
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Fold the modulation, before the host folds norms and centres.
 
-FOLDING = (
-    "weight processing is not exact on BD3LM yet: the host folds norms without the adaLN shift, "
-    "scale and gate between them. Use the bridge as booted; its hooks and logits are exact"
-)
+        Until the host has come through with the rest, the bridge's weights are as they were, and
+        it does not count as processed.
+
+        Raises:
+            NotExactError: for a model that it would change; nothing has been changed.
+        """
+        bridge: Any = self.cfg._bridge_ref()
+        bridge._weights_processed = False
+        self._folded = fold_modulation(bridge, state_dict, norms=self._fold_ln_requested)
+        return state_dict
+
+    def postprocess_weights(self, bridge: Any) -> None:
+        """What the host's hand-over leaves out."""
+        finish(bridge, self.__dict__.pop("_folded"))
+        bridge._weights_processed = True
 
 
 def mount_conditioning(bridge: Any, backbone: Any) -> None:

@@ -47,16 +47,18 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
-    """Fire a hook on a value that nothing downstream reads; an edit is refused, not lost.
+    """Fire a hook that may look and must not edit; an edit is refused, not lost.
 
     Raises:
-        InputError: if the hook edited, in place or by returning another tensor.
+        InputError: if the hook wrote into what it was shown, or returned anything else.
     """
     if not watched(hook):
         return
-    before = x.clone()
-    if hook(x) is not x or not bool((x == before).all()):
-        raise InputError(f"an edit at {hook.name} would have no effect: {why}")
+    shown = x.detach().clone()
+    with torch.no_grad():
+        untouched = hook(shown) is shown
+    if not untouched or not bool((shown == x).all()):
+        raise InputError(f"an edit at {hook.name} is refused: {why}")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only, watched
-from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.bridge.conditioning import MODULATION, modulate
 from transformer_lens_bd3lm.errors import NotExactError
 
 REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
@@ -102,7 +102,7 @@ class BD3LMBlockBridge(BlockBridge):
 
     def modulation(self, c: Tensor | None, routing: Routing) -> tuple[Tensor | None, ...]:
         """AdaLN's six vectors; where c is one constant of a run, computed once if nobody looks."""
-        if c is None:
+        if c is None or (self.adaln.folded == MODULATION and not watched(*self.adaln.modules())):
             return (None,) * 6
         if routing.constants is None or watched(*self.adaln.modules()):
             return self.adaln(c)

@@ -1,4 +1,4 @@
-"""Norms and adaLN: the conditioning vector, and what it does to each layer.
+"""Embedding, norms, adaLN and read-out: everything around attention and the MLP.
 
 With ``c = silu(sigma_map(sigma))``, a layer's ``adaLN_modulation(c)`` is six vectors, and a norm's
 output is
@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     NormalizationBridge,
+    UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -58,6 +59,34 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
         return self.hook_out(F.embedding(self.hook_in(input_ids), self.weight))
 
 
+class BD3LMUnembeddingBridge(UnembeddingBridge):
+    """The read-out. Once processed, the mask token's own column is no longer among the others'.
+
+    Its logit is untrained and never competes (SUBS), so in ``W_U`` and ``b_U`` it is the mean of
+    the real tokens, which centring therefore does not see, and what it has more is added here: raw
+    logits stay what they were.
+    """
+
+    def set_aside(self, mask_id: int, weight: Tensor, bias: Tensor) -> None:
+        """Keep what the mask token has more than the mean: weight ``[d_model]``, bias ``[]``."""
+        linear = cast(nn.Linear, self.original_component)
+        linear.register_buffer("mask_id", torch.tensor(mask_id, device=linear.weight.device))
+        linear.register_buffer("mask_weight", weight.to(linear.weight))
+        linear.register_buffer("mask_bias", bias.to(linear.weight))
+
+    def forward(
+        self, hidden_states: Float[Tensor, "*dims d_model"], **kwargs: Any
+    ) -> Float[Tensor, "*dims d_vocab"]:
+        """Raw logits of every token, the mask's too."""
+        linear = cast(Any, self.original_component)
+        h = self.hook_in(hidden_states)
+        logits = linear(h)
+        if "mask_weight" in linear._buffers:
+            more = h @ linear.mask_weight + linear.mask_bias
+            logits = logits.index_add(-1, linear.mask_id[None], more[..., None])
+        return self.hook_out(logits)
+
+
 class BD3LMNormBridge(NormalizationBridge):
     """Layer norm in float32 or wider times a weight; one kernel unless somebody looks inside."""
 
@@ -94,18 +123,42 @@ class BD3LMNormBridge(NormalizationBridge):
         return h
 
 
+FOLDED = (
+    "the modulation is folded into the weights and neutral here. Edit what it modulated "
+    "(hook_modulated_msa, hook_modulated_mlp, hook_attn_out, hook_mlp_out), or boot a bridge "
+    "without weight processing"
+)
+
+
+def fire(hook: HookPoint, x: Tensor, folded: bool) -> Tensor:
+    """The hook; on what is folded it may look, and an edit is refused."""
+    if not folded:
+        return hook(x)
+    read_only(hook, x, FOLDED)
+    return x
+
+
 class TimestepEmbedBridge(GeneralizedComponent):
     """``sigma_map(sigma)``, before its SiLU."""
+
+    folded = False
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch *row cond"]:
         """Features of sigma through the checkpoint's two linears."""
         mlp = self.original_component.mlp
-        features = timestep_features(self.hook_in(sigma))
-        return self.hook_out(mlp(features.to(next(mlp.parameters()).dtype)))
+        features = timestep_features(fire(self.hook_in, sigma, self.folded))
+        c = mlp(features.to(next(mlp.parameters()).dtype))
+        return fire(self.hook_out, c, self.folded)
 
 
 class AdaLNBridge(GeneralizedComponent):
-    """One ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``."""
+    """One ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``.
+
+    Attributes:
+        folded: the vectors that are part of the weights now, and neutral here.
+    """
+
+    folded: tuple[str, ...] = ()
 
     def __init__(self, name: str, vectors: tuple[str, ...], config: Any = None):
         super().__init__(name, config=config)
@@ -117,10 +170,11 @@ class AdaLNBridge(GeneralizedComponent):
         self, c: Float[Tensor, "batch *row cond"]
     ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
         """The vectors, in the checkpoint's order; one a row if only some rows' ``c`` is edited."""
-        joint = self.original_component(self.hook_in(c))
-        joint = self.hook_out(joint[:, None] if joint.ndim == 2 else joint)
+        folded = bool(self.folded)
+        joint = self.original_component(fire(self.hook_in, c, folded))
+        joint = fire(self.hook_out, joint[:, None] if joint.ndim == 2 else joint, folded)
         parts = joint.chunk(len(self._vectors), dim=-1)
         return tuple(
-            getattr(self, f"hook_{vector}")(part)
+            fire(getattr(self, f"hook_{vector}"), part, vector in self.folded)
             for vector, part in zip(self._vectors, parts, strict=True)
         )
