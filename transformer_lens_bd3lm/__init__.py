@@ -4,6 +4,13 @@ from pathlib import Path
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
 from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
+from transformer_lens_bd3lm.analysis.halves import clean_half as clean_half
+from transformer_lens_bd3lm.analysis.halves import noisy_half as noisy_half
+from transformer_lens_bd3lm.analysis.heads import HeadScores as HeadScores
+from transformer_lens_bd3lm.analysis.heads import MaskedText as MaskedText
+from transformer_lens_bd3lm.analysis.heads import RepeatedTokens as RepeatedTokens
+from transformer_lens_bd3lm.analysis.heads import detect_heads as detect_heads
+from transformer_lens_bd3lm.analysis.heads import repeated_tokens as repeated_tokens
 from transformer_lens_bd3lm.analysis.sweep import Price as Price
 from transformer_lens_bd3lm.analysis.sweep import Sweep as Sweep
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes as sweep_block_sizes
@@ -67,24 +74,29 @@ __all__ = [
     "ExactEffect",
     "FirstHitting",
     "Force",
+    "HeadScores",
     "Likelihood",
     "LowEntropy",
+    "MaskedText",
     "Mediation",
     "Nats",
     "Nelbo",
     "Noise",
     "Price",
     "Record",
+    "RepeatedTokens",
     "Replay",
     "Run",
     "Step",
     "StepHooks",
     "Sweep",
     "block_size",
+    "clean_half",
     "compare_block_sizes",
     "current_step",
     "denoise",
     "denoise_steps",
+    "detect_heads",
     "exact",
     "exact_backward",
     "exact_effect",
@@ -94,7 +106,9 @@ __all__ = [
     "log_probs",
     "mediate",
     "nelbo",
+    "noisy_half",
     "register",
+    "repeated_tokens",
     "replay",
     "set_block_size",
     "sweep_block_sizes",
