@@ -12,11 +12,13 @@ import logging
 
 import pytest
 import torch
+from transformer_lens.model_bridge import transformer_bridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import CachedPasses, boot, relative, shared
+from tests.test_forward import Elsewhere
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -178,6 +180,19 @@ def test_half_precisions_are_processed_in_their_own_type(path, device, dtype):
     assert furthest(plain, bridge) < 0.2
 
 
+def test_processing_makes_no_tensor_on_another_device(path, monkeypatch):
+    # The host refuses to process weights that hold no numbers.
+    monkeypatch.setattr(transformer_bridge, "require_readable_weight", lambda weight, **how: None)
+    bridge = boot(path, torch.device("cpu"))
+    bridge.original_model.to("meta")
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    with Elsewhere() as mode:
+        bridge.process_weights()
+        assert bridge(ids, clean=ids).device.type == "meta"
+    assert mode.seen > 100
+    assert {x.device.type for x in bridge.state_dict().values()} == {"meta"}
+
+
 # Once, or not at all
 
 
@@ -250,6 +265,7 @@ def test_a_copy_is_processed_alone(path, device):
 # The mask token's column
 
 
+@torch.no_grad()
 def test_centring_leaves_the_mask_token_out(path, device):
     centred = processed(path, device, torch.float64)
     mask_id = centred.cfg.mask_token_id
@@ -259,6 +275,7 @@ def test_centring_leaves_the_mask_token_out(path, device):
     assert float(centred.W_U[:, mask_id].abs().max()) < EXACT
 
 
+@torch.no_grad()
 def test_without_centring_raw_logits_stay_what_they_were_the_masks_too(path, device):
     plain = boot(path, device, torch.float64)
     bridge = processed(path, device, torch.float64, center_unembed=False)

@@ -1,11 +1,14 @@
-"""What each layer would predict at a masked position: the logit lens, read through the modulation.
+"""What each layer would predict at masked positions: the logit lens, through the modulation.
 
 The residual after layer l goes through the checkpoint's own read-out, as its forward does::
 
     log p_l = SUBS(unembed(ln_final(resid_l) * (1 + scale) + shift))
 
-Only masked positions are trained to predict, so only they are read. Nothing is folded or
-approximated: at the last layer this is the model's own prediction.
+Only masked positions are trained to predict, so only they are read, and the mask token itself never
+competes. At the last layer this is the model's own prediction. On a processed bridge scale and
+shift are part of the weights, and the lens is the same, layer by layer.
+
+It translates nothing: a layer that writes in another basis than the last one's looks ignorant here.
 """
 
 from typing import Any
@@ -14,37 +17,133 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
+
+MODULATION = ("final_adaln.hook_scale", "final_adaln.hook_shift")
 
 
 @torch.no_grad()
 def logit_lens(
-    bridge: Any, cache: Any, ids: Int[Tensor, "batch pos"], position: int
-) -> Float[Tensor, "layer batch d_vocab"]:
-    """Log-probabilities in nats at one masked position, after the embedding and after each layer.
+    bridge: Any, cache: Any, ids: Any, position: Any = None
+) -> Float[Tensor, "depth token d_vocab"]:
+    """Log-probabilities in nats at masked positions, after the embedding and after each layer.
+
+    Tokens are in the order of ``(x_t == mask).nonzero()``, so ``lens[-1]`` is
+    ``bd3lm.log_probs(logits, x_t)[x_t == mask]``; with one ``position`` there is one a row of the
+    batch. Depth 0 is the embedding, depth i + 1 is after layer i.
 
     Args:
-        bridge: the bridge that made the cache.
-        cache: an ``ActivationCache`` with the residuals (and ``final_adaln.*``, with adaLN).
-        ids: the ids it was made from.
-        position: a position that is masked in every row.
+        bridge: the bridge that made the cache, as booted or processed.
+        cache: an ``ActivationCache`` of either view with the residuals (``blocks.0.hook_resid_pre``
+            and each ``hook_resid_post``), and ``final_adaln.*`` where they are not folded. Of the
+            dual view the noisy half is read; of ``pad_block`` the text that was given.
+        ids: what it was made from: x_t as ids ``[batch, pos]`` or a string.
+        position: one that is masked in every row, or booleans ``[batch, pos]`` that are True at
+            masks alone; all masks by default.
 
     Raises:
-        InputError: if the position is not masked: clean positions are not trained to predict.
+        InputError: for clean positions, which are not trained to predict, and for a cache that is
+            not of these ids, not of this bridge as it is now, or lacks something.
     """
-    mask_id = bridge.cfg.mask_token_id
-    if not bool((ids[:, position] == mask_id).all()):
-        raise InputError(
-            f"position {position} is not masked: the loss never looks at clean positions, so what "
-            "the "
-            "network predicts there is untrained"
+    x_t = read_masked(bridge, ids)
+    row, at = read_positions(x_t, position, bridge.cfg.mask_token_id)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
+    names = ["blocks.0.hook_resid_pre", *names]
+    modulated = bridge.cfg.adaln and "scale" not in bridge.final_adaln.folded
+    check_cache(bridge, cache, x_t, [*names, *MODULATION] if modulated else names)
+    device = bridge.embed.weight.device
+    h = bridge.ln_final(torch.stack([cache[name][row, at] for name in names]).to(device))
+    if modulated:
+        scale, shift = (
+            vector[row, at if vector.shape[1] > 1 else 0].to(device)
+            for vector in (cache[name] for name in MODULATION)
         )
-    residuals = [cache["blocks.0.hook_resid_pre"]]
-    residuals += [cache[f"blocks.{i}.hook_resid_post"] for i in range(bridge.cfg.n_layers)]
-    stream = torch.stack([x[:, position] for x in residuals])
-    h = bridge.ln_final(stream)
-    if "final_adaln.hook_scale" in cache:
-        scale, shift = (cache[f"final_adaln.hook_{v}"][:, 0] for v in ("scale", "shift"))
         h = h * (1 + scale) + shift
-    return masked_log_probs(bridge.unembed(h), mask_id)
+    return masked_log_probs(bridge.unembed(h), bridge.cfg.mask_token_id)
+
+
+def read_masked(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
+    """x_t, from ids, a string, or the checkpoint's own ``[x_t | x_0]``.
+
+    Raises:
+        InputError: for anything else, and for the autoregressive baseline, which has no masks.
+    """
+    config = bridge.original_model.config
+    if config.causal:
+        raise InputError(
+            "this checkpoint is the autoregressive baseline (causal=True): it has never seen a "
+            "mask; transformer_lens.tools.analysis.logit_lens is for such models"
+        )
+    view = read_input(
+        config, bridge.to_tokens(ids, truncate=False) if isinstance(ids, str) else ids
+    )
+    return view.ids[:, : view.length].cpu()
+
+
+def read_positions(
+    x_t: Int[Tensor, "batch pos"], position: Any, mask_id: int
+) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Rows of the batch and positions to read, one pair a token.
+
+    Raises:
+        InputError: if one of them is not masked, or there is none.
+    """
+    masked, n = x_t == mask_id, x_t.shape[1]
+    if position is None:
+        wanted = masked
+    elif isinstance(position, int) and not isinstance(position, bool) and -n <= position < n:
+        wanted = (torch.arange(n) == position % n).expand_as(masked)
+    elif isinstance(position, Tensor) and position.dtype == torch.bool:
+        wanted = position.cpu()
+    else:
+        wanted = None
+    if wanted is None or wanted.shape != masked.shape:
+        came = tuple(position.shape) if isinstance(position, Tensor) else repr(position)
+        raise InputError(
+            f"position={came}: give one of 0..{n - 1}, or booleans [batch, pos] = "
+            f"{list(masked.shape)}"
+        )
+    clean = (wanted & ~masked).nonzero()
+    if len(clean):
+        row, at = clean[0].tolist()
+        raise InputError(
+            f"position {at} is not masked in row {row}: the loss never looks at clean positions, "
+            "so what the network predicts there is untrained"
+        )
+    if not bool(wanted.any()):
+        raise InputError("no position to read: ids hold no mask there, mask what is to be predicted")
+    row, at = wanted.nonzero().unbind(-1)
+    return row, at
+
+
+def check_cache(bridge: Any, cache: Any, x_t: Int[Tensor, "batch pos"], names: list[str]) -> None:
+    """Refuse a cache that would be read wrongly.
+
+    Raises:
+        InputError: and says what to do.
+    """
+    missing = [name for name in names if name not in cache]
+    if missing:
+        raise InputError(
+            f"the cache lacks {', '.join(missing)}: make it without names_filter, or keep these"
+        )
+    if getattr(cache, "model", None) not in (None, bridge):
+        raise InputError("the cache is another bridge's: make it with the one that is given")
+    if not set(MODULATION) & set(names) and any(
+        bool(cache[name].any()) for name in MODULATION if name in cache
+    ):
+        raise InputError(
+            "the cache was made before the bridge's weights were processed: make it again"
+        )
+    shape = tuple(cache[names[0]].shape)
+    if len(shape) != 3 or shape[0] != len(x_t) or shape[1] < x_t.shape[1]:
+        raise InputError(
+            f"{names[0]} has shape {shape} in the cache, the ids {tuple(x_t.shape)}: give the ids "
+            "that it was made from, and keep its batch axis and all positions"
+        )
+    if "embed.hook_in" in cache:
+        seen = cache["embed.hook_in"][:, : x_t.shape[1]].cpu()
+        if not torch.equal(seen, x_t):
+            raise InputError("the cache was made from other ids: give x_t as it was run")

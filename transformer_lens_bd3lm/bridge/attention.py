@@ -326,6 +326,16 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         # descendant.
         self._modules.pop("_original_component", None)
 
+    @property
+    def _result_contribution_scale(self) -> float:
+        """1: a head writes ``z W_O``; TransformerLens asks before it recomputes that.
+
+        Raises:
+            NotExactError: where it does not, as the block knows.
+        """
+        bridge: Any = self.config._bridge_ref()
+        return bridge.blocks[self._layer_idx].residual_contribution_scale
+
     def forward(
         self,
         h: Float[Tensor, "batch row d_model"],

@@ -127,6 +127,43 @@ class BD3LMBlockBridge(BlockBridge):
             )
         return F.dropout(write, flags.dropout)
 
+    @property
+    def residual_contribution_scale(self) -> float:
+        """1: heads and neurons write what their weights say, ``z W_O`` and ``post W_out``.
+
+        TransformerLens multiplies with this whatever it puts together from those weights: heads,
+        neurons and biases of a cache, sources of path patching.
+
+        Raises:
+            NotExactError: while anything stands between the weights and the residual stream.
+        """
+        flags = self.attn.config
+        if self.training and flags.dropout:
+            raise NotExactError(
+                f"blocks.{self.attn._layer_idx} is in training with dropout={flags.dropout}, "
+                "through which all goes that heads and neurons write: call bridge.eval() and run "
+                "again"
+            )
+        self.require_plain_writes()
+        return 1.0
+
+    def require_plain_writes(self) -> None:
+        """Refuse weights that gates come after.
+
+        Raises:
+            NotExactError: unless there are none, or they are part of the weights.
+        """
+        flags = self.attn.config
+        if not flags.adaln or "gate_msa" in self.adaln.folded:
+            return
+        fold = "" if flags.time_conditioning else "Call bridge.enable_compatibility_mode(). "
+        raise NotExactError(
+            f"blocks.{self.attn._layer_idx}: adaLN's gates come after W_O and W_out, and what is "
+            f"put together from those weights alone (heads, neurons, biases) is off. {fold}"
+            "For heads, bridge.set_use_attn_result(True) is enough: attn.hook_result is gated, as "
+            "are hook_attn_out and hook_mlp_out. Then run again"
+        )
+
     def looked_at(self) -> bool:
         """Whether anything in this layer has a hook, or a flag makes its heads fork."""
         flags = self.attn.config

@@ -179,8 +179,7 @@ def set_mask_aside(state: State, mask_id: int, norms: bool) -> State:
     more: State = {}
     for part in ("weight", "bias"):
         table = state[f"unembed.{part}"].clone()
-        others = torch.arange(len(table), device=table.device) != mask_id
-        mean = table[others].mean(0)
+        mean = (table.sum(0) - table[mask_id]) / (len(table) - 1)
         more[part] = table[mask_id] - mean
         table[mask_id] = mean
         state[f"unembed.{part}"] = table

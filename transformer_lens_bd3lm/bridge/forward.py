@@ -146,6 +146,18 @@ def read_text(bridge: Any, text: Any) -> Int[Tensor, "batch pos"]:
     return bridge.to_tokens(text)
 
 
+def scalar(value: Any) -> Float[Tensor, ""]:
+    """What ``reduce`` made of the logits.
+
+    Raises:
+        InputError: if it is no scalar.
+    """
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"reduce returned {came}: give a function from logits to a float scalar")
+    return value
+
+
 class HookedForward:
     """Mixed in front of the wrapped model's class; every pass of a bridge goes through here."""
 
@@ -159,7 +171,8 @@ class HookedForward:
         pad_block: bool = False,
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch row d_model"] | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+        reduce: Any = None,
+    ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, ""]:
         """Raw logits: every position of the sampling view, or the dual view's noisy half.
 
         Args:
@@ -174,10 +187,14 @@ class HookedForward:
                 whose active block is cut short is off-distribution.
             attention_mask: True at real tokens, for batches padded on the right.
             inputs_embeds: the embedded stream in place of ids (the host's ``start_at_layer``).
+            reduce: called with the logits; the scalar that it returns is returned in their place,
+                as ``run_with_cache(..., incl_bwd=True)`` needs.
 
         Raises:
             InputError: for anything that does not fit; nothing has been run then.
         """
+        if reduce is not None and not callable(reduce):
+            raise InputError(f"reduce={reduce!r}: give a function of the logits")
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
         if inputs_embeds is not None:
@@ -196,7 +213,8 @@ class HookedForward:
         sigma = read_sigma(config, timesteps, view.ids, wide)
         padding = read_padding(view, attention_mask)
         routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
-        return run(self, x, sigma, routing, slice(0, view.length))
+        logits = run(self, x, sigma, routing, slice(0, view.length))
+        return logits if reduce is None else scalar(reduce(logits))
 
     def diffusion_generate(
         self: Any,

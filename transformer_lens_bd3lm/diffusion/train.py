@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.diffusion import grammar
-from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
+from transformer_lens_bd3lm.diffusion.loss import masked_nll
 
 BOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -195,8 +195,7 @@ def nelbo_loss(
     masked, weight = draw_masks(rows, context, block_size, generator)
     x_t = torch.where(masked, mask_id, x_0)
     logits = model(x_t, clean=x_0, block_size=block_size, return_dict=False)
-    log_p = masked_log_probs(logits[masked].float(), mask_id)
-    nll = -log_p.gather(-1, x_0[masked][:, None])[:, 0]
+    nll = masked_nll(logits[masked], x_0[masked], mask_id)
     return (weight[masked] * nll).sum() / (rows * (context - 1))
 
 
