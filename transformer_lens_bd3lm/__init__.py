@@ -20,6 +20,7 @@ from transformer_lens_bd3lm.bridge.adapter import (
 from transformer_lens_bd3lm.bridge.forward import block_size as block_size
 from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
+from transformer_lens_bd3lm.checkpoint.saving import save as save
 from transformer_lens_bd3lm.diffusion import grammar as grammar
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
 from transformer_lens_bd3lm.diffusion.denoise import denoise_steps as denoise_steps
@@ -31,6 +32,7 @@ from transformer_lens_bd3lm.diffusion.exact import exact_effect as exact_effect
 from transformer_lens_bd3lm.diffusion.force import Force as Force
 from transformer_lens_bd3lm.diffusion.likelihood import Likelihood as Likelihood
 from transformer_lens_bd3lm.diffusion.likelihood import likelihood as likelihood
+from transformer_lens_bd3lm.diffusion.loss import diffusion_loss as diffusion_loss
 from transformer_lens_bd3lm.diffusion.mediate import Mediation as Mediation
 from transformer_lens_bd3lm.diffusion.mediate import mediate as mediate
 from transformer_lens_bd3lm.diffusion.nelbo import Clip as Clip
@@ -96,6 +98,7 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "diffusion_loss",
     "detect_heads",
     "exact",
     "exact_backward",
@@ -110,6 +113,7 @@ __all__ = [
     "register",
     "repeated_tokens",
     "replay",
+    "save",
     "set_block_size",
     "sweep_block_sizes",
 ]

@@ -7,6 +7,7 @@
     │   └── BlockSizeError            the dial was set to something that is no block size
     ├── CheckpointError (ValueError)  a config or weights file that cannot be loaded as it is
     ├── TokenizerError (OSError)      no tokenizer to be found, or not the checkpoint's
+    ├── LossError (NotImplementedError) the host's shifted loss, which means nothing here
     ├── HookNameError (KeyError)      a hook name that this bridge does not have
     ├── HookReturnError (ValueError)  a hook returned neither None nor a same-shaped tensor
     └── NotExactError (RuntimeError)  what was asked for cannot be exact here, so it is refused
@@ -33,6 +34,10 @@ class CheckpointError(BD3LMError, ValueError):
 
 class TokenizerError(BD3LMError, OSError):
     """No tokenizer was found for a checkpoint."""
+
+
+class LossError(BD3LMError, NotImplementedError):
+    """The host's shifted causal loss was asked for; it has no meaning in block diffusion."""
 
 
 class HookNameError(BD3LMError, KeyError):

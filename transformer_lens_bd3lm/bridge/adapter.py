@@ -33,6 +33,7 @@ from transformer_lens_bd3lm.bridge.conditioning import (
 )
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
+from transformer_lens_bd3lm.bridge.shifted_loss import refuse_shifted_loss
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
@@ -144,6 +145,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
+        refuse_shifted_loss(bridge)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
         if bridge.tokenizer is not None:

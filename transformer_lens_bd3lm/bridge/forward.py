@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.checkpoint.modeling import Rotary
+from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
     View,
     read_block_size,
@@ -245,6 +246,10 @@ class HookedForward:
             raise InputError(f"noise was given beside seed={seed}: give one of the two")
         how = {"sampler": plain, "noise": Noise(seed)} | how
         return denoise(self.tl_cfg._bridge_ref(), input_ids, **how).tokens
+
+    def save_pretrained(self: Any, save_directory: Any) -> None:
+        """As ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
+        save(self.tl_cfg._bridge_ref(), save_directory)
 
 
 class Dial:
