@@ -11,6 +11,7 @@ from transformer_lens_bd3lm.analysis.heads import MaskedText as MaskedText
 from transformer_lens_bd3lm.analysis.heads import RepeatedTokens as RepeatedTokens
 from transformer_lens_bd3lm.analysis.heads import detect_heads as detect_heads
 from transformer_lens_bd3lm.analysis.heads import repeated_tokens as repeated_tokens
+from transformer_lens_bd3lm.analysis.lens import logit_lens as logit_lens
 from transformer_lens_bd3lm.analysis.sweep import Price as Price
 from transformer_lens_bd3lm.analysis.sweep import Sweep as Sweep
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes as sweep_block_sizes
@@ -107,6 +108,7 @@ __all__ = [
     "grammar",
     "likelihood",
     "log_probs",
+    "logit_lens",
     "mediate",
     "nelbo",
     "noisy_half",

@@ -113,7 +113,9 @@ def read_positions(
             "so what the network predicts there is untrained"
         )
     if not bool(wanted.any()):
-        raise InputError("no position to read: ids hold no mask there, mask what is to be predicted")
+        raise InputError(
+            "no position to read: ids hold no mask there, mask what is to be predicted"
+        )
     row, at = wanted.nonzero().unbind(-1)
     return row, at
 
