@@ -268,11 +268,24 @@ def test_a_copy_is_processed_alone(path, device):
 @torch.no_grad()
 def test_centring_leaves_the_mask_token_out(path, device):
     centred = processed(path, device, torch.float64)
-    mask_id = centred.cfg.mask_token_id
-    real = torch.arange(centred.cfg.d_vocab, device=device) != mask_id
+    real = torch.arange(centred.cfg.d_vocab, device=device) != centred.cfg.mask_token_id
     assert float(centred.W_U[:, real].mean(-1).abs().max()) < EXACT
     assert float(centred.b_U[real].mean().abs()) < EXACT
-    assert float(centred.W_U[:, mask_id].abs().max()) < EXACT
+    everything = centred.state_dict()["unembed.weight"]
+    assert float(everything.mean(0).abs().max()) < EXACT, "nor is it in the table"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, NONE, {"center_unembed": False}], ids=str)
+def test_logits_are_what_the_weights_say_the_masks_too(path, device, options):
+    bridge = processed(path, device, torch.float64, **options)
+    x_t, clean = streams(bridge)
+    logits, cache = bridge.run_with_cache(x_t, clean=clean)
+    assert relative(cache["unembed.hook_in"] @ bridge.W_U + bridge.b_U, logits) < EXACT
+    assert (
+        relative(cache["unembed.hook_in"] @ bridge.unembed.original_component.weight.T, logits)
+        > 0.01
+    )
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from transformer_lens.tools import training
 
 from tests import small
 from tests.passes import boot
-from transformer_lens_bd3lm.bridge.shifted_loss import refuse_shifted_loss
+from transformer_lens_bd3lm.bridge.mixin import put_in_front
+from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.errors import BD3LMError, LossError
 
 IDS = small.prompt_of(2, 8)
@@ -54,7 +55,7 @@ def test_whoever_asks_is_refused_and_told_of_the_loss_there_is(bridge, way):
 def test_the_host_alone_would_compute_it_in_its_loss_fn(bridge):
     bridge.__class__ = TransformerBridge
     assert bridge.loss_fn(bridge(IDS), IDS).isfinite()
-    refuse_shifted_loss(bridge)
+    put_in_front(bridge, WithoutShiftedLoss)
     with pytest.raises(LossError):
         bridge.loss_fn(bridge(IDS), IDS)
 
@@ -64,7 +65,7 @@ def test_nothing_else_of_the_bridge_is_changed(bridge):
     cls = type(bridge)
     assert isinstance(bridge, TransformerBridge) and cls.__name__ == "TransformerBridge"
     assert inspect.signature(cls.forward) == inspect.signature(TransformerBridge.forward)
-    refuse_shifted_loss(bridge)
+    put_in_front(bridge, WithoutShiftedLoss)
     assert type(bridge) is cls, "once is enough"
     assert bridge(IDS, return_type=None) is None
     assert torch.equal(bridge(IDS, "logits"), bridge(input=IDS))

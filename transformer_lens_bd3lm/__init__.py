@@ -15,6 +15,8 @@ from transformer_lens_bd3lm.analysis.lens import logit_lens as logit_lens
 from transformer_lens_bd3lm.analysis.sweep import Price as Price
 from transformer_lens_bd3lm.analysis.sweep import Sweep as Sweep
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes as sweep_block_sizes
+from transformer_lens_bd3lm.analysis.verify import Verification as Verification
+from transformer_lens_bd3lm.analysis.verify import verify as verify
 from transformer_lens_bd3lm.bridge.adapter import (
     BD3LMArchitectureAdapter as BD3LMArchitectureAdapter,
 )
@@ -93,6 +95,7 @@ __all__ = [
     "Step",
     "StepHooks",
     "Sweep",
+    "Verification",
     "block_size",
     "clean_half",
     "compare_block_sizes",
@@ -118,6 +121,7 @@ __all__ = [
     "save",
     "set_block_size",
     "sweep_block_sizes",
+    "verify",
 ]
 
 register()

@@ -10,6 +10,7 @@ Scores and patterns are halved by query. Their keys stay ``[noisy | clean]``, be
 reads both streams. The read-out (``ln_final``, ``unembed``) is the noisy stream's alone.
 """
 
+import copy
 from typing import Any, Literal
 
 from torch import Tensor
@@ -63,7 +64,9 @@ def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> A
                     "dual pass (clean=...), without pos_slice"
                 )
             halved[key] = x.movedim(where, 0)[rows].movedim(0, where)
-    return ActivationCache(halved, cache.model, has_batch_dim=cache.has_batch_dim)
+    mine = copy.copy(cache)
+    mine.cache_dict = halved
+    return mine
 
 
 def has_positions(name: str, x: Tensor, axis: int) -> bool:

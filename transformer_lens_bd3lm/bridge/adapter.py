@@ -31,9 +31,11 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
+from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
-from transformer_lens_bd3lm.bridge.shifted_loss import refuse_shifted_loss
+from transformer_lens_bd3lm.bridge.mixin import put_in_front
+from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
@@ -145,7 +147,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
-        refuse_shifted_loss(bridge)
+        put_in_front(bridge, WithoutShiftedLoss)
+        put_in_front(bridge, WithExactTools)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
         if bridge.tokenizer is not None:

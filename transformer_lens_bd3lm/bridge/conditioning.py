@@ -26,6 +26,11 @@ from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timeste
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 
 
+def is_conditioning(name: str) -> bool:
+    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
+    return name.startswith(("timestep_embed.", "final_adaln.")) or ".adaln." in name
+
+
 def modulate(
     h: Float[Tensor, "batch row d_model"], shift: Tensor | None, scale: Tensor | None
 ) -> Float[Tensor, "batch row d_model"]:
@@ -60,19 +65,40 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
 
 
 class BD3LMUnembeddingBridge(UnembeddingBridge):
-    """The read-out. Once processed, the mask token's own column is no longer among the others'.
+    """The read-out. Once processed, the mask token's own column lies beside the others' table.
 
-    Its logit is untrained and never competes (SUBS), so in ``W_U`` and ``b_U`` it is the mean of
-    the real tokens, which centring therefore does not see, and what it has more is added here: raw
-    logits stay what they were.
+    Its logit is untrained and never competes (SUBS), so centring must not see it: in the table its
+    column is the mean of the real tokens, and what it has more is added wherever it is read. Raw
+    logits, ``W_U`` and ``b_U`` have it.
     """
 
     def set_aside(self, mask_id: int, weight: Tensor, bias: Tensor) -> None:
         """Keep what the mask token has more than the mean: weight ``[d_model]``, bias ``[]``."""
-        linear = cast(nn.Linear, self.original_component)
-        linear.register_buffer("mask_id", torch.tensor(mask_id, device=linear.weight.device))
-        linear.register_buffer("mask_weight", weight.to(linear.weight))
-        linear.register_buffer("mask_bias", bias.to(linear.weight))
+        linear = cast(Any, self.original_component)
+        linear.mask_id = mask_id
+        linear.mask = nn.Module().train(linear.training)  # named so that state dicts have it
+        linear.mask.register_buffer("weight", weight.to(linear.weight))
+        linear.mask.register_buffer("bias", bias.to(linear.weight))
+
+    def whole(self, part: str) -> Tensor:
+        """The table's weight or bias, the mask token's own among them."""
+        linear = cast(Any, self.original_component)
+        table = getattr(linear, part)
+        if not hasattr(linear, "mask"):
+            return table
+        table = table.clone()
+        table[linear.mask_id] += getattr(linear.mask, part)
+        return table
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """What logits are read along; once processed, a copy."""
+        return self.whole("weight").T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The logits of an input of zeros; once processed, a copy."""
+        return self.whole("bias")
 
     def forward(
         self, hidden_states: Float[Tensor, "*dims d_model"], **kwargs: Any
@@ -81,9 +107,8 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
         linear = cast(Any, self.original_component)
         h = self.hook_in(hidden_states)
         logits = linear(h)
-        if "mask_weight" in linear._buffers:
-            more = h @ linear.mask_weight + linear.mask_bias
-            logits = logits.index_add(-1, linear.mask_id[None], more[..., None])
+        if hasattr(linear, "mask"):
+            logits[..., linear.mask_id] += h @ linear.mask.weight + linear.mask.bias
         return self.hook_out(logits)
 
 

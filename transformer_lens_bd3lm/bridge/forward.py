@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.checkpoint.modeling import Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
@@ -304,9 +305,7 @@ def install(model: Any, cfg: Any) -> None:
             module.__class__ = Linear
     if "inv_freq" not in model.__dict__:
         model.inv_freq = exact_frequencies(model.backbone.rotary_emb.inv_freq)
-    cls = type(model)
-    if not issubclass(cls, HookedForward):
-        model.__class__ = type(cls.__name__, (HookedForward, cls), {"__module__": cls.__module__})
+    put_in_front(model, HookedForward)
 
 
 def set_block_size(bridge: Any, block_size: int | str) -> None:

@@ -48,11 +48,3 @@ class WithoutShiftedLoss:
             LossError: always.
         """
         refuse("loss_fn")
-
-
-def refuse_shifted_loss(bridge: Any) -> None:
-    """Put the refusal in front of the bridge's own class."""
-    cls = type(bridge)
-    if not issubclass(cls, WithoutShiftedLoss):
-        named = {"__module__": cls.__module__}
-        bridge.__class__ = type(cls.__name__, (WithoutShiftedLoss, cls), named)

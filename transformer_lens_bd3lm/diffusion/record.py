@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
-from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS, is_conditioning
+from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Span, Step, Which, check_which, matches
 from transformer_lens_bd3lm.errors import InputError
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.diffusion.steps import Step, StepFn
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
@@ -39,11 +40,6 @@ def row_axis(name: str) -> int | None:
     if name.startswith(READ_OUT):
         return None
     return 2 if name.endswith(HAS_KEYS) else 1
-
-
-def is_conditioning(name: str) -> bool:
-    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
-    return name.startswith(("timestep_embed.", "final_adaln.")) or ".adaln." in name
 
 
 def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:

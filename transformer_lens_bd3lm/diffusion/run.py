@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.exact_tools import BD3LMActivationCache
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.network import Network
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import HAS_KEYS, stack_ragged
-from transformer_lens_bd3lm.diffusion.rows import is_conditioning
 from transformer_lens_bd3lm.diffusion.steps import Step
 from transformer_lens_bd3lm.errors import InputError
 
@@ -188,7 +189,7 @@ class Run:
             elif not is_conditioning(point):
                 x = x[:, :rows]
             found |= {alias: x for alias in points if points[alias] is points[name]}
-        return ActivationCache(found, self.bridge)
+        return BD3LMActivationCache(found, self.bridge)
 
     def save(self, path: str | Path) -> None:
         """Write the run into a new folder, whole or not at all; see :mod:`.saved`.

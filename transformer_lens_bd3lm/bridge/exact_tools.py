@@ -1,0 +1,293 @@
+"""What TransformerLens puts together from activations and weights: exact, or refused.
+
+Its ActivationCache takes the stream and the logits apart by equations of this kind::
+
+    write of a head = z W_O      of a neuron = post W_out      logit = W_U (x - mean(x)) / scale
+
+On a bridge as booted adaLN stands between: gates before the stream, and behind each norm a weight,
+a shift and a scale. What leaves them out is refused, with the way out: weight processing makes them
+part of the weights, and then every equation above holds. In a dual pass the stream has both halves,
+and the read-out the noisy one alone, so nothing is read out of such a cache as a whole.
+
+A cache belongs to the weights that it was made with: once they are processed, it is refused too.
+Nor do processed weights go into a bridge as booted, or booted ones into a processed bridge.
+
+An ``ActivationCache(dict, bridge)`` made by hand refuses heads, neurons and logits in the same way,
+but says nothing of norms on the way, of a dual pass's positions, or of weights processed since.
+"""
+
+import copy
+import functools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import Slice
+
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.errors import InputError, NotExactError
+
+MODULATION_BIAS = re.compile(r"blocks\.(\d+)\.(?:adaln|adaLN_modulation)\.(?:.*\.)?bias$")
+STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+STREAM += ("hook_attn_out", "hook_mlp_out")
+
+
+def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: bool = True) -> None:
+    """Refuse a norm whose output is more than ``(x - mean(x)) / scale``.
+
+    Args:
+        bridge: whose norm it is.
+        layer: whose input it is; ``n_layers`` is the read-out.
+        mlp_input: ``ln2`` in place of ``ln1``.
+        weight: whether its weight would be left out, and not the modulation alone.
+
+    Raises:
+        NotExactError: if there is anything more that is no part of other weights.
+    """
+    cfg = bridge.cfg
+    if layer == cfg.n_layers:
+        name, norm, vector = "ln_final", bridge.ln_final, "scale"
+        adaln = bridge.final_adaln if cfg.adaln else None
+    else:
+        part, vector = ("ln2", "scale_mlp") if mlp_input else ("ln1", "scale_msa")
+        block = bridge.blocks[layer]
+        name, norm = f"blocks.{layer}.{part}", getattr(block, part)
+        adaln = block.adaln if cfg.adaln else None
+    left_out = ["adaLN's shift and scale"] if adaln and vector not in adaln.folded else []
+    if weight and not torch.equal(norm.weight, torch.ones_like(norm.weight)):
+        left_out.append("its weight")
+    if not left_out:
+        return
+    if cfg.adaln and cfg.time_conditioning:
+        way_out = (
+            "With time conditioning they are no part of any weights: read hook_modulated_msa, "
+            "hook_modulated_mlp or unembed.hook_in of a run"
+        )
+    elif bridge._weights_processed:
+        way_out = "These weights were processed with fold_ln=False: boot the bridge anew, with it"
+    else:
+        way_out = "Call bridge.enable_compatibility_mode() and run again"
+    raise NotExactError(
+        f"{name}: {' and '.join(left_out)} would be left out, and the result be off. {way_out}"
+    )
+
+
+class BD3LMActivationCache(ActivationCache):
+    """What ``run_with_cache`` returns.
+
+    Attributes:
+        processed: whether the weights were processed when it was made.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.processed: bool = getattr(model, "_weights_processed", False)
+
+    def require_its_weights(self) -> None:
+        """Refuse weights that were processed since.
+
+        Raises:
+            NotExactError: if they were.
+        """
+        if self.model._weights_processed != self.processed:
+            raise NotExactError(
+                "the bridge's weights have been processed since this cache was made, and its "
+                "activations are those of the weights before: run again"
+            )
+
+    def require_one_stream(self) -> None:
+        """Refuse a dual pass, whose read-out has fewer positions than its stream.
+
+        Raises:
+            InputError: if it is one.
+        """
+        scale = self.cache_dict.get("ln_final.hook_scale")
+        for name, x in self.cache_dict.items():
+            if scale is not None and name.endswith(STREAM) and x.shape[-2] != scale.shape[-2]:
+                raise InputError(
+                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and ln_final "
+                    f"{scale.shape[-2]}: only the noisy stream is read out. Take "
+                    "bd3lm.noisy_half(cache)"
+                )
+
+    def require_read_out(self) -> None:
+        """Refuse a cache without the final norm's scale, and a dual pass.
+
+        Raises:
+            InputError: for either.
+        """
+        if "ln_final.hook_scale" not in self.cache_dict:
+            raise InputError(
+                "there is no ln_final.hook_scale in this cache: a names_filter left it out, or "
+                "this is the clean stream of a dual pass, which is not read out"
+            )
+        self.require_one_stream()
+
+    def _ensure_head_results(self) -> bool:
+        self.require_its_weights()
+        return super()._ensure_head_results()
+
+    def get_neuron_results(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's."""
+        self.require_its_weights()
+        return super().get_neuron_results(*args, **kwargs)
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Tensor:
+        """As the host's; ``recompute_ln`` goes through ``ln_final``, its weight included."""
+        if recompute_ln:
+            self.require_its_weights()
+            self.require_one_stream()
+            require_folded(self.model, self.model.cfg.n_layers, weight=False)
+        return super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+
+    def _get_cached_ln_scale(
+        self, layer: int | None, mlp_input: bool, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        layer = self.model.cfg.n_layers if layer is None else layer
+        self.require_its_weights()
+        if layer == self.model.cfg.n_layers:
+            self.require_read_out()
+        require_folded(self.model, layer, mlp_input)
+        return super()._get_cached_ln_scale(layer, mlp_input, *args, **kwargs)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "BD3LMActivationCache":
+        """As the host's."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        mine = copy.copy(self)
+        mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
+        return mine
+
+
+class WithExactTools:
+    """Mixed in front of the bridge's class: its caches, and what it puts together from weights."""
+
+    @functools.wraps(TransformerBridge.run_with_cache)
+    def run_with_cache(
+        self: Any,
+        input: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: Any = None,
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        pos_slice: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the host's; with ``pos_slice``, what has no positions is left out."""
+        if Slice.unwrap(pos_slice).mode != "identity":
+            names_filter = with_positions(self, input, names_filter, **kwargs)
+        output, cache = super().run_with_cache(
+            input,
+            return_cache_object,
+            remove_batch_dim,
+            names_filter=names_filter,
+            stop_at_layer=stop_at_layer,
+            start_at_layer=start_at_layer,
+            pos_slice=pos_slice,
+            **kwargs,
+        )
+        if return_cache_object:
+            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim)
+        return output, cache
+
+    def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
+        """Columns of ``W_U``, where they are what logits are read along.
+
+        Raises:
+            NotExactError: before the final norm is folded; ``W_U`` itself can always be read.
+        """
+        require_folded(self, self.cfg.n_layers)
+        return super().tokens_to_residual_directions(tokens)
+
+    def all_composition_scores(self: Any, mode: str) -> Any:
+        """As the host's, from weights that have the modulation between two heads in them.
+
+        Raises:
+            NotExactError: before it is folded into them.
+        """
+        for layer, block in enumerate(self.blocks):
+            block.require_plain_writes()
+            require_folded(self, layer)
+        return super().all_composition_scores(mode)
+
+    @functools.wraps(TransformerBridge.load_state_dict)
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, of weights that are processed if this bridge's are.
+
+        Raises:
+            NotExactError: if gates would then be in the weights twice, or not at all.
+        """
+        require_same_gates(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def require_same_gates(bridge: Any, state_dict: Any) -> None:
+    """Refuse a state whose gates are part of its weights where the bridge's are not, or vice versa.
+
+    Raises:
+        NotExactError: if it is one; nothing has been loaded.
+    """
+    blocks = bridge.blocks if bridge.cfg.adaln else []
+    folded = {i: "gate_msa" in block.adaln.folded for i, block in enumerate(blocks)}
+    for key, bias in state_dict.items():
+        layer = MODULATION_BIAS.search(key)
+        if layer is None or int(layer[1]) not in folded or bias.shape != (6 * bridge.cfg.d_model,):
+            continue
+        _, _, gate_msa, _, _, gate_mlp = bias.chunk(6)
+        neutral = bool((gate_msa == 1).all() and (gate_mlp == 1).all())
+        if neutral == folded[int(layer[1])]:
+            continue
+        came, here = ("processed", "as booted") if neutral else ("as booted", "processed")
+        raise NotExactError(
+            f"{key} is of weights {came}, and this bridge's are {here}: its gates would be counted "
+            "wrongly. Load it into a bridge of the same processing"
+        )
+
+
+def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
+    """The filter of names for a ``pos_slice``: conditioning has no positions.
+
+    Raises:
+        InputError: for a dual pass, and if conditioning was asked for by name.
+    """
+    if is_dual(bridge, input, **kwargs):
+        raise InputError(
+            "pos_slice in a dual pass: its stream has 2n positions, [noisy | clean], and its "
+            "read-out n, so a slice would name other tokens in the one than in the other. Cache "
+            "the whole, and take bd3lm.noisy_half(cache)"
+        )
+    points = bridge.hook_dict
+    if names_filter is None:
+        fires = {name for name in points if bridge._gated_hook_reason(points[name].name) is None}
+        return lambda name: name in fires and not is_conditioning(name)
+    asked = [names_filter] if isinstance(names_filter, str) else names_filter
+    for name in asked if isinstance(asked, list) else filter(asked, points):
+        if is_conditioning(name):
+            raise InputError(f"pos_slice: {name} has no positions, leave it out of names_filter")
+    return names_filter
+
+
+def is_dual(
+    bridge: Any, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
+) -> bool:
+    """Whether a call asks for the dual view, by keywords or by ids of twice the context."""
+    if clean is not None or sample_mode is not None:
+        return not sample_mode
+    if not isinstance(input, Tensor) or not bridge.cfg.cross_attn:
+        return False
+    positions = input.shape[-2 if input.is_floating_point() else -1]
+    return positions == 2 * bridge.cfg.n_ctx

@@ -1,0 +1,67 @@
+"""``bd3lm verify``: whether a bridge is its checkpoint, hook point by hook point."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+
+from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of, quiet, write_json
+from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.terminal import console
+
+
+class Dtype(str, Enum):
+    """What may be computed in, on the command line."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder that decides; by default the model's."),
+    ] = None,
+    host: Annotated[bool, typer.Option("--host", help="TransformerLens's benchmark, too.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Every comparison, to standard output.")
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="float64 tells rounding apart.")] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Wrap the repository's own modules.")
+    ] = False,
+) -> None:
+    """Compare the bridge with the checkpoint's plain modules; exit status 1 if they differ."""
+    # A command of the same name is in this module.
+    from transformer_lens_bd3lm.analysis import verify as library
+
+    try:
+        with quiet():
+            found = library.verify(
+                path_of(model),
+                None if against is None else path_of(against),
+                host=host,
+                dtype=getattr(torch, dtype.value),
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
+        told = f"{model} could not be compared: {str(error).splitlines()[0]}"
+        raise typer.BadParameter(told) from error
+    if json:
+        write_json(found.to_dict(), Path("-"))
+    else:
+        console.print(found.table())
+        console.print(f"[bold {'green' if found.ok else 'red'}]{escape(found.message)}[/]")
+    if not found.ok:
+        raise typer.Exit(1)
