@@ -9,9 +9,11 @@ import io
 import pytest
 import torch
 from transformer_lens import ActivationCache
+from transformer_lens.tools import analysis
 from transformer_lens.utilities import Slice
 
 import transformer_lens_bd3lm as bd3lm
+from tests import small
 from tests.passes import boot, relative, shared
 from tests.test_folding import NONE, streams
 from transformer_lens_bd3lm.analysis.lens import logit_lens
@@ -463,6 +465,27 @@ def test_the_masks_own_raw_logit_is_taken_apart_like_any(golden, device):
     for token in (mask_id, "[MASK]"):
         found = cache.logit_attrs(parts, token).sum(0) + bridge.b_U[mask_id]
         assert relative(found, logits[..., mask_id]) < EXACT
+
+
+@pytest.mark.parametrize("picked", [2, [3, 2], -2])
+def test_a_clean_position_predicts_nothing(golden, device, picked):
+    """All positions at once may be taken apart, a clean one may not be asked what it predicts."""
+    bridge = processed(golden("bd3lm").path, device)
+    ids = small.prompt_of(2, LENGTH, 37).to(device)
+    ids[:, [3, -1]] = bridge.cfg.mask_token_id
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(ids)
+        parts = cache.decompose_resid()
+        assert cache.logit_attrs(parts, 1).shape == parts.shape[:-1]
+        assert cache.logit_lens(positions=3, targets=1) is not None
+        for ask in (
+            lambda: cache.logit_attrs(cache.decompose_resid(pos_slice=picked), 1, pos_slice=picked),
+            lambda: cache.logit_lens(positions=picked),
+            lambda: analysis.direct_logit_attribution(bridge, None, 1, pos=picked, cache=cache),
+            lambda: analysis.direct_logit_attribution(bridge, ids, 1, pos=picked),
+        ):
+            with pytest.raises(InputError, match="is not masked in every row"):
+                ask()
 
 
 # Two streams in one cache

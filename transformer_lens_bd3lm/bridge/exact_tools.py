@@ -126,6 +126,48 @@ class BD3LMActivationCache(ActivationCache):
             )
         self.require_one_stream()
 
+    def require_predictions(self, positions: Any) -> None:
+        """Refuse to read predictions at a position that was picked and is clean: it is untrained.
+
+        Whole ranges are not picked; and where the ids were not cached, nobody can tell.
+
+        Raises:
+            InputError: if one is, and of a dual pass.
+            NotExactError: if the weights were processed since.
+        """
+        self.require_its_weights()
+        self.require_one_stream()
+        where = Slice.unwrap(positions)
+        ids = self.cache_dict.get("embed.hook_in")
+        if ids is None or where.mode in ("identity", "slice") or self.model.cfg.causal:
+            return
+        if bool((where.apply(ids, dim=-1) != self.model.cfg.mask_token_id).any()):
+            raise InputError(
+                f"position {positions} is not masked in every row: the loss never looks at clean "
+                "positions, and what is predicted there is untrained. Give a masked position (the "
+                "host's default is the last), or put a mask in its place"
+            )
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """As the host's, at all positions or at masked ones."""
+        self.require_predictions(pos_slice)
+        return super().logit_attrs(
+            residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
+        )
+
+    def logit_lens(self, *, positions: Any = -1, **kwargs: Any) -> Any:
+        """As the host's, at all positions or at masked ones."""
+        self.require_predictions(positions)
+        return super().logit_lens(positions=positions, **kwargs)
+
     def _ensure_head_results(self) -> bool:
         self.require_its_weights()
         return super()._ensure_head_results()
