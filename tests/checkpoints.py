@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -146,6 +147,14 @@ def bert_like(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    return folder
+
+
+def empty_cache(parent: Path, monkeypatch: Any) -> Path:
+    """A Hub cache with nothing in it, for one test."""
+    folder = parent / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     return folder
 
 

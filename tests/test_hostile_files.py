@@ -1,5 +1,6 @@
 """A file made to do harm, or damaged, is refused: nothing runs, nothing is left half-written."""
 
+import json
 import os
 import pickle
 import pickletools
@@ -20,9 +21,10 @@ from tests import checkpoints, small
 from tests.checkpoints import write
 from transformer_lens_bd3lm.checkpoint import unpickle as unpickle_module
 from transformer_lens_bd3lm.checkpoint.archive import MAX_DIRECTORY
+from transformer_lens_bd3lm.checkpoint.converting import pickled_tokenizer
 from transformer_lens_bd3lm.checkpoint.lightning import read_lightning
 from transformer_lens_bd3lm.checkpoint.unpickle import MAX_BYTES, MAX_INSTRUCTIONS, Made, unpickle
-from transformer_lens_bd3lm.errors import CheckpointError
+from transformer_lens_bd3lm.errors import CheckpointError, TokenizerError
 
 PUBLIC = Path(__file__).parent / "fixtures" / "lightning" / "best.ckpt"
 DEPTH = 10_000
@@ -314,6 +316,50 @@ def test_tensors_that_share_their_bytes_do_not_grow(tmp_path, words):
     refused(tmp_path / "x.ckpt", words, "larger than the file")
 
 
+class Inner:
+    def __init__(self, text):
+        self.text = text
+
+    def __getstate__(self):
+        return self.text.encode()
+
+
+class Words:
+    """What a fast tokenizer is in a pickle."""
+
+    def __init__(self, text):
+        self._tokenizer = Inner(text)
+
+
+def tokenizers():
+    """JSON that the library cannot read, and some that it panics at."""
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    panics = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    word = {"SpecialToken": {"id": "z", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [word],
+                "pair": [], "special_tokens": {}}  # fmt: skip
+    return {
+        "no JSON": "",
+        "deep": "[" * 10**5,
+        "no tokenizer": "{}",
+        "panics when read": json.dumps({"version": "1.0", "model": model, "normalizer": panics}),
+        "panics when used": json.dumps(
+            {"version": "1.0", "model": model, "post_processor": template}
+        ),
+        "absurd ids": json.dumps({"version": "1.0", "model": model | {"vocab": {"a": 2**40}}}),
+    }
+
+
+@pytest.mark.parametrize("kind", tokenizers())
+def test_a_hostile_tokenizer_is_none(tmp_path, kind):
+    write(tmp_path / "x.ckpt", how={"tokenizer": Words(tokenizers()[kind])})
+    with read_lightning(tmp_path / "x.ckpt", "ema") as found:
+        assert pickled_tokenizer(found.tokenizer) is None
+    with pytest.raises(TokenizerError, match="holds no fast tokenizer"):
+        bd3lm.convert_lightning(tmp_path / "x.ckpt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Damage
 
 
@@ -365,6 +411,15 @@ def test_a_flipped_bit_of_a_kept_weight_is_seen(tmp_path, words, weights):
     refused(tmp_path / "x.ckpt", words, "CRC", weights)
     other = "raw" if weights == "ema" else "ema"
     bd3lm.boot_lightning(tmp_path / "x.ckpt", weights=other, tokenizer=words, device="cpu")
+
+
+def test_a_file_without_checksums_is_refused(tmp_path, words):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write(tmp_path / "x.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    refused(tmp_path / "x.ckpt", words, "CRC")
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])

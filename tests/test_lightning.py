@@ -8,7 +8,6 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -43,11 +42,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty Hub cache."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
-    return folder
+    return checkpoints.empty_cache(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -413,10 +408,32 @@ def test_weights_are_one_of_two():
 def test_the_command_writes_a_folder_that_boots(tmp_path):
     done = run("convert", PUBLIC, tmp_path / "raw", "--weights", "raw")
     assert done.exit_code == 0, done.output
-    assert "reading" in done.stderr and "100%" not in done.stdout
+    assert "bd3lm verify" in done.stdout
     wanted = load_file(HERE / "expected.safetensors")
     logits = boot(tmp_path / "raw", CPU)(wanted["xt"], clean=wanted["x0"])
     torch.testing.assert_close(logits, wanted["raw"], atol=3e-5, rtol=0)
+
+
+def test_the_command_shows_how_far_it_is(tmp_path):
+    words = ["-m", "transformer_lens_bd3lm", "convert", str(PUBLIC)]
+    environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, *words, str(tmp_path / "out")],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "reading" in done.stderr and "84.6/84.6 kB" in done.stderr
+
+
+def test_the_command_says_what_is_wrong_before_the_work(tmp_path):
+    for words, told in (
+        ((PUBLIC, "/proc/out"), "could not be written"),
+        ((PUBLIC, tmp_path / "out", "--tokenizer", tmp_path), "could not be loaded"),
+        ((PUBLIC, tmp_path / "out", "--weights", "both"), "'both'"),
+    ):
+        done = run("convert", *words)
+        assert done.exit_code == 2 and told in " ".join(done.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_takes_a_repository_and_a_tokenizer(cache, tmp_path):

@@ -110,7 +110,7 @@ def main() -> None:
                 name = f"{what} {file.split('_')[2]}, {size / 1e9:.2f} GB: {verdict}"
                 figures = (f"{seconds:.1f}", f"{kept / 1e9:.2f}", f"{taken / 1e9:.2f}")
                 table.add_row(name, *figures, f"{taken / kept:.2f}", f"<= {AT_MOST}")
-        Console().print(table)
+        Console(width=120).print(table)
     finally:
         shutil.rmtree(home)
 

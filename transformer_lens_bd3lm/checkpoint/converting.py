@@ -191,21 +191,27 @@ def words(tokenizer: Any) -> dict[str, int]:
 
 
 def pickled_tokenizer(x: Any) -> PreTrainedTokenizerFast | None:
-    """A fast tokenizer, from what its stand-in says it is; None for any other object."""
-    state = getattr(x, "state", None)
+    """A fast tokenizer, from what its stand-in says it is; None for anything else."""
     try:
-        backend = Tokenizer.from_str(json_of(entry(state, "_tokenizer")))
-    except Exception:  # whatever it is, no tokenizer is read from it
+        return spelled_out(x.state)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic in Rust is no Exception
         return None
+
+
+def spelled_out(state: Any) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from its state; whatever fails in it, fails here."""
+    backend = Tokenizer.from_str(json_of(entry(state, "_tokenizer")))
+    backend.encode("a")
     named = entry(state, "_special_tokens_map", entry(state, "init_kwargs"))
     special = {role: content(entry(named, role)) for role in ROLES}
-    special = {
-        role: token for role, token in special.items() if backend.token_to_id(token) is not None
-    }
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=entry(state, "clean_up_tokenization_spaces") is True,
-        **special,
+        **{
+            role: token for role, token in special.items() if backend.token_to_id(token) is not None
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -36,17 +36,13 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
-    from transformers import AutoTokenizer
-
     from transformer_lens_bd3lm.checkpoint.converting import convert_lightning
 
-    bar = Progress(
-        TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=errors
-    )
+    spoken = None if tokenizer is None else load_tokenizer(tokenizer)
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        spoken = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
-        with bar:
-            task = bar.add_task("reading", total=None)
+        with Progress(*columns, console=errors, transient=True) as bar:
+            task = bar.add_task("", total=None)
             convert_lightning(
                 ckpt,
                 out,
@@ -58,7 +54,21 @@ def convert(
             )
     except BD3LMError:
         raise
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(f"{str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{out} could not be written: {error}") from error
     console.print(f"[bold green]{escape(str(out))}[/]: its README.md says what it is. Next:")
     console.print(f"  bd3lm verify {escape(str(out))}", soft_wrap=True)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{name} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
