@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
+from tests.checkpoints import bert_like
 from tests.passes import boot, relative, shared
 from transformer_lens_bd3lm.bridge.registration import DESCRIPTION
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
@@ -93,19 +94,6 @@ def edit_weights(folder, edit):
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def bert_like(folder):
-    """A repository with BERT's files, whose mask token stands amid the vocabulary."""
-    folder.mkdir()
-    words = [f"[unused{i}]" for i in range(30522)]
-    words[0] = "[PAD]"
-    words[100:104] = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words[1000:1003] = ["to", "be", "or"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
-    return folder
 
 
 def without_tokenizer(folder, **changes):

@@ -23,6 +23,8 @@ from transformer_lens_bd3lm.bridge.adapter import (
 from transformer_lens_bd3lm.bridge.forward import block_size as block_size
 from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
+from transformer_lens_bd3lm.checkpoint.converting import boot_lightning as boot_lightning
+from transformer_lens_bd3lm.checkpoint.converting import convert_lightning as convert_lightning
 from transformer_lens_bd3lm.checkpoint.saving import save as save
 from transformer_lens_bd3lm.diffusion import grammar as grammar
 from transformer_lens_bd3lm.diffusion.denoise import denoise as denoise
@@ -97,8 +99,10 @@ __all__ = [
     "Sweep",
     "Verification",
     "block_size",
+    "boot_lightning",
     "clean_half",
     "compare_block_sizes",
+    "convert_lightning",
     "current_step",
     "denoise",
     "denoise_steps",

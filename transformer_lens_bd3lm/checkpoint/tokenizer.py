@@ -3,11 +3,19 @@
 Released checkpoints carry weights and a config, but no tokenizer: the vocabulary's size tells which
 one it is (50257 GPT-2 tokens and one mask; 30522 of BERT, whose own ``[MASK]`` serves). It is
 looked for in the Hub cache (or on the Hub, when online); a wrong guess is refused rather than used.
+BERT has no BOS of its own: its models were trained with ``[CLS]`` as BOS and ``[SEP]`` as EOS.
 """
 
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.hub import cached_file
 
@@ -19,7 +27,10 @@ BY_VOCABULARY = {
     50258: ("gpt2", "openai-community/gpt2"),
     30522: ("bert-base-uncased", "google-bert/bert-base-uncased"),
 }
-FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+WHOLE = "tokenizer.json"
+# A vocabulary alone: whose files these are.
+OLDER = ((("vocab.json", "merges.txt"), GPT2Config), (("vocab.txt",), BertConfig))
+UNREAD = ("tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 class BD3LMTokenizer(PreTrainedTokenizerFast):
@@ -43,27 +54,59 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
             "_raise_exceptions_for_gated_repo": False,
             "_raise_exceptions_for_connection_errors": False,
         }
-        if any(cached_file(name, file, **where, **quiet) for file in FILES):
+
+        def there(file: str) -> bool:
+            return cached_file(name, file, **where, **quiet) is not None
+
+        if there(WHOLE):
             return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
+        for files, config in OLDER:
+            if all(there(file) for file in files):
+                return with_bos(name, *args, config=config(), **kwargs)
+        for file in UNREAD:
+            if there(file):
+                raise TokenizerError(
+                    f"{name} has {file} but no tokenizer.json: load the tokenizer with the class "
+                    "that wrote it and save it into the folder, or pass tokenizer=... to "
+                    "boot_transformers"
+                )
         size = AutoConfig.from_pretrained(name, **where).vocab_size
-        candidates = BY_VOCABULARY.get(size, ())
-        for candidate in candidates:
-            try:
-                return AutoTokenizer.from_pretrained(candidate)
-            except (OSError, ValueError):
-                continue
-        tried = (
-            f"tried {' and '.join(candidates)}"
-            if candidates
-            else "no known tokenizer has that many"
-        )
-        raise TokenizerError(
-            f"{name} has no tokenizer files, and its vocabulary has {size} tokens ({tried}). Put "
-            "the "
-            "tokenizer's files into the folder, download its repository into the Hub cache, or "
-            "pass "
-            "tokenizer=... to boot_transformers"
-        )
+        return known_tokenizer(size, f"{name} has no tokenizer files, and")
+
+
+def known_tokenizer(vocab_size: int, why: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that a vocabulary's size names.
+
+    Args:
+        vocab_size: the checkpoint's.
+        why: it is asked for, for the error.
+
+    Raises:
+        TokenizerError: if none has that size, or it is not to be found.
+    """
+    candidates = BY_VOCABULARY.get(vocab_size, ())
+    for candidate in candidates:
+        try:
+            return with_bos(candidate)
+        except (OSError, ValueError):
+            continue
+    tried = (
+        f"tried {' and '.join(candidates)}" if candidates else "no known tokenizer has that many"
+    )
+    raise TokenizerError(
+        f"{why} its vocabulary has {vocab_size} tokens ({tried}). Put the tokenizer's files into "
+        "the folder, download its repository into the Hub cache, or pass tokenizer=..."
+    )
+
+
+def with_bos(name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer whose text begins with BOS, where it has only ``[CLS]`` with ``[CLS]`` as BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(name, *args, **kwargs)
+    if tokenizer.bos_token is not None or tokenizer.cls_token is None:
+        return tokenizer
+    # Given when it is made, so that whoever makes it anew from its own arguments has it too.
+    kwargs |= {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token}
+    return AutoTokenizer.from_pretrained(name, *args, **kwargs)
 
 
 def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

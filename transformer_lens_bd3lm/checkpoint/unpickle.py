@@ -1,0 +1,240 @@
+"""A pickle as data: what it says, and the names of what it would call, with nothing called.
+
+A pickle is a program for a small machine with a stack (PEP 307, PEP 3154). Two kinds of its
+instructions make it dangerous: some import a name, some call what is on the stack. Here a name
+stays a name and a call stays a description of itself::
+
+    GLOBAL m n        push Name("m.n")
+    f args REDUCE     push Made(f, args)
+    x state BUILD     x.state = state
+
+``pickletools`` of the standard library decodes the instructions. Nothing that a pickle names is
+imported, looked up or called, and what it holds is never hashed, compared or printed: a dict is the
+list of its pairs. Work and memory are bounded by the number of instructions.
+
+It does not know what the names mean: whoever asked picks out those that it has an allow-list for.
+"""
+
+import pickletools
+from dataclasses import dataclass
+from typing import Any
+
+from transformer_lens_bd3lm.errors import CheckpointError
+
+MAX_BYTES = 2**25
+MAX_INSTRUCTIONS = 2**20
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+# Instructions that push their own argument.
+LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
+    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
+)
+# No checkpoint needs these, so a file that names one was made to do harm. Nothing would be run in
+# any case; but who loads such a file should know.
+RUNNERS = frozenset(
+    "os posix nt subprocess sys pty runpy importlib imp shutil socket ctypes webbrowser "
+    "eval exec execfile compile __import__ open".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """What a pickle would import."""
+
+    path: str
+
+
+def named(path: str) -> Name:
+    """A name, unless what it names runs code or commands.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    module = path.removeprefix("builtins.").removeprefix("__builtin__.").split(".")[0]
+    if module in RUNNERS:
+        raise CheckpointError(
+            f"it would call {path[:80]!r}, which is no part of a checkpoint: do not trust where it "
+            "came from. Nothing of it was run"
+        )
+    return Name(path)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Outside:
+    """What a pickle refers to by an id and does not hold itself: a storage, say."""
+
+    id: Any
+
+
+class Made:
+    """A stand-in for what a pickle would make by a call, and for its dicts and sets.
+
+    Attributes:
+        what: the callable, a :class:`Name` if the pickle is well-formed; None for a dict or set.
+        args: the arguments, a tuple if the pickle is well-formed.
+        state: what it would be given as its state.
+        pairs: keys and values put into it, in order.
+        items: what was appended or added to it.
+    """
+
+    __slots__ = ("args", "items", "pairs", "state", "what")
+
+    def __init__(self, what: Any, args: Any = ()):
+        self.what, self.args, self.state = what, args, None
+        self.pairs: list[tuple[Any, Any]] | None = None
+        self.items: list[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """The callable's name, or nothing where that is no name."""
+        return self.what.path if isinstance(self.what, Name) else ""
+
+
+def entry(x: Any, key: str, default: Any = None) -> Any:
+    """The value under a key: of a dict's pairs, the last one that was put there."""
+    pairs = x.pairs if isinstance(x, Made) else None
+    for found, value in reversed(pairs or ()):
+        if isinstance(found, str) and found == key:
+            return value
+    return default
+
+
+def unpickle(raw: bytes, name: str) -> Any:
+    """What a pickle holds: plain values, lists, tuples, and stand-ins for all else.
+
+    Args:
+        raw: the pickle.
+        name: of the file, for errors.
+
+    Raises:
+        CheckpointError: if it is damaged, too long, or does what no saved checkpoint needs.
+    """
+    if len(raw) > MAX_BYTES:
+        raise CheckpointError(f"the pickle in {name} is longer than {MAX_BYTES:,} bytes")
+    try:
+        return Machine().run(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"the pickle in {name} is refused: {error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        raise CheckpointError(
+            f"the pickle in {name} is damaged: {type(error).__name__}, {str(error)[:200]}"
+        ) from error
+
+
+class Machine:
+    """The stack since the last mark, the stacks before it, and the memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.before: list[list[Any]] = []
+        self.memo: dict[Any, Any] = {}
+
+    def marked(self) -> list[Any]:
+        """Everything since the last mark, which goes."""
+        items, self.stack = self.stack, self.before.pop()
+        return items
+
+    def last(self, count: int) -> list[Any]:
+        """The last few on the stack, which go; fewer are an error."""
+        return [self.stack.pop() for _ in range(count)][::-1]
+
+    def append(self, items: list[Any]) -> None:
+        """Put items into the list or set on the top."""
+        top = self.stack[-1]
+        if isinstance(top, Made):
+            top.items = top.items or []
+        (top.items if isinstance(top, Made) else top).extend(items)
+
+    def put(self, items: list[Any]) -> None:
+        """Put keys and values, in turns, into the dict on the top."""
+        top = self.stack[-1]
+        top.pairs = top.pairs or []
+        top.pairs.extend(zip(items[::2], items[1::2], strict=True))
+
+    def run(self, raw: bytes) -> Any:
+        """Carry out all instructions, as the machine of the standard library would.
+
+        Raises:
+            CheckpointError: if there are too many, or one is of no use to a checkpoint.
+            Exception: of several kinds, if they make no sense.
+        """
+        for number, (code, arg, _) in enumerate(pickletools.genops(raw)):
+            if number >= MAX_INSTRUCTIONS:
+                raise CheckpointError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+            match code.name:
+                case name if name in LITERALS:
+                    self.stack.append(arg)
+                case name if name in CONSTANTS:
+                    self.stack.append(CONSTANTS[name])
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    self.stack.append(self.memo[arg])
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    self.memo[arg] = self.stack[-1]
+                case "MARK":
+                    self.before.append(self.stack)
+                    self.stack = []
+                case "MEMOIZE":
+                    self.memo[len(self.memo)] = self.stack[-1]
+                case "EMPTY_TUPLE":
+                    self.stack.append(())
+                case "TUPLE":
+                    items = self.marked()
+                    self.stack.append(tuple(items))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    self.stack.append(tuple(self.last(int(code.name[-1]))))
+                case "EMPTY_LIST":
+                    self.stack.append([])
+                case "LIST":
+                    items = self.marked()
+                    self.stack.append(items)
+                case "APPEND":
+                    self.append(self.last(1))
+                case "APPENDS" | "ADDITEMS":
+                    self.append(self.marked())
+                case "EMPTY_DICT" | "EMPTY_SET":
+                    self.stack.append(Made(None))
+                case "DICT":
+                    items = self.marked()
+                    self.stack.append(Made(None))
+                    self.put(items)
+                case "FROZENSET":
+                    items = self.marked()
+                    self.stack.append(Made(None, tuple(items)))
+                case "SETITEM":
+                    self.put(self.last(2))
+                case "SETITEMS":
+                    self.put(self.marked())
+                case "GLOBAL":
+                    self.stack.append(named(arg.replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    self.stack.append(named(".".join(self.last(2))))
+                case "REDUCE" | "NEWOBJ":
+                    self.stack.append(Made(*self.last(2)))
+                case "NEWOBJ_EX":
+                    self.stack.append(Made(*self.last(3)[:2]))
+                case "OBJ":
+                    what, *args = self.marked()
+                    self.stack.append(Made(what, tuple(args)))
+                case "INST":
+                    args = self.marked()
+                    self.stack.append(Made(named(arg.replace(" ", ".")), tuple(args)))
+                case "BUILD":
+                    state = self.stack.pop()
+                    self.stack[-1].state = state
+                case "PERSID":
+                    self.stack.append(Outside(arg))
+                case "BINPERSID":
+                    self.stack.append(Outside(self.stack.pop()))
+                case "DUP":
+                    self.stack.append(self.stack[-1])
+                case "POP" if self.stack:
+                    self.stack.pop()
+                case "POP" | "POP_MARK":
+                    self.marked()
+                case "PROTO" | "FRAME" | "STOP":
+                    pass
+                case name:
+                    raise CheckpointError(f"it says {name}, which is not used in checkpoints")
+        (whole,) = self.stack
+        return whole
