@@ -1,6 +1,7 @@
 """How the tests drive a bridge: booted checkpoints, and passes over a cache."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,8 @@ def cached_step(
         passes.store(ids[:, : rows.start], rows.start, sigma)
     with bridge.hooks(fwd_hooks=hooks or []):
         return passes(ids[:, rows.start : rows.stop], rows.stop, sigma)
+
+
+def spelled(x: object) -> str:
+    """An argument as a test's name has it: the same in every process, so without addresses."""
+    return re.sub(r" at 0x\w+", "", str(x))

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
-from tests.passes import boot
+from tests.passes import boot, spelled
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.steps import StepHooks
 
@@ -76,7 +76,7 @@ SELECTED = StepHooks().add("blocks.1.hook_resid_post", look, t=(0.0, 0.9), scope
         {"force": bd3lm.Force(tokens={8: 2})},
         {"max_new_tokens": 60, "block_size": 8},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_the_loop_copies_on_purpose_and_mixes_nothing(elsewhere, how):
     prompt = [[0, 3, 5], [0, 1, 2, 3, 4, 5]]

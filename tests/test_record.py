@@ -9,7 +9,7 @@ from transformer_lens import ActivationCache
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
-from tests.passes import boot, relative
+from tests.passes import boot, relative, spelled
 from transformer_lens_bd3lm.diffusion.canvas import read_canvas
 from transformer_lens_bd3lm.diffusion.force import Force
 from transformer_lens_bd3lm.diffusion.record import Record
@@ -152,8 +152,8 @@ HOW = [
 ]
 
 
-@pytest.mark.parametrize("selectors", LOOSE, ids=str)
-@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("selectors", LOOSE, ids=spelled)
+@pytest.mark.parametrize("how", HOW, ids=spelled)
 def test_it_is_never_too_little(bridge, how, selectors):
     record = Record([RESID, PATTERN, "timestep_embed.hook_in", "embed.hook_in"], **selectors)
     run = bd3lm.denoise(bridge, RAGGED, max_new_tokens=5, record=record, **how)
