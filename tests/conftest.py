@@ -19,6 +19,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # An empty Hub cache: what a test finds there, a test has put there.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="bd3lm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+# A worker of pytest-xdist has the size of its terminal; a test says which size it looks at.
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
