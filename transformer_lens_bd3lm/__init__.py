@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
 from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
+from transformer_lens_bd3lm.analysis.family import Family as Family
+from transformer_lens_bd3lm.analysis.family import compare_models as compare_models
 from transformer_lens_bd3lm.analysis.halves import clean_half as clean_half
 from transformer_lens_bd3lm.analysis.halves import noisy_half as noisy_half
 from transformer_lens_bd3lm.analysis.heads import HeadScores as HeadScores
@@ -79,6 +81,7 @@ __all__ = [
     "EndOfText",
     "Exact",
     "ExactEffect",
+    "Family",
     "FirstHitting",
     "Force",
     "HeadScores",
@@ -102,6 +105,7 @@ __all__ = [
     "boot_lightning",
     "clean_half",
     "compare_block_sizes",
+    "compare_models",
     "convert_lightning",
     "current_step",
     "denoise",

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison
+from transformer_lens_bd3lm.analysis.family import Family
 from transformer_lens_bd3lm.analysis.sweep import Sweep
 
 INK, QUIET, ORANGE, BLUE = "#222222", "#8a8a8a", "#d55e00", "#0072b2"
@@ -226,6 +227,38 @@ def draw_price(axes: Axes, sweep: Sweep) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("what the bound adds", loc="left", color=INK, fontsize=10)
     plain(axes)
+
+
+def family_figure(family: Family) -> Figure:
+    """Nats a token of each checkpoint, best at the top of its kind, and intervals over texts."""
+    members = family.members
+    figure = Figure(figsize=(6.4, 1.3 + 0.45 * len(members)), layout="constrained")
+    axes = figure.add_subplot()
+    for at, each in enumerate(members):
+        best, known = each.measured.best, each.measured.nll is not None
+        x = best.nats_per_token
+        low, high = best.interval() if best.texts > 1 else (x, x)
+        color = BLUE if known else ORANGE
+        axes.plot([low, high], [at, at], color=color, linewidth=1.4)
+        axes.plot([x], [at], "o", color=color, markersize=6)
+        axes.annotate(
+            f"{'' if known else '≤ '}{best.perplexity:.2f}", (high, at), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    names = [
+        f"{each.name}\n{each.kind}"
+        + (f", block {each.measured.block_size}" if each.kind == "block diffusion" else "")
+        for each in members
+    ]
+    axes.set_yticks(range(len(members)), names)
+    axes.set_ylim(len(members) - 0.5, -0.5)
+    axes.margins(x=0.15)
+    for color, label in ((BLUE, "exact NLL"), (ORANGE, "NELBO, a bound")):
+        axes.plot([], [], "-o", color=color, markersize=5, linewidth=1.4, label=label)
+    axes.set(xlabel="nats a token; line: 95% over texts; number: perplexity")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    plain(axes)
+    return figure
 
 
 def plain(axes: Axes) -> None:

@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from transformer_lens_bd3lm.analysis.meaning import Point, Seen, passed, points
 from transformer_lens_bd3lm.bridge.folding import require_foldable
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
@@ -568,7 +569,7 @@ def plain_modules(path: str, dtype: torch.dtype, device: Any) -> Any:
         CheckpointError: if its weights do not fill it.
     """
     config = AutoConfig.from_pretrained(path)
-    if config.model_type != "bd3lm":
+    if not isinstance(config, BD3LMConfig):
         raise InputError(f"against={path!r} is a {config.model_type!r} checkpoint, not BD3LM")
     return AutoModelForMaskedLM.from_pretrained(path, dtype=dtype).to(device).eval()
 

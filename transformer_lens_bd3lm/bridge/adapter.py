@@ -35,6 +35,7 @@ from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
+from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
@@ -46,7 +47,7 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 class BD3LMArchitectureAdapter(ArchitectureAdapter):
-    """Adapter for ``architectures: ["BD3LM"]``, every hook point exact and editable."""
+    """Adapter for BD3LM, and MDLM and AR, its baselines: every hook point exact and editable."""
 
     applicable_phases: list[int] = [1, 2, 3]
     supports_generation: bool = False
@@ -137,7 +138,9 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         self.cfg.causal = hf_model.config.causal
         self.cfg.dropout = hf_model.config.dropout
         if hf_model.config.causal:
+            self.cfg.attention_dir = "causal"
             self.native_sampler = None
+            self.supports_causal_loss = self.supports_generation = True
 
     def native_sampler_kwargs(self, max_new_tokens: int, prompt_len: int) -> dict[str, Any]:
         """What ``bridge.diffusion_generate`` hands to the denoising loop."""
@@ -147,7 +150,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
-        put_in_front(bridge, WithoutShiftedLoss)
+        put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
         put_in_front(bridge, WithExactTools)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)

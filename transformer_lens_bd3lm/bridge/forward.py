@@ -308,6 +308,25 @@ def install(model: Any, cfg: Any) -> None:
     put_in_front(model, HookedForward)
 
 
+def read_dial(bridge: Any, block_size: Any = None) -> int:
+    """Tokens a block in a call: what was given, else the bridge's dial.
+
+    Without blocks it is the whole context, which full diffusion writes at once, or one token, where
+    the model is autoregressive.
+
+    Raises:
+        BlockSizeError: if it is none, or given where there is no dial.
+    """
+    config = bridge.original_model.config
+    if config.cross_attn:
+        size = bridge.cfg.block_size if block_size is None else block_size
+        return read_block_size(size, config.model_length)
+    size = 1 if config.causal else config.model_length
+    if block_size is not None and (isinstance(block_size, bool) or block_size != size):
+        read_block_size(block_size, config.model_length, has_blocks=False)
+    return size
+
+
 def set_block_size(bridge: Any, block_size: int | str) -> None:
     """Set the dial for good.
 

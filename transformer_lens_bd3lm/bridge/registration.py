@@ -13,32 +13,40 @@ from transformer_lens.factories.architecture_adapter_factory import Architecture
 from transformer_lens.model_bridge import supported_architectures
 from transformer_lens.tools import model_registry
 from transformer_lens.tools.model_registry import generate_report
+from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, MDLMConfig
+from transformer_lens_bd3lm.checkpoint.modeling import BD3LM, MDLM
 from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
 
-ARCHITECTURE = "BD3LM"
 AUTHOR = "kuleshov-group"
-DESCRIPTION = "Block diffusion language model (BD3LM, ICLR 2025), one dial from AR to diffusion"
+DESCRIPTIONS = {
+    "BD3LM": "Block diffusion language model (BD3LM, ICLR 2025), one dial from AR to diffusion",
+    "MDLM": "Masked diffusion over the whole context (MDLM), the full-diffusion baseline of BD3LM",
+    "AR": "Autoregressive baseline of BD3LM, with the same modules",
+}
 
 logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 def register() -> None:
-    """Make this package's BD3LM the one that both libraries use; safe to repeat."""
-    AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig, exist_ok=True)
-    AutoModelForMaskedLM.register(BD3LMConfig, BD3LM, exist_ok=True)
-    AutoTokenizer.register(BD3LMConfig, fast_tokenizer_class=BD3LMTokenizer, exist_ok=True)
+    """Make this package's BD3LM and its baselines the ones both libraries use; safe to repeat."""
+    for config, model in ((BD3LMConfig, BD3LM), (MDLMConfig, MDLM)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForMaskedLM.register(config, model, exist_ok=True)
+        AutoTokenizer.register(config, fast_tokenizer_class=BD3LMTokenizer, exist_ok=True)
 
     supported_architectures.BD3LMArchitectureAdapter = BD3LMArchitectureAdapter
-    architecture_adapter_factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = BD3LMArchitectureAdapter
-    ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, BD3LMArchitectureAdapter)
-    model_registry.HF_SUPPORTED_ARCHITECTURES.add(ARCHITECTURE)
-    authors = model_registry.CANONICAL_AUTHORS_BY_ARCH.setdefault(ARCHITECTURE, [])
-    if AUTHOR not in authors:
-        authors.append(AUTHOR)
-    generate_report.ARCHITECTURE_DESCRIPTIONS[ARCHITECTURE] = DESCRIPTION
+    for name, description in DESCRIPTIONS.items():
+        architecture_adapter_factory.SUPPORTED_ARCHITECTURES[name] = BD3LMArchitectureAdapter
+        ArchitectureAdapterFactory.register_adapter(name, BD3LMArchitectureAdapter)
+        model_registry.HF_SUPPORTED_ARCHITECTURES.add(name)
+        authors = model_registry.CANONICAL_AUTHORS_BY_ARCH.setdefault(name, [])
+        if AUTHOR not in authors:
+            authors.append(AUTHOR)
+        generate_report.ARCHITECTURE_DESCRIPTIONS[name] = description
+        # By this the host chooses the auto class, and the whole family has the same.
+        MASKED_LM_ARCHITECTURES.add(name)
     logger.info("transformer_lens_bd3lm's BD3LM adapter is active in place of the native one")

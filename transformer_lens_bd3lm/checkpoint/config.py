@@ -13,6 +13,13 @@ from transformers import PretrainedConfig
 
 from transformer_lens_bd3lm.errors import CheckpointError
 
+# Baselines of the same family, by the architecture that a config names: what that name says where
+# the config does not say it itself.
+BASELINES: dict[str, dict[str, Any]] = {
+    "MDLM": {"cross_attn": False, "causal": False},
+    "AR": {"cross_attn": False, "causal": True, "adaln": False},
+}
+ARCHITECTURES = ("BD3LM", *BASELINES)
 REQUIRED = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
 
 
@@ -123,4 +130,36 @@ class BD3LMConfig(PretrainedConfig):
                 "such as "
                 "kuleshov-group/bd3lm-owt-block_size4"
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(of_baseline(config_dict), **kwargs)
+
+
+class MDLMConfig(BD3LMConfig):
+    """The same under the ``model_type`` of full-diffusion repositories (Sahoo et al., 2024)."""
+
+    model_type = "mdlm"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As ``architectures: ["MDLM"]``, which such a file need not say."""
+        return super().from_dict(config_dict | {"architectures": ["MDLM"]}, **kwargs)
+
+
+def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, completed by what the name of a baseline says.
+
+    Raises:
+        CheckpointError: if the file says something else.
+    """
+    named = [name for name in settings.get("architectures") or () if name in BASELINES]
+    if not named:
+        return settings
+    told = BASELINES[named[0]]
+    for key in ("cross_attn", "causal"):
+        if settings.get(key, told[key]) != told[key]:
+            raise CheckpointError(
+                f"config.json says architectures {named[0]!r} and {key}={settings[key]!r}: "
+                f"{named[0]} is {key}={told[key]}; correct the one that is wrong"
+            )
+    # Without blocks; and the clipping interval is learned by block diffusion alone.
+    size = 1 if told["causal"] else settings["model_length"]
+    return {"block_size": size, "var_min": False} | told | settings

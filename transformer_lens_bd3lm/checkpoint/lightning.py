@@ -167,7 +167,7 @@ def config_of(settings: Settings, state: dict[str, Stored]) -> BD3LMConfig:
         causal=causal,
         time_conditioning=settings.flag("algo.time_conditioning"),
         var_min=CLIPPED in state,
-        architectures=["BD3LM"],
+        architectures=["BD3LM" if cross_attn else "AR" if causal else "MDLM"],
         return_dict=False,
         dtype=embedding.dtype,
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, MDLMConfig
 from transformer_lens_bd3lm.checkpoint.views import View, read_input, read_sigma
 from transformer_lens_bd3lm.errors import CheckpointError
 
@@ -337,3 +337,9 @@ class BD3LM(PreTrainedModel):
         if self.config.return_dict if return_dict is None else return_dict:
             return MaskedLMOutput(logits=logits)
         return logits
+
+
+class MDLM(BD3LM):
+    """The same modules under the ``model_type`` of full-diffusion repositories."""
+
+    config_class = MDLMConfig

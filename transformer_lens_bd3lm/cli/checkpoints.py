@@ -18,6 +18,7 @@ def info(model: ModelArgument) -> None:
     """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
     from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
 
     name = path_of(model)
@@ -29,7 +30,7 @@ def info(model: ModelArgument) -> None:
         raise typer.BadParameter(
             f"{model} could not be read: {str(error).splitlines()[0]}"
         ) from error
-    if config.model_type != "bd3lm":
+    if not isinstance(config, BD3LMConfig):
         raise typer.BadParameter(f"{model} is a {config.model_type!r} checkpoint, not BD3LM")
     check_weights(name, config)
     shapes = weight_shapes(name)

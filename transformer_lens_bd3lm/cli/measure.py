@@ -43,6 +43,7 @@ MaxStates = Annotated[int, typer.Option(help="Sum exactly up to so many states a
 Seed = Annotated[int, typer.Option(help="Of the draws.")]
 Rows = Annotated[int, typer.Option(help="Rows of a pass; memory grows with it.")]
 Out = Annotated[Path | None, typer.Option(help="A folder; a stopped run given it again goes on.")]
+Plot = Annotated[Path | None, typer.Option(help="A figure: .png, .svg or .pdf.")]
 Json = Annotated[Path | None, typer.Option("--json", help='Figures to a file, or "-".')]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps.")]
 
@@ -249,7 +250,7 @@ def sweep(
     seed: Seed = 0,
     rows: Rows = 2048,
     out: Out = None,
-    plot: Annotated[Path | None, typer.Option(help="A figure: .png, .svg or .pdf.")] = None,
+    plot: Plot = None,
     json: Json = None,
     device: Device = None,
 ) -> None:

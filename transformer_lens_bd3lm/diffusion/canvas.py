@@ -126,7 +126,7 @@ def read_canvas(
     if config.causal:
         raise InputError(
             "this checkpoint is the autoregressive baseline (causal=True): it predicts the next "
-            "token and has nothing to denoise"
+            "token and has nothing to denoise; call bridge.generate"
         )
     whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
     if not whole or max_new_tokens < 0:

@@ -293,7 +293,7 @@ def exact(
 
     Raises:
         InputError: for what does not fit, or too many states.
-        NotExactError: with time conditioning, without blocks, or for another sampler.
+        NotExactError: with time conditioning, or for another sampler.
     """
     limits = (max_states, rows, given)
     states = read_states(bridge, tokens, block_size, hooks, scope, sampler, *limits)

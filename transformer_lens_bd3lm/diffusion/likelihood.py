@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.views import read_block_size
+from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.diffusion.corpus import Text, Window, read_texts, windows
 from transformer_lens_bd3lm.diffusion.exact import exact
 from transformer_lens_bd3lm.diffusion.ledger import Job, Ledger, fingerprint
@@ -116,8 +116,7 @@ def read_settings(bridge: Any, block_size: Any, method: str | None, **rest: Any)
     Raises:
         InputError: for a method that is none.
     """
-    context = bridge.cfg.n_ctx
-    size = read_block_size(bridge.cfg.block_size if block_size is None else block_size, context)
+    size = read_dial(bridge, block_size)
     if method is None:
         method = "exact" if 2**size <= rest["max_states"] else "monte_carlo"
     check_choices(method, rest["strata"], rest["clip"], rest["replicates"], rest["seed"])
@@ -174,7 +173,7 @@ def likelihood(
 
     Raises:
         InputError: for what does not fit; for a folder of another run, or a corpus that changed.
-        NotExactError: with time conditioning, without blocks.
+        NotExactError: with time conditioning.
 
     Where a process group exists, every process of it must call this.
     """

@@ -225,7 +225,7 @@ def nelbo(
 
     Raises:
         InputError: for what does not fit.
-        NotExactError: with time conditioning, or without blocks.
+        NotExactError: with time conditioning.
     """
     check_choices(method, strata, clip, replicates, seed)
     how = {"hooks": hooks, "scope": scope, "given": given, "rows": rows}

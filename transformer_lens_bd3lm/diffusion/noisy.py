@@ -5,6 +5,10 @@ stream's keys and values are computed once a text, and any number of mask patter
 batches of noisy streams alone over them: half the rows of a dual pass, and only masked positions
 are unembedded.
 
+The baselines have one stream. To full diffusion the text is one block, with nothing before it. To
+the autoregressive model every token is a block, and what it says of a token it says one position
+earlier.
+
 It needs c constant, and it does not say which patterns, or what to do with their probabilities.
 """
 
@@ -16,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.attention import Routing
-from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_block_size
+from transformer_lens_bd3lm.checkpoint.views import View, check_ids
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -79,6 +83,17 @@ class NoisyText:
             run(model, x, self.sigma(x), routing, slice(0, 1), nobody)
         return stream
 
+    def logits(
+        self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Raw logits for the tokens at pairs of (row, position), which are masked in their row."""
+        model, n = self.bridge.original_model, ids.shape[1]
+        noised = ids.index_put(where.unbind(-1), where.new_tensor(self.bridge.cfg.mask_token_id))
+        x = model.backbone.vocab_embed(noised)
+        beside = stream.beside(len(ids) // len(self.tokens))
+        routing = Routing.of_noisy(n, self.block_size, beside, frequencies(model, x.device), x)
+        return run(model, x, self.sigma(x), routing, slice(0, n), where)
+
     def log_p(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
     ) -> Float[Tensor, "pattern batch pos"]:
@@ -86,17 +101,12 @@ class NoisyText:
 
         In float64 on the CPU, from a log-softmax in float32 or wider.
         """
-        model, n = self.bridge.original_model, self.tokens.shape[1]
         mask_id, hidden = self.bridge.cfg.mask_token_id, masked.flatten(0, 1)
         ids = self.tokens.repeat(len(masked), 1)
         at = hidden.nonzero()
         where = at.to(ids.device)
         with self.bridge.hooks(fwd_hooks=self.hooks):
-            x = model.backbone.vocab_embed(ids.masked_fill(hidden.to(ids.device), mask_id))
-            beside = stream.beside(len(masked))
-            inv_freq = frequencies(model, x.device)
-            routing = Routing.of_noisy(n, self.block_size, beside, inv_freq, x)
-            logits = run(model, x, self.sigma(x), routing, slice(0, n), where)
+            logits = self.logits(stream, ids, where)
         true = ids[where.unbind(-1)]
         parts = zip(logits.split(CHUNK), true.split(CHUNK), strict=True)
         found = [
@@ -106,6 +116,43 @@ class NoisyText:
         full = torch.zeros(hidden.shape, dtype=torch.float64)
         full = full.index_put(at.unbind(-1), torch.cat(found).double().cpu())
         return full.unflatten(0, masked.shape[:2])
+
+
+@dataclass(frozen=True)
+class OpenText(NoisyText):
+    """The same to full diffusion: one stream, in which every position reads every other."""
+
+    def clean(self) -> CleanStream:
+        """Nothing comes before the one block."""
+        return CleanStream()
+
+    def logits(
+        self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """As block diffusion's."""
+        mask_id = where.new_tensor(self.bridge.cfg.mask_token_id)
+        return self.single(ids.index_put(where.unbind(-1), mask_id), "open", where)
+
+    def single(
+        self, ids: Int[Tensor, "row pos"], kind: str, where: Int[Tensor, "token 2"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """Raw logits of one stream at pairs of (row, position)."""
+        model, n = self.bridge.original_model, ids.shape[1]
+        x = model.backbone.vocab_embed(ids)
+        view = View(ids, n, self.block_size, kind, dual=False)
+        routing = Routing.of_view(view, frequencies(model, x.device), x.dtype)
+        return run(model, x, self.sigma(x), routing, slice(0, n), where)
+
+
+@dataclass(frozen=True)
+class CausalText(OpenText):
+    """The same to the autoregressive baseline: nothing is masked, and nobody reads ahead."""
+
+    def logits(
+        self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """A token's are those of the position before it."""
+        return self.single(ids, "causal", where - where.new_tensor([0, 1]))
 
 
 def read_noisy_text(
@@ -121,11 +168,9 @@ def read_noisy_text(
 
     Raises:
         InputError: for what does not fit.
-        NotExactError: with time conditioning, without blocks, or in training with dropout.
+        NotExactError: with time conditioning, or in training with dropout.
     """
     config = bridge.original_model.config
-    if not config.cross_attn:
-        raise NotExactError("this checkpoint has no blocks (cross_attn=False): no stream is clean")
     if config.time_conditioning:
         raise NotExactError(
             "this checkpoint sees t (time_conditioning=True): what it says of a masked state "
@@ -137,8 +182,7 @@ def read_noisy_text(
         raise InputError(f'scope={scope!r}: give "active" or "commit"')
     ids = bridge.to_tokens(tokens, truncate=False) if isinstance(tokens, str) else tokens
     ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
-    size = bridge.cfg.block_size if block_size is None else block_size
-    size = min(read_block_size(size, config.model_length), ids.shape[1])
+    size = min(read_dial(bridge, block_size), ids.shape[1])
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"
@@ -154,4 +198,5 @@ def read_noisy_text(
     resolve(bridge, [name for name, _ in pairs])
     characters = len(tokens) if isinstance(tokens, str) and given == 1 else None
     clean_hooks = pairs if scope == "commit" else []
-    return NoisyText(bridge, ids, size, pairs, clean_hooks, rows, given, characters)
+    kind = NoisyText if config.cross_attn else CausalText if config.causal else OpenText
+    return kind(bridge, ids, size, pairs, clean_hooks, rows, given, characters)

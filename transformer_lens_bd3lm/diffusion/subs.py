@@ -15,6 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def without_mask(
+    logits: Float[Tensor, "*dims d_vocab"], mask_id: int | None = None
+) -> Float[Tensor, "*dims d_vocab"]:
+    """Logits with the mask token's (the last id's by default) at minus infinity."""
+    blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    blocked[-1 if mask_id is None else mask_id] = True
+    return logits.masked_fill(blocked, -torch.inf)
+
+
 def masked_log_probs(
     logits: Float[Tensor, "*dims d_vocab"], mask_id: int | None = None
 ) -> Float[Tensor, "*dims d_vocab"]:
@@ -24,9 +33,7 @@ def masked_log_probs(
         logits: raw logits.
         mask_id: the mask token's id; the last id, as in the released checkpoints, by default.
     """
-    blocked = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    blocked[-1 if mask_id is None else mask_id] = True
-    return logits.masked_fill(blocked, -torch.inf).log_softmax(-1)
+    return without_mask(logits, mask_id).log_softmax(-1)
 
 
 def log_probs(

@@ -1,0 +1,199 @@
+"""One corpus under several checkpoints: from autoregression over block diffusion to MDLM.
+
+The family shares its modules and is measured by the same code, on the same windows of the same
+texts, so that the figures differ by the models alone (Arriola et al., tables 3 and 4)::
+
+    AR       -log p(x), exact: the chain rule
+    BD3LM    NELBO at its block size, and -log p(x) where the states are few enough to sum
+    MDLM     NELBO of the whole window as one block
+
+A bound is at least the NLL, so what lies between an NLL and a bound is not all the model's. Models
+are compared in pairs: whole texts are drawn again, the same ones for both.
+
+It measures checkpoints as they are, and does not train them alike.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from transformer_lens_bd3lm.analysis.sweep import interval_cell
+from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.diffusion.likelihood import Likelihood, likelihood
+from transformer_lens_bd3lm.diffusion.units import between, drawn_again
+from transformer_lens_bd3lm.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Member:
+    """A checkpoint of the family, and what it makes of the corpus.
+
+    Attributes:
+        name: what to call it.
+        kind: ``"autoregressive"``, ``"block diffusion"`` or ``"full diffusion"``.
+        measured: its likelihood.
+    """
+
+    name: str
+    kind: str
+    measured: Likelihood = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A corpus under several checkpoints, from the smallest block to the whole context.
+
+    Attributes:
+        members: one a checkpoint; the first is what the others are compared with.
+    """
+
+    members: list[Member]
+
+    def at(self, name: str) -> Member:
+        """The member of a name.
+
+        Raises:
+            InputError: if there is none.
+        """
+        for each in self.members:
+            if each.name == name:
+                return each
+        raise InputError(f"{name!r} was not measured: {[each.name for each in self.members]} were")
+
+    def difference(
+        self, name: str, base: str, level: float = 0.95, resamples: int = 2000
+    ) -> tuple[float, tuple[float, float] | None]:
+        """Nats a token more than another member needs, and the interval over texts, in pairs.
+
+        Args:
+            name: whose figure, its NLL if known, else its bound.
+            base: what is taken off, likewise.
+            level: how often such intervals should cover the truth.
+            resamples: of the bootstrap over texts.
+
+        Raises:
+            InputError: for a name that was not measured.
+        """
+        one, other = (self.at(each).measured.best for each in (name, base))
+        values = torch.stack([one.nats - other.nats, one.token_counts.double()])
+        nats, tokens = values.sum(1).tolist()
+        if one.texts < 2:
+            return nats / tokens, None
+        again, counted = drawn_again(values, resamples)
+        return nats / tokens, between(again / counted, level)
+
+    def table(self) -> Table:
+        """A row a checkpoint: NLL, bound, perplexity, and how far it is from the first."""
+        first = self.members[0]
+        sizes = first.measured.nelbo
+        table = Table(title="one corpus, several checkpoints", title_justify="left")
+        table.caption_justify = "left"
+        table.caption = (
+            f"Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: standard error "
+            "of an estimate. [ ]: 95% over texts like these, whole texts drawn again. ≤: from a "
+            f"bound. The last two: NLL where known, else the bound, less that of {first.name}."
+        )
+        characters = sizes.total_characters is not None
+        columns = ["checkpoint", "kind", "block\nsize", "NLL\nnats/token", "NELBO\nnats/token"]
+        columns += ["[95%]", "perplexity", *(["bits/char"] if characters else [])]
+        for name in (*columns, "more than\nthe first", "[95%]"):
+            table.add_column(name, justify="left" if name in ("checkpoint", "kind") else "right")
+        for each in self.members:
+            table.add_row(*self.cells(each, characters))
+        return table
+
+    def cells(self, member: Member, characters: bool) -> Iterator[str]:
+        """A row of the table."""
+        found, texts = member.measured, member.measured.nelbo.texts
+        best, bound = found.best, "" if found.nll is not None else "≤ "
+        error = "" if found.nll is not None else f" ± {best.standard_error_per_token:.4f}"
+        yield from (member.name, member.kind, str(found.block_size))
+        yield "" if found.nll is None else f"{found.nll.nats_per_token:.4f}"
+        yield f"{found.nelbo.nats_per_token:.4f}{error}"
+        yield interval_cell(best, texts)
+        yield f"{bound}{best.perplexity:.2f}"
+        if characters:
+            yield f"{bound}{best.bits_per_character:.4f}"
+        more, interval = self.difference(member.name, self.members[0].name)
+        first = member is self.members[0]
+        yield "" if first else f"{more:+.4f}"
+        yield "" if first or interval is None else "[{:+.3f}, {:+.3f}]".format(*interval)
+
+    def plot(self) -> "Figure":
+        """Nats a token of every checkpoint, with intervals over texts."""
+        # A floor above this one, so imported when it is there.
+        from transformer_lens_bd3lm.plots import family_figure
+
+        return family_figure(self)
+
+
+def kind_of(bridge: Any) -> str:
+    """What kind of model a bridge wraps."""
+    config = bridge.original_model.config
+    if config.cross_attn:
+        return "block diffusion"
+    return "autoregressive" if config.causal else "full diffusion"
+
+
+def check_alike(bridges: Mapping[str, Any]) -> None:
+    """Refuse checkpoints whose figures a token would be about different tokens.
+
+    Raises:
+        InputError: for none, or other vocabularies or contexts.
+    """
+    if not bridges:
+        raise InputError("there are no checkpoints: give at least one, by name")
+    (first, base), *others = bridges.items()
+    for name, bridge in others:
+        if bridge.cfg.n_ctx != base.cfg.n_ctx:
+            raise InputError(
+                f"the context of {name} is {bridge.cfg.n_ctx} and that of {first} "
+                f"{base.cfg.n_ctx}: their windows would differ; compare checkpoints of one context"
+            )
+        if words(bridge) != words(base):
+            raise InputError(
+                f"{name} and {first} have different vocabularies: nats a token would be about "
+                "different tokens; measure each with bd3lm.likelihood, and compare bits a character"
+            )
+
+
+def words(bridge: Any) -> dict[str, int]:
+    """A bridge's vocabulary, but for the mask, which no text has."""
+    found = dict(bridge.tokenizer.get_vocab())
+    found.pop(bridge.tokenizer.mask_token, None)
+    return found
+
+
+def without_estimates(how: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a likelihood for a model that needs no estimate."""
+    return {key: value for key, value in how.items() if key not in ("method", "strata", "clip")}
+
+
+def compare_models(bridges: Mapping[str, Any], source: Any, **how: Any) -> Family:
+    """One corpus under checkpoints of the family, each at its own block size.
+
+    Args:
+        bridges: by name: autoregressive, block diffusion (at its dial) or full diffusion.
+        source: the corpus, as in :func:`likelihood`; it is read once a checkpoint.
+        how: as :func:`likelihood` (method, replicates, stride, split, seed, ...); a method is used
+            where the checkpoint allows it: the autoregressive one is always exact.
+
+    Raises:
+        InputError: for other vocabularies or contexts, and as :func:`likelihood`.
+        NotExactError: with time conditioning.
+    """
+    if isinstance(source, Iterator):
+        raise InputError("the corpus can be read only once: give a list, a Path or a dataset")
+    check_alike(bridges)
+    found = []
+    for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
+        kind = kind_of(bridge)
+        own = how if kind != "autoregressive" else without_estimates(how)
+        found.append(Member(name, kind, likelihood(bridge, source, **own)))
+    return Family(found)
