@@ -23,7 +23,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.checkpoints import bert_like
 from tests.passes import boot, relative, shared
-from transformer_lens_bd3lm.bridge.registration import DESCRIPTION
+from transformer_lens_bd3lm.bridge.registration import DESCRIPTIONS
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, TokenizerError
@@ -398,12 +398,13 @@ def test_registered_at_the_four_contributing_sites():
     ours = bd3lm.BD3LMArchitectureAdapter
     for _ in range(2):
         assert supported_architectures.BD3LMArchitectureAdapter is ours
-        assert architecture_adapter_factory.SUPPORTED_ARCHITECTURES["BD3LM"] is ours
-        assert ArchitectureAdapterFactory._adapters["BD3LM"] is ours
-        assert "BD3LM" in model_registry.HF_SUPPORTED_ARCHITECTURES
-        authors = model_registry.CANONICAL_AUTHORS_BY_ARCH["BD3LM"]
-        assert list(authors).count("kuleshov-group") == 1
-        assert generate_report.ARCHITECTURE_DESCRIPTIONS["BD3LM"] == DESCRIPTION
+        for name in ("BD3LM", "MDLM", "AR"):
+            assert architecture_adapter_factory.SUPPORTED_ARCHITECTURES[name] is ours
+            assert ArchitectureAdapterFactory._adapters[name] is ours
+            assert name in model_registry.HF_SUPPORTED_ARCHITECTURES
+            authors = model_registry.CANONICAL_AUTHORS_BY_ARCH[name]
+            assert list(authors).count("kuleshov-group") == 1
+            assert generate_report.ARCHITECTURE_DESCRIPTIONS[name] == DESCRIPTIONS[name]
         bd3lm.register()
     assert AutoConfig.for_model("bd3lm").__class__ is BD3LMConfig
 

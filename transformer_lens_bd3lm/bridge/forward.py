@@ -174,6 +174,7 @@ class HookedForward:
         attention_mask: Tensor | None = None,
         inputs_embeds: Float[Tensor, "batch row d_model"] | None = None,
         reduce: Any = None,
+        labels: Any = None,
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, ""]:
         """Raw logits: every position of the sampling view, or the dual view's noisy half.
 
@@ -191,6 +192,7 @@ class HookedForward:
             inputs_embeds: the embedded stream in place of ids (the host's ``start_at_layer``).
             reduce: called with the logits; the scalar that it returns is returned in their place,
                 as ``run_with_cache(..., incl_bwd=True)`` needs.
+            labels: of the host's causal loss, which it computes itself: allowed where there is one.
 
         Raises:
             InputError: for anything that does not fit; nothing has been run then.
@@ -199,6 +201,8 @@ class HookedForward:
             raise InputError(f"reduce={reduce!r}: give a function of the logits")
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
+        if labels is not None and not config.causal:
+            raise InputError("labels are the causal loss's, which this checkpoint does not have")
         if inputs_embeds is not None:
             input_ids = stand_ins(inputs_embeds, cfg.d_model, clean is None and not pad_block)
         if isinstance(clean, str | list):

@@ -71,13 +71,22 @@ class WithNextToken:
         Raises:
             InputError: if a text holds the mask, which has probability zero.
         """
-        if bool((tokens == self.cfg.mask_token_id).any()):
-            raise InputError("tokens hold the mask: the loss is of finished texts")
+        self.check_finished(tokens)
         return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
 
-    def _causal_labels_loss(self: Any, logits: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def _causal_labels_loss(self: Any, logits: Any, labels: Any, *args: Any, **how: Any) -> Tensor:
         """As the host's, over the words alone."""
-        return super()._causal_labels_loss(self.cut(logits), *args, **kwargs)
+        self.check_finished(labels)
+        return super()._causal_labels_loss(self.cut(logits), labels, *args, **how)
+
+    def check_finished(self: Any, tokens: Tensor) -> None:
+        """Refuse the mask among what is to be predicted.
+
+        Raises:
+            InputError: if it is there.
+        """
+        if bool((tokens == self.cfg.mask_token_id).any()):
+            raise InputError("tokens hold the mask, which is never predicted: give finished texts")
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the host's; it never writes the mask.

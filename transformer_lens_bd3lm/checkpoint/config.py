@@ -138,6 +138,9 @@ class MDLMConfig(BD3LMConfig):
 
     model_type = "mdlm"
 
+    def __init__(self, cross_attn: bool = False, var_min: bool = False, **kwargs: Any):
+        super().__init__(cross_attn=cross_attn, var_min=var_min, **kwargs)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As ``architectures: ["MDLM"]``, which such a file need not say."""
