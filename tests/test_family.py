@@ -294,14 +294,14 @@ def test_one_table_from_autoregressive_to_full_diffusion(family, measured):
     console.print(measured.table())
     told = console.export_text()
     ar, mdlm = measured.at("ar").measured, measured.at("mdlm").measured
-    assert f"{ar.best.nats_per_token:.4f}" in told and f"≤ {mdlm.best.perplexity:.2f}" in told
+    assert f"{ar.best.nats_per_token:.4f}" in told and f"≤ {mdlm.nelbo.perplexity:.2f}" in told
     assert f"{measured.difference('mdlm', 'ar')[0]:+.4f}" in told
     assert "Texts: 4, tokens: 16" in told
 
 
 def test_differences_are_in_pairs(measured):
     value, interval = measured.difference("mdlm", "ar")
-    figures = [measured.at(name).measured.best.nats_per_token for name in ("mdlm", "ar")]
+    figures = [measured.at(name).measured.nelbo.nats_per_token for name in ("mdlm", "ar")]
     assert value == pytest.approx(figures[0] - figures[1])
     assert interval[0] < value < interval[1]
     assert measured.difference("ar", "ar") == (0.0, (0.0, 0.0))
@@ -340,3 +340,18 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     twice = CliRunner().invoke(app, ["compare", paths[0], paths[0], "--text", str(text)])
     assert twice.exit_code == 2 and "named twice" in twice.output
+
+
+def test_full_diffusion_is_block_diffusion_in_one_block(tmp_path, device):
+    block = boot(small.save(tmp_path / "block"), device, torch.float64)
+    mdlm = boot(named(tmp_path / "mdlm", "MDLM"), device, torch.float64)
+    ids = IDS[:1, :5]
+    one, other = bd3lm.exact(block, ids, "full"), bd3lm.exact(mdlm, ids)
+    assert relative(one.order_posterior, other.order_posterior) < 1e-12
+    assert relative(one.nll, other.nll) < 1e-12 and relative(one.nelbo, other.nelbo) < 1e-12
+    assert relative(bd3lm.exact(block, ids, 2).nll, other.nll) > 1e-3  # the twin: it has a dial
+    written = [
+        bd3lm.denoise(each, None, max_new_tokens=15, block_size=dial).tokens
+        for each, dial in ((block, "full"), (mdlm, None))
+    ]
+    assert torch.equal(*written)

@@ -235,22 +235,19 @@ def family_figure(family: Family) -> Figure:
     figure = Figure(figsize=(6.4, 1.3 + 0.45 * len(members)), layout="constrained")
     axes = figure.add_subplot()
     for at, each in enumerate(members):
-        best, known = each.measured.best, each.measured.nll is not None
-        x = best.nats_per_token
-        low, high = best.interval() if best.texts > 1 else (x, x)
-        color = BLUE if known else ORANGE
+        bound, nll = each.measured.nelbo, each.measured.nll
+        low, high = bound.interval() if bound.texts > 1 else (bound.nats_per_token,) * 2
+        exact = each.kind == "autoregressive"
+        color = BLUE if exact else ORANGE
         axes.plot([low, high], [at, at], color=color, linewidth=1.4)
-        axes.plot([x], [at], "o", color=color, markersize=6)
+        axes.plot([bound.nats_per_token], [at], "o", color=color, markersize=6)
+        if nll is not None and not exact:
+            axes.plot([nll.nats_per_token], [at], "D", color=BLUE, markersize=5)
         axes.annotate(
-            f"{'' if known else '≤ '}{best.perplexity:.2f}", (high, at), xytext=(6, 0),
+            f"{'' if exact else '≤ '}{bound.perplexity:.2f}", (high, at), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize=8, color=INK,
         )  # fmt: skip
-    names = [
-        f"{each.name}\n{each.kind}"
-        + (f", block {each.measured.block_size}" if each.kind == "block diffusion" else "")
-        for each in members
-    ]
-    axes.set_yticks(range(len(members)), names)
+    axes.set_yticks(range(len(members)), [f"{each.name}\n{each.writes}" for each in members])
     axes.set_ylim(len(members) - 0.5, -0.5)
     axes.margins(x=0.15)
     for color, label in ((BLUE, "exact NLL"), (ORANGE, "NELBO, a bound")):

@@ -7,8 +7,8 @@ texts, so that the figures differ by the models alone (Arriola et al., tables 3 
     BD3LM    NELBO at its block size, and -log p(x) where the states are few enough to sum
     MDLM     NELBO of the whole window as one block
 
-A bound is at least the NLL, so what lies between an NLL and a bound is not all the model's. Models
-are compared in pairs: whole texts are drawn again, the same ones for both.
+Checkpoints are compared by their bounds, as in the paper; the looseness of a bound is part of the
+difference. Intervals are of pairs: whole texts are drawn again, the same ones for both.
 
 It measures checkpoints as they are, and does not train them alike.
 """
@@ -44,6 +44,13 @@ class Member:
     kind: str
     measured: Likelihood = field(repr=False)
 
+    @property
+    def writes(self) -> str:
+        """How much of a text at once."""
+        size = self.measured.block_size
+        told = {"autoregressive": "token by token", "full diffusion": "all at once"}
+        return told.get(self.kind, f"blocks of {size}")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -69,10 +76,10 @@ class Family:
     def difference(
         self, name: str, base: str, level: float = 0.95, resamples: int = 2000
     ) -> tuple[float, tuple[float, float] | None]:
-        """Nats a token more than another member needs, and the interval over texts, in pairs.
+        """How many nats a token one bound is above another, and its interval over texts, in pairs.
 
         Args:
-            name: whose figure, its NLL if known, else its bound.
+            name: whose bound; the autoregressive one is the NLL itself.
             base: what is taken off, likewise.
             level: how often such intervals should cover the truth.
             resamples: of the bootstrap over texts.
@@ -80,7 +87,7 @@ class Family:
         Raises:
             InputError: for a name that was not measured.
         """
-        one, other = (self.at(each).measured.best for each in (name, base))
+        one, other = (self.at(each).measured.nelbo for each in (name, base))
         values = torch.stack([one.nats - other.nats, one.token_counts.double()])
         nats, tokens = values.sum(1).tolist()
         if one.texts < 2:
@@ -96,30 +103,30 @@ class Family:
         table.caption_justify = "left"
         table.caption = (
             f"Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: standard error "
-            "of an estimate. [ ]: 95% over texts like these, whole texts drawn again. ≤: from a "
-            f"bound. The last two: NLL where known, else the bound, less that of {first.name}."
+            "of an estimate. [ ]: 95% over texts like these, whole texts drawn again. ≤: from the "
+            f"bound. The last two: its distance from that of {first.name}."
         )
         characters = sizes.total_characters is not None
-        columns = ["checkpoint", "kind", "block\nsize", "NLL\nnats/token", "NELBO\nnats/token"]
-        columns += ["[95%]", "perplexity", *(["bits/char"] if characters else [])]
-        for name in (*columns, "more than\nthe first", "[95%]"):
-            table.add_column(name, justify="left" if name in ("checkpoint", "kind") else "right")
+        columns = ["checkpoint", "writes", "NLL\nnats/token", "NELBO\nnats/token", "[95%]"]
+        columns += ["perplexity", *(["bits/char"] if characters else [])]
+        for name in (*columns, "above\nthe first", "[95%]"):
+            table.add_column(name, justify="left" if name in ("checkpoint", "writes") else "right")
         for each in self.members:
             table.add_row(*self.cells(each, characters))
         return table
 
     def cells(self, member: Member, characters: bool) -> Iterator[str]:
         """A row of the table."""
-        found, texts = member.measured, member.measured.nelbo.texts
-        best, bound = found.best, "" if found.nll is not None else "≤ "
-        error = "" if found.nll is not None else f" ± {best.standard_error_per_token:.4f}"
-        yield from (member.name, member.kind, str(found.block_size))
+        found, bound = member.measured, member.measured.nelbo
+        least = "" if member.kind == "autoregressive" else "≤ "
+        error = "" if bound.kind == "exact" else f" ± {bound.standard_error_per_token:.4f}"
+        yield from (member.name, member.writes)
         yield "" if found.nll is None else f"{found.nll.nats_per_token:.4f}"
-        yield f"{found.nelbo.nats_per_token:.4f}{error}"
-        yield interval_cell(best, texts)
-        yield f"{bound}{best.perplexity:.2f}"
+        yield f"{bound.nats_per_token:.4f}{error}"
+        yield interval_cell(bound, bound.texts)
+        yield f"{least}{bound.perplexity:.2f}"
         if characters:
-            yield f"{bound}{best.bits_per_character:.4f}"
+            yield f"{least}{bound.bits_per_character:.4f}"
         more, interval = self.difference(member.name, self.members[0].name)
         first = member is self.members[0]
         yield "" if first else f"{more:+.4f}"

@@ -56,7 +56,10 @@ def compare(
     check_writable(json)
     if len(set(models)) < len(models):
         raise typer.BadParameter("a checkpoint is named twice: name each once")
-    found = bd3lm.compare_models({name: boot(name, device) for name in models}, text, **how)
+    short = {Path(name).name: name for name in models}
+    names = short if len(short) == len(models) else {name: name for name in models}
+    bridges = {name: boot(model, device) for name, model in names.items()}
+    found = bd3lm.compare_models(bridges, text, **how)
     if str(json) != "-":
         console.print(found.table())
     told = [
