@@ -14,7 +14,8 @@ from tests import small
 from tests.passes import boot, relative, shared
 from tests.reference import block_of, reference
 from transformer_lens_bd3lm import plots
-from transformer_lens_bd3lm.analysis.dial import cka, compare_block_sizes
+from transformer_lens_bd3lm.analysis.dial import compare_block_sizes
+from transformer_lens_bd3lm.analysis.passes import cka
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError, NotExactError
 
 MASK, LENGTH, ROWS = 11, 14, 8

@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.dial import read_noised_text
+from transformer_lens_bd3lm.analysis.passes import read_noised_text
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
 from transformer_lens_bd3lm.diffusion.likelihood import (
