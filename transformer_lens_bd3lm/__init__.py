@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
 from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
+from transformer_lens_bd3lm.analysis.diff import Diff as Diff
+from transformer_lens_bd3lm.analysis.diff import diff as diff
 from transformer_lens_bd3lm.analysis.family import Family as Family
 from transformer_lens_bd3lm.analysis.family import compare_models as compare_models
 from transformer_lens_bd3lm.analysis.halves import clean_half as clean_half
@@ -78,6 +80,7 @@ __all__ = [
     "Clip",
     "Confidence",
     "DialComparison",
+    "Diff",
     "EndOfText",
     "Exact",
     "ExactEffect",
@@ -110,6 +113,7 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "diff",
     "diffusion_loss",
     "detect_heads",
     "exact",

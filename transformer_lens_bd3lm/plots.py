@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison
+from transformer_lens_bd3lm.analysis.diff import Diff, TextChange
 from transformer_lens_bd3lm.analysis.family import Family
 from transformer_lens_bd3lm.analysis.sweep import Sweep
 
@@ -256,6 +257,103 @@ def family_figure(family: Family) -> Figure:
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
     plain(axes)
     return figure
+
+
+WEIGHTS = ("ln1", "attn.q", "attn.k", "attn.v", "attn.o", "ln2", "mlp.in", "mlp.out", "adaln")
+
+
+def diff_figure(diff: Diff) -> Figure:
+    """How far weights moved by layer; with a text, attention, residuals, writes and predictions."""
+    layers = len({each.name.split(".")[1] for each in diff.weights if "blocks" in each.name})
+    height = min(max(layers * 0.3, 2.0), 5.0)
+    text = diff.text
+    figure = Figure(
+        figsize=(4.2, height + 1.2) if text is None else (11.5, height + 3.2), layout="constrained"
+    )
+    figure.suptitle(f"{diff.a} → {diff.b}", x=0.01, ha="left", color=INK, fontweight="bold")
+    if text is None:
+        grid = figure.add_gridspec(2, 1, height_ratios=(0.12, height))
+    else:
+        grid = figure.add_gridspec(
+            3, 3, width_ratios=(1.2, 1, 1.1), height_ratios=(0.12, height, 1.7)
+        )
+    weights = figure.add_subplot(grid[1, 0])
+    parts = [
+        part for part in WEIGHTS if any(f".{part}." in f"{each.name}." for each in diff.weights)
+    ]
+    moved = torch.tensor(
+        [[diff.at(f"blocks.{i}.{part}").relative for part in parts] for i in range(layers)]
+    )
+    most = float(moved[moved.isfinite()].max()) if bool(moved.isfinite().any()) else 0.0
+    limits = (0.0, max(most, 1e-9))
+    scale = figure.add_subplot(grid[0, 0])
+    heat_map(weights, scale, moved, 0, limits, "Blues", "weights, $|b - a|\\,/\\,|a|$")
+    weights.set_xticks(range(len(parts)), parts, rotation=90)
+    weights.set(ylabel="layer")
+    weights.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if text is not None:
+        change = text.passes.attention[0]
+        attention = figure.add_subplot(grid[1, 1], sharey=weights)
+        limits = (0.0, max(float(change.max()), 1e-9))
+        scale = figure.add_subplot(grid[0, 1])
+        heat_map(attention, scale, change, 0, limits, "Blues", "attention change")
+        attention.set(xlabel="head")
+        attention.xaxis.set_major_locator(MaxNLocator(integer=True))
+        draw_streams(figure.add_subplot(grid[1, 2], sharey=weights), text)
+        draw_log_p(figure.add_subplot(grid[2, :2]), diff)
+        draw_moved(figure.add_subplot(grid[2, 2]), diff)
+    return figure
+
+
+def draw_streams(axes: Axes, text: TextChange) -> None:
+    """By layer, how far the residuals turned, and how far what is written moved."""
+    names = ("noisy", "clean") if len(text.passes.streams) == 2 else ("residual",)
+    for stream, name, colour in zip(text.passes.streams, names, (INK, QUIET), strict=False):
+        left = stream.cosine.clamp(-1, 1).arccos().mean(1)[1:]
+        axes.plot(
+            left, range(len(left)), "-o", color=colour, markersize=4, linewidth=1.2,
+            label=f"angle, {name}, rad",
+        )  # fmt: skip
+    written = text.passes.written
+    assert written is not None
+    for part, name, colour in zip(written[..., 0], ("attn", "mlp"), (BLUE, ORANGE), strict=True):
+        axes.plot(
+            part, range(len(part)), "--s", color=colour, markersize=3.5, linewidth=1.0,
+            label=f"{name} out, $|b - a|\\,/\\,|a|$",
+        )  # fmt: skip
+    axes.set(xlabel="0 is the same")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, fontsize=7, labelcolor=INK, loc="lower right")
+    plain(axes)
+
+
+def draw_log_p(axes: Axes, diff: Diff) -> None:
+    """What the first row's true tokens gain or lose."""
+    text = diff.text
+    assert text is not None
+    gain = (text.log_p[1] - text.log_p[0])[0].nan_to_num(0.0)
+    colours = [BLUE if x > 0 else ORANGE for x in gain.tolist()]
+    axes.bar(range(len(gain)), gain.tolist(), width=0.8, color=colours)
+    axes.axhline(0, color=QUIET, linewidth=0.8)
+    axes.set(ylabel=f"log p, {diff.b} less {diff.a}\nnats, row 0", xlabel="position")
+    if len(gain) <= SHORT:
+        axes.set_xticks(range(len(gain)), [drawn(word) for word in text.words[0]], rotation=90)
+        for tick, dark in zip(axes.get_xticklabels(), text.masked[0].tolist(), strict=True):
+            tick.set(parse_math=False, color=INK if dark else QUIET)
+        axes.set(xlabel="token, dark where masked")
+    plain(axes)
+
+
+def draw_moved(axes: Axes, diff: Diff) -> None:
+    """How KL(p_a || p_b) is spread over all predictions."""
+    text = diff.text
+    assert text is not None
+    kl = text.kl[text.masked].sort(descending=True).values
+    axes.plot(torch.linspace(0, 100, len(kl)).tolist(), kl.tolist(), color=INK, linewidth=1.2)
+    axes.axhline(text.mean_kl, color=QUIET, linestyle=":", linewidth=1)
+    axes.set(xlabel="predictions, % (dotted: mean)", ylabel="$KL(p_a\\,\\|\\,p_b)$, nats")
+    axes.set_ylim(bottom=0)
+    plain(axes)
 
 
 def plain(axes: Axes) -> None:

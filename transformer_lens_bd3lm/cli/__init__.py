@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.cli import (
     compare,
     convert,
     demo,
+    diff,
     generate,
     measure,
     verify,
@@ -20,7 +21,7 @@ from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import errors
 
-COMMANDS = (demo, generate, measure, compare, checkpoints, convert, verify)
+COMMANDS = (demo, generate, measure, compare, diff, checkpoints, convert, verify)
 
 
 def main() -> None:

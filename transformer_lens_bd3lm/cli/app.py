@@ -24,7 +24,9 @@ ModelOption = Annotated[
 ]
 ModelArgument = Annotated[
     str,
-    typer.Argument(help='Hub id or folder; "tiny" and "grammar" are the embedded models.'),
+    typer.Argument(
+        help='Hub id, folder, .ckpt file or REPOSITORY::FILE.ckpt; "tiny", "grammar": embedded.'
+    ),
 ]
 EMBEDDED = ("tiny", "grammar")
 
@@ -36,12 +38,20 @@ def path_of(model: str) -> str:
     return getattr(bd3lm, model.upper()) if model in EMBEDDED else model
 
 
-def boot(model: str | None, device: str | None = None) -> Any:
-    """The bridge of a Hub id or folder, or of an embedded model; the default for None."""
+def boot(model: str | None, device: str | None = None, weights: str = "ema") -> Any:
+    """The bridge of a Hub id, folder, training checkpoint or embedded model; the default for None.
+
+    A training checkpoint is a ``.ckpt`` file, or ``REPOSITORY::FILE.ckpt``.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
+    from transformer_lens_bd3lm.checkpoint.converting import boot_lightning
+
+    place, _, filename = (model or "tiny").partition("::")
     try:
         with errors.status("loading ..."), quiet():
+            if filename or place.endswith(".ckpt"):
+                return boot_lightning(place, filename or None, weights, device=device)
             return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
     except BD3LMError:
         raise
