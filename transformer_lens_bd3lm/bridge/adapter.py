@@ -16,10 +16,6 @@ from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
     MLPBridge,
 )
-from transformer_lens.model_bridge.supported_architectures._remote_code_compat import (
-    disable_tied_weights_lookup,
-)
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
@@ -36,8 +32,9 @@ from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, requi
 from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
+from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
@@ -110,29 +107,28 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
         Raises:
             CheckpointError: if the weights would not fill the model that the config describes.
+            InputError: if they are to be spread over devices.
         """
+        check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
         self.cfg.time_conditioning = config.time_conditioning
-        revision = model_kwargs.get("revision")
         auto_map = getattr(config, "auto_map", None) or {}
         if not (model_kwargs.get("trust_remote_code") and "AutoModelForMaskedLM" in auto_map):
             return
-        code: dict[str, Any] = {
-            "code_revision": model_kwargs.get("code_revision"),
-            "revision": revision,
-        }
-        check_weights(model_name, config, revision)
-        if isinstance(config, BD3LMConfig):
-            # The registration wins over remote code unless the config object is the repository's
-            # own.
-            remote = get_class_from_dynamic_module(auto_map["AutoConfig"], model_name, **code)
-            model_kwargs["config"] = remote.from_dict(config.to_dict())
-        cls = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], model_name, **code)
-        disable_tied_weights_lookup(cls)
+        code = {key: model_kwargs.get(key) for key in ("revision", "code_revision")}
+        check_weights(model_name, config, code["revision"])
+        model_kwargs["config"] = trusted_config(model_name, config, **code)
         logger.info("wrapping the modules of %s's own code", model_name)
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Record what cfg could not know before the model was there."""
+        """Record what cfg could not know before the model was there.
+
+        Raises:
+            CheckpointError: if a weight is too large for the dtype.
+            InputError: if the weights are spread over devices.
+        """
+        check_placement(getattr(hf_model, "hf_device_map", None))
+        check_range(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
         self.cfg.dropout = hf_model.config.dropout

@@ -14,6 +14,7 @@ No hooks, no cache and no block structure exploited here: this is what the hooke
 compared with.
 """
 
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.files import unreadable, weight_files
 from transformer_lens_bd3lm.checkpoint.views import View, read_input, read_sigma
 from transformer_lens_bd3lm.errors import CheckpointError
 
@@ -278,15 +280,18 @@ class BD3LM(PreTrainedModel):
 
         Raises:
             CheckpointError: if the file is missing, truncated, or has tensors missing, left over or
-                of another shape; transformers alone would go on with random weights.
+                of another shape, where transformers alone would go on with random weights; or if
+                an index of files names one elsewhere.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         # A tensor of another shape is told of below, by name, beside what is missing or left over.
         kwargs["ignore_mismatched_sizes"] = True
         try:
+            if name is not None:
+                weight_files(name, **kwargs)  # refuses an index that leads elsewhere
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"the weights of {name} could not be read: {error}") from error
+        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise unreadable(name, error) from error
         model, info = loaded
         problems = {key: sorted(map(str, info[key])) for key in info if info[key]}
         if problems:
