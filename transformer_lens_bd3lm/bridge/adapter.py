@@ -143,6 +143,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
+        mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithoutShiftedLoss)
         put_in_front(bridge, WithExactTools)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
@@ -180,6 +181,13 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """What the host's hand-over leaves out."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
+
+
+def mount_frequencies(bridge: Any, backbone: Any) -> None:
+    """Let the host see the rotary embedding itself: its own view would cast the frequencies."""
+    views = bridge._modules.get("_container_state_owners")
+    if views is not None and "rotary_emb" in views.backbone._modules:
+        views.backbone.rotary_emb = backbone.rotary_emb
 
 
 def mount_conditioning(bridge: Any, backbone: Any) -> None:

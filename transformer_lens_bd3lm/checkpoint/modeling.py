@@ -97,10 +97,25 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_features(sigma).to(next(self.mlp.parameters()).dtype))
 
 
-class Rotary(nn.Module):
-    """Holds ``inv_freq``, in float32 or wider whatever the model is cast to."""
+class KeptFrequencies:
+    """Holds ``inv_freq``, in float32 or wider whatever the model is cast to.
+
+    Also mixed in front of a repository's own rotary embedding: what is there is what is computed
+    with, saved, and replaced by ``load_state_dict``.
+    """
 
     inv_freq: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype.itemsize < 4:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
+
+
+class Rotary(KeptFrequencies, nn.Module):
+    """The buffer alone; :func:`rotary_tables` computes with it."""
 
     def __init__(self, d_head: int):
         super().__init__()
@@ -110,13 +125,6 @@ class Rotary(nn.Module):
     def frequencies(self) -> Float[Tensor, " half"]:
         """``10000^(-2k / d_head)`` for k in 0 .. d_head/2 - 1."""
         return 1.0 / (MAX_PERIOD ** (torch.arange(0, self.d_head, 2).float() / self.d_head))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Rotary":
-        kept = self.inv_freq
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype.itemsize < 4:
-            self.inv_freq = kept.to(self.inv_freq.device)
-        return self
 
 
 class LayerNorm(nn.Module):
