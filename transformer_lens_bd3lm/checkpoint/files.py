@@ -8,14 +8,16 @@ transformers takes the first of these that is there::
 An index is written by whoever made the repository, and names the files to read. transformers joins
 those names to the folder as they are, so ``../other/model.safetensors`` would be read too.
 
-It finds and names files, and reads no tensor.
+It reads names and shapes, and no tensor.
 """
 
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from transformer_lens_bd3lm.errors import CheckpointError
@@ -88,12 +90,33 @@ def leaves(part: str) -> bool:
     return any(path.anchor or ".." in path.parts for path in flavours)
 
 
-def unreadable(name: Any, error: Exception) -> CheckpointError:
-    """The error for weights that a library could not read, or would not."""
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, UnpicklingError):
-        told = (
-            "pytorch_model.bin is damaged or holds more than tensors, which could be commands; "
-            "nothing of it was run. Give the weights as safetensors"
+def shapes_in(file: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, from its header or its pickle.
+
+    A pickle may build tensors and nothing else: torch's ``weights_only`` refuses whatever could run
+    a command, and what it is given to read comes from a stranger, so it may fail in any way.
+
+    Raises:
+        CheckpointError: for a pickle of anything but a dict of tensors.
+        SafetensorError: for a damaged header.
+    """
+    if file.endswith(SAFE[1]):
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    try:
+        held = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} could not be read: it is damaged, or holds more than tensors, which could be "
+            "commands; nothing of it was run. Give the weights as safetensors"
+        ) from error
+    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+        raise CheckpointError(
+            f"{file} is no state dict: a pytorch_model.bin must be a dict from names to tensors"
         )
-    return CheckpointError(f"the weights of {name} could not be read: {told}")
+    return {str(key): tuple(tensor.shape) for key, tensor in held.items()}
+
+
+def unreadable(name: Any, error: Exception) -> CheckpointError:
+    """The error for weights that a library could not read."""
+    return CheckpointError(f"the weights of {name} could not be read: {error}")

@@ -14,7 +14,6 @@ No hooks, no cache and no block structure exploited here: this is what the hooke
 compared with.
 """
 
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.files import unreadable, weight_files
+from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
 from transformer_lens_bd3lm.checkpoint.views import View, read_input, read_sigma
 from transformer_lens_bd3lm.errors import CheckpointError
 
@@ -289,16 +288,16 @@ class BD3LM(PreTrainedModel):
         Raises:
             CheckpointError: if the file is missing, truncated, or has tensors missing, left over or
                 of another shape, where transformers alone would go on with random weights; or if
-                an index of files names one elsewhere.
+                an index names a file elsewhere, or a pickle holds more than tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         # A tensor of another shape is told of below, by name, beside what is missing or left over.
         kwargs["ignore_mismatched_sizes"] = True
         try:
-            if name is not None:
-                weight_files(name, **kwargs)  # refuses an index that leads elsewhere
+            for file in [] if name is None else weight_files(name, **kwargs):
+                shapes_in(file)  # before transformers reads what should not be read
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise unreadable(name, error) from error
         model, info = loaded
         problems = {key: sorted(map(str, info[key])) for key in info if info[key]}

@@ -5,14 +5,12 @@ silences. Before any code of a repository is trusted with its weights, their nam
 compared with ours.
 """
 
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from transformer_lens_bd3lm.checkpoint.files import unreadable, weight_files
+from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.checkpoint.remote import plain_config
 from transformer_lens_bd3lm.errors import CheckpointError
@@ -27,30 +25,10 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         for file in weight_files(name, revision=revision):
-            shapes |= pickled_shapes(file) if file.endswith(".bin") else safe_shapes(file)
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            shapes |= shapes_in(file)
+    except (OSError, SafetensorError) as error:
         raise unreadable(name, error) from error
     return shapes
-
-
-def safe_shapes(file: str) -> dict[str, tuple[int, ...]]:
-    """Those of a safetensors file, from its header."""
-    with safe_open(file, framework="pt") as tensors:
-        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-
-
-def pickled_shapes(file: str) -> dict[str, tuple[int, ...]]:
-    """Those of a ``.bin``, whose pickle may build tensors and nothing else.
-
-    Raises:
-        CheckpointError: if it is anything but a dict of tensors.
-    """
-    held = torch.load(file, map_location="meta", weights_only=True)
-    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
-        raise CheckpointError(
-            f"{file} is no state dict: a pytorch_model.bin must be a dict from names to tensors"
-        )
-    return {str(key): tuple(tensor.shape) for key, tensor in held.items()}
 
 
 def check_weights(name: str, config: Any, revision: str | None = None) -> None:
