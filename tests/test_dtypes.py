@@ -509,6 +509,9 @@ def test_branches_and_commits_are_told_apart_and_a_missing_one_is_refused(golden
     wanted = shared(g.path, CPU)(ids)
     for revision, shift in (("runs/old", 0), (old, 0), (new, 1), ("main", 1), (None, 1)):
         assert relative(boot(name, CPU, revision=revision)(ids), wanted + shift) < 1e-6
+    at_old = boot(name, CPU, revision="runs/old")
+    assert bd3lm.verify(at_old, block_sizes=(), progress=False).ok, "beside the same revision"
+    assert not bd3lm.verify(at_old, against=name, block_sizes=(), progress=False).ok
     for revision in ("runs", "later", old[:7], "../main", "d" * 40):
         refused(name, "couldn't find them in the cached files", OSError, revision=revision)
 

@@ -112,11 +112,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
         self.cfg.time_conditioning = config.time_conditioning
+        self.cfg.revision = model_kwargs.get("revision")
         auto_map = getattr(config, "auto_map", None) or {}
         if not (model_kwargs.get("trust_remote_code") and "AutoModelForMaskedLM" in auto_map):
             return
         code = {key: model_kwargs.get(key) for key in ("revision", "code_revision")}
-        check_weights(model_name, config, code["revision"])
+        check_weights(model_name, config, self.cfg.revision)
         model_kwargs["config"] = trusted_config(model_name, config, **code)
         logger.info("wrapping the modules of %s's own code", model_name)
 
