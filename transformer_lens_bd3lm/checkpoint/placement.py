@@ -45,7 +45,7 @@ def check_range(model: nn.Module) -> None:
         CheckpointError: naming the first.
     """
     for name, p in model.named_parameters():
-        if p.dtype == torch.float16 and bool(p.isinf().any()):
+        if p.dtype == torch.float16 and not p.is_meta and bool(p.isinf().any()):
             raise CheckpointError(
                 f"{name} has weights beyond 65504, which float16 cannot hold: boot in "
                 "dtype=torch.bfloat16 or torch.float32"
