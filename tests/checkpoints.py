@@ -158,16 +158,18 @@ def empty_cache(parent: Path, monkeypatch: Any) -> Path:
     return folder
 
 
-def put_in_cache(cache: Path, repository: str, files: Path) -> None:
+def put_in_cache(
+    cache: Path, repository: str, files: Path, commit: str = "a" * 40, ref: str = "main"
+) -> None:
     """Lay a folder's files out in the Hub's cache, as a download would have: links to blobs."""
     folder = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("a" * 40)
-    (folder / "blobs").mkdir(parents=True)
+    snapshot, blobs, name = folder / "snapshots" / commit, folder / "blobs", folder / "refs" / ref
+    blobs.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(sorted(p for p in files.rglob("*") if p.is_file())):
-        blob = folder / "blobs" / f"{number:064x}"
+        blob = blobs / f"{commit}{number:024x}"
         shutil.copy(file, blob)
         link = snapshot / file.relative_to(files)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("a" * 40)
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.write_text(commit)

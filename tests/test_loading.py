@@ -1,17 +1,14 @@
 """A checkpoint is loaded as it is or refused, and runs no code it was not trusted with."""
 
 import builtins
-import json
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformer_lens.factories import architecture_adapter_factory
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge, supported_architectures
@@ -21,15 +18,15 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
-from tests.checkpoints import bert_like
+from tests.checkpoints import bert_like, empty_cache, put_in_cache
 from tests.passes import boot, relative, shared
+from tests.repositories import REMOTE, copy_of, edit_config, edit_weights
 from transformer_lens_bd3lm.bridge.registration import DESCRIPTIONS
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, TokenizerError
 
 HUB_ID = "kuleshov-group/bd3lm-owt-block_size4"
-REMOTE = Path(__file__).parent / "fixtures" / "remote"
 CPU = torch.device("cpu")
 # As the released vocabulary, and otherwise as thin as can be.
 THIN = {"hidden_dim": 8, "n_heads": 2, "n_blocks": 1, "cond_dim": 4, "model_length": 8}
@@ -38,20 +35,7 @@ THIN = {"hidden_dim": 8, "n_heads": 2, "n_blocks": 1, "cond_dim": 4, "model_leng
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty Hub cache, and a way to put repositories into it."""
-    cache = tmp_path / "hub"
-    cache.mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-
-    def put(repository, files, commit="a" * 40, ref="main"):
-        """Lay a folder's files out as a download would have."""
-        folder = cache / f"models--{repository.replace('/', '--')}"
-        snapshot = folder / "snapshots" / commit
-        shutil.copytree(files, snapshot)
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / ref).write_text(commit)
-        return snapshot
-
-    return put
+    return functools.partial(put_in_cache, empty_cache(tmp_path, monkeypatch))
 
 
 @pytest.fixture
@@ -68,32 +52,6 @@ def nobody_answers(monkeypatch):
         raise AssertionError(f"somebody was asked: {args}")
 
     monkeypatch.setattr(builtins, "input", ask)
-
-
-def copy_of(g, tmp_path, code=False, name=""):
-    """A checkpoint's folder of the test's own, with the repository's code or without.
-
-    Named after the test: the library imports the code of two folders of one name once.
-    """
-    folder = tmp_path / f"{tmp_path.name}{name}"
-    shutil.copytree(g.path, folder)
-    (folder / "golden.safetensors").unlink()
-    if code:
-        for file in REMOTE.glob("*.py"):
-            shutil.copy(file, folder)
-    return folder
-
-
-def edit_config(folder, drop=(), **changes):
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: x for key, x in config.items() if key not in drop}))
-
-
-def edit_weights(folder, edit):
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def without_tokenizer(folder, **changes):

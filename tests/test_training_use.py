@@ -456,7 +456,7 @@ def test_a_tokenizer_that_had_to_learn_the_mask_is_saved_with_it(device, tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bridge_over_a_repositorys_own_code_is_saved_without_it(golden, device, tmp_path, dtype):
-    """Its rotary frequencies are cast with the rest; those that are saved are not."""
+    """Rotary frequencies are not cast with the rest."""
     g = golden("bd3lm")
     copy = tmp_path / f"with_code_to_save_{dtype.itemsize}"
     shutil.copytree(g.path, copy)
@@ -464,7 +464,7 @@ def test_a_bridge_over_a_repositorys_own_code_is_saved_without_it(golden, device
         shutil.copy(file, copy)
     bridge = fine_tuned(copy, device, trust_remote_code=True).to(dtype)
     assert not isinstance(bridge.original_model, BD3LM)
-    assert bridge.original_model.backbone.rotary_emb.inv_freq.dtype == dtype
+    assert bridge.original_model.backbone.rotary_emb.inv_freq.dtype == torch.float32
     save(bridge, tmp_path / "tuned")
     assert not list((tmp_path / "tuned").glob("*.py"))
     told = json.loads((tmp_path / "tuned" / "config.json").read_text())

@@ -561,17 +561,18 @@ def name_of(path: str) -> str:
     return Path(path).name if Path(path).is_dir() else path
 
 
-def plain_modules(path: str, dtype: torch.dtype, device: Any) -> Any:
+def plain_modules(path: str, dtype: torch.dtype, device: Any, revision: str | None = None) -> Any:
     """A checkpoint as transformers loads it, running none of its repository's code.
 
     Raises:
         InputError: if it is no BD3LM checkpoint.
         CheckpointError: if its weights do not fill it.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, revision=revision)
     if not isinstance(config, BD3LMConfig):
         raise InputError(f"against={path!r} is a {config.model_type!r} checkpoint, not BD3LM")
-    return AutoModelForMaskedLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model = AutoModelForMaskedLM.from_pretrained(path, dtype=dtype, revision=revision)
+    return model.to(device).eval()
 
 
 def check_bridge(bridge: Any) -> None:
@@ -612,7 +613,9 @@ def check_same_shape(config: Any, other: Any, names: tuple[str, str]) -> None:
         )
 
 
-def beside(bridge: Any, path: str, names: tuple[str, str], allowed: Any, seed: int) -> Pair:
+def beside(
+    bridge: Any, path: str, names: tuple[str, str], allowed: Any, seed: int, revision: str | None
+) -> Pair:
     """A bridge, and the plain modules of a checkpoint where it is and in its dtype.
 
     Raises:
@@ -620,7 +623,7 @@ def beside(bridge: Any, path: str, names: tuple[str, str], allowed: Any, seed: i
     """
     weight = bridge.embed.weight
     part = read_allowed(allowed, weight.dtype)
-    plain = plain_modules(path, weight.dtype, weight.device)
+    plain = plain_modules(path, weight.dtype, weight.device, revision)
     check_same_shape(bridge.original_model.config, plain.config, names)
     found = points(plain.config.n_blocks, plain.config.adaln)
     if bridge._weights_processed:
@@ -691,7 +694,8 @@ def verify(
     path = str(bridge.cfg.model_name)
     other = path if against is None else str(against)
     names = name_of(path), name_of(other)
-    pair = beside(bridge, other, names, allowed, seed)
+    revision = getattr(bridge.cfg, "revision", None) if against is None else None
+    pair = beside(bridge, other, names, allowed, seed, revision)
     text = draw(pair, read_length(length, pair.plain.config.model_length))
     where = passes(pair.plain.config, block_sizes)
     rows = list(settings(bridge, pair.plain))

@@ -16,10 +16,6 @@ from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
     MLPBridge,
 )
-from transformer_lens.model_bridge.supported_architectures._remote_code_compat import (
-    disable_tied_weights_lookup,
-)
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
@@ -37,8 +33,9 @@ from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
+from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
@@ -111,29 +108,29 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
         Raises:
             CheckpointError: if the weights would not fill the model that the config describes.
+            InputError: if they are to be spread over devices.
         """
+        check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
         self.cfg.time_conditioning = config.time_conditioning
-        revision = model_kwargs.get("revision")
+        self.cfg.revision = model_kwargs.get("revision")
         auto_map = getattr(config, "auto_map", None) or {}
         if not (model_kwargs.get("trust_remote_code") and "AutoModelForMaskedLM" in auto_map):
             return
-        code: dict[str, Any] = {
-            "code_revision": model_kwargs.get("code_revision"),
-            "revision": revision,
-        }
-        check_weights(model_name, config, revision)
-        if isinstance(config, BD3LMConfig):
-            # The registration wins over remote code unless the config object is the repository's
-            # own.
-            remote = get_class_from_dynamic_module(auto_map["AutoConfig"], model_name, **code)
-            model_kwargs["config"] = remote.from_dict(config.to_dict())
-        cls = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], model_name, **code)
-        disable_tied_weights_lookup(cls)
+        code = {key: model_kwargs.get(key) for key in ("revision", "code_revision")}
+        check_weights(model_name, config, self.cfg.revision)
+        model_kwargs["config"] = trusted_config(model_name, config, **code)
         logger.info("wrapping the modules of %s's own code", model_name)
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Record what cfg could not know before the model was there."""
+        """Record what cfg could not know before the model was there.
+
+        Raises:
+            CheckpointError: if a weight is too large for the dtype.
+            InputError: if the weights are spread over devices.
+        """
+        check_placement(getattr(hf_model, "hf_device_map", None))
+        check_range(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
         self.cfg.dropout = hf_model.config.dropout
@@ -150,6 +147,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
+        mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
         put_in_front(bridge, WithExactTools)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
@@ -187,6 +185,13 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """What the host's hand-over leaves out."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
+
+
+def mount_frequencies(bridge: Any, backbone: Any) -> None:
+    """Let the host see the rotary embedding itself: its own view would cast the frequencies."""
+    views = bridge._modules.get("_container_state_owners")
+    if views is not None and "rotary_emb" in views.backbone._modules:
+        views.backbone.rotary_emb = backbone.rotary_emb
 
 
 def mount_conditioning(bridge: Any, backbone: Any) -> None:

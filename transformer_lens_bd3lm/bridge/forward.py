@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
-from transformer_lens_bd3lm.checkpoint.modeling import Rotary
+from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
     View,
@@ -289,16 +289,20 @@ def complete_block(
     return F.pad(view.ids, (0, target - view.length), value=config.mask_id), None, None
 
 
-def exact_frequencies(inv_freq: Any) -> list[float]:
-    """The checkpoint's rotary frequencies, out of reach of casts; made anew if cast already."""
-    if inv_freq.dtype.itemsize < 4:
-        inv_freq = Rotary(2 * inv_freq.shape[0]).frequencies()
-    return inv_freq.tolist()
+def keep_frequencies(rotary: Any) -> None:
+    """Put the checkpoint's rotary frequencies out of reach of casts; undo one that was made."""
+    there = rotary.inv_freq
+    if there.dtype.itemsize < 4:
+        exact = Rotary(2 * there.shape[0]).frequencies().to(there.device)
+        cast = torch.equal(exact.to(there.dtype), there)
+        rotary.inv_freq = exact if cast else there.float()
+    if not isinstance(rotary, KeptFrequencies):
+        put_in_front(rotary, KeptFrequencies)
 
 
 def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
-    """The checkpoint's rotary frequencies in float32 on a device, whatever the model is cast to."""
-    return torch.tensor(model.inv_freq, dtype=torch.float32, device=device)
+    """The checkpoint's rotary frequencies on a device, whatever the model is cast to."""
+    return model.backbone.rotary_emb.inv_freq.to(device)
 
 
 def install(model: Any, cfg: Any) -> None:
@@ -307,8 +311,7 @@ def install(model: Any, cfg: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
-    if "inv_freq" not in model.__dict__:
-        model.inv_freq = exact_frequencies(model.backbone.rotary_emb.inv_freq)
+    keep_frequencies(model.backbone.rotary_emb)
     put_in_front(model, HookedForward)
 
 

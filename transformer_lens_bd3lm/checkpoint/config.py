@@ -102,6 +102,12 @@ class BD3LMConfig(PretrainedConfig):
                 "be "
                 "an even multiple of n_heads; check config.json"
             )
+        if kwargs.get("transformers_weights") is not None:
+            raise CheckpointError(
+                f"config.json has transformers_weights={kwargs['transformers_weights']!r}, other "
+                "weights than the files' usual names say: call the file model.safetensors and "
+                "remove the key"
+            )
         if causal and cross_attn:
             raise CheckpointError(
                 "causal=True with cross_attn=True: no BD3LM checkpoint is both; set "

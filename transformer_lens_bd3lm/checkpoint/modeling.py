@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, MDLMConfig
+from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
 from transformer_lens_bd3lm.checkpoint.views import View, read_input, read_sigma
 from transformer_lens_bd3lm.errors import CheckpointError
 
@@ -95,10 +96,25 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_features(sigma).to(next(self.mlp.parameters()).dtype))
 
 
-class Rotary(nn.Module):
-    """Holds ``inv_freq``, in float32 or wider whatever the model is cast to."""
+class KeptFrequencies:
+    """Holds ``inv_freq``, in float32 or wider whatever the model is cast to.
+
+    Also mixed in front of a repository's own rotary embedding: what is there is what is computed
+    with, saved, and replaced by ``load_state_dict``.
+    """
 
     inv_freq: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype.itemsize < 4:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
+
+
+class Rotary(KeptFrequencies, nn.Module):
+    """The buffer alone; :func:`rotary_tables` computes with it."""
 
     def __init__(self, d_head: int):
         super().__init__()
@@ -108,13 +124,6 @@ class Rotary(nn.Module):
     def frequencies(self) -> Float[Tensor, " half"]:
         """``10000^(-2k / d_head)`` for k in 0 .. d_head/2 - 1."""
         return 1.0 / (MAX_PERIOD ** (torch.arange(0, self.d_head, 2).float() / self.d_head))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Rotary":
-        kept = self.inv_freq
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype.itemsize < 4:
-            self.inv_freq = kept.to(self.inv_freq.device)
-        return self
 
 
 class LayerNorm(nn.Module):
@@ -278,15 +287,18 @@ class BD3LM(PreTrainedModel):
 
         Raises:
             CheckpointError: if the file is missing, truncated, or has tensors missing, left over or
-                of another shape; transformers alone would go on with random weights.
+                of another shape, where transformers alone would go on with random weights; or if
+                an index names a file elsewhere, or a pickle holds more than tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         # A tensor of another shape is told of below, by name, beside what is missing or left over.
         kwargs["ignore_mismatched_sizes"] = True
         try:
+            for file in [] if name is None else weight_files(name, **kwargs):
+                shapes_in(file)  # before transformers reads what should not be read
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"the weights of {name} could not be read: {error}") from error
+            raise unreadable(name, error) from error
         model, info = loaded
         problems = {key: sorted(map(str, info[key])) for key in info if info[key]}
         if problems:

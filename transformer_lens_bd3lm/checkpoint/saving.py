@@ -100,8 +100,7 @@ def state_of(model: Any, config: BD3LMConfig) -> dict[str, Tensor]:
         else found[each[0]].detach()
         for name, each in parts.items()
     }
-    # The modules' own buffer may have been cast; these are as they were loaded.
-    state[FREQUENCIES] = torch.tensor(model.inv_freq, dtype=torch.float32)
+    state[FREQUENCIES] = state[FREQUENCIES].float()
     return state
 
 

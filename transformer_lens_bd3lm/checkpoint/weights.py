@@ -5,44 +5,29 @@ silences. Before any code of a repository is trusted with its weights, their nam
 compared with ours.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
+from safetensors import SafetensorError
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.remote import plain_config
 from transformer_lens_bd3lm.errors import CheckpointError
 
 
 def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in a repository's safetensors files, sharded or not.
+    """Names and shapes of all tensors in a repository's weights, sharded or not.
 
     Raises:
-        CheckpointError: if there is no such file, or one cannot be read.
+        CheckpointError: if there is no such file, or one cannot be read or holds more than tensors.
     """
-    quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        single = cached_file(name, "model.safetensors", **quiet)
-        if single is not None:
-            files = [single]
-        else:
-            index = cached_file(name, "model.safetensors.index.json", **quiet)
-            if index is None:
-                raise CheckpointError(
-                    f"{name} has no model.safetensors: nothing to load weights from"
-                )
-            parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            files = [cached_file(name, part, revision=revision) for part in parts]
-        shapes = {}
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+        for file in weight_files(name, revision=revision):
+            shapes |= shapes_in(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the weights of {name} could not be read: {error}") from error
+        raise unreadable(name, error) from error
     return shapes
 
 
@@ -53,10 +38,8 @@ def check_weights(name: str, config: Any, revision: str | None = None) -> None:
         CheckpointError: naming what is missing, left over or of another shape.
     """
     found = weight_shapes(name, revision)
-    keys = ("model_type", "transformers_version")
-    plain = {key: value for key, value in config.to_dict().items() if key not in keys}
     with torch.device("meta"):
-        model = BD3LM(BD3LMConfig(**plain))
+        model = BD3LM(plain_config(config))
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     missing = sorted(set(wanted) - set(found))
     unknown = sorted(set(found) - set(wanted))

@@ -1,0 +1,52 @@
+"""Where weights lie and in what type: one device, and a type that can hold them.
+
+Masks, rotary tables and stored keys are made once for a forward, on one device. A model spread over
+several, or partly on disk, would be another machine; it is refused rather than tried.
+
+float16 ends at 65504, and a cast makes infinity of what is larger. bfloat16 has float32's range.
+
+It moves and casts nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformer_lens_bd3lm.errors import CheckpointError, InputError
+
+
+def check_placement(device_map: Any) -> None:
+    """Refuse a device map of more than one device, or with disk.
+
+    Args:
+        device_map: as transformers', wished for or come about; a word such as "auto" says nothing
+            yet.
+
+    Raises:
+        InputError: naming the devices.
+    """
+    if not isinstance(device_map, dict):
+        return
+    devices = {f"cuda:{x}" if isinstance(x, int) else str(x).strip() for x in device_map.values()}
+    devices = {"cuda:0" if x == "cuda" else x for x in devices}
+    if len(devices) > 1 or "disk" in {x.lower() for x in devices}:
+        raise InputError(
+            f"device_map puts weights on {', '.join(sorted(devices))}: a BD3LM bridge is on one "
+            'device, and none of it on disk. Give device="cuda", or device_map={"": "cuda:0"}; in '
+            "dtype=torch.bfloat16 it takes half the memory"
+        )
+
+
+def check_range(model: nn.Module) -> None:
+    """Refuse weights that the cast to float16 made infinite.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for name, p in model.named_parameters():
+        if p.dtype == torch.float16 and not p.is_meta and bool(p.isinf().any()):
+            raise CheckpointError(
+                f"{name} has weights beyond 65504, which float16 cannot hold: boot in "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
