@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformer_lens_bd3lm.analysis.dependency import Dependency as Dependency
+from transformer_lens_bd3lm.analysis.dependency import dependency as dependency
 from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
 from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
 from transformer_lens_bd3lm.analysis.diff import Diff as Diff
@@ -79,6 +81,7 @@ __all__ = [
     "BD3LMError",
     "Clip",
     "Confidence",
+    "Dependency",
     "DialComparison",
     "Diff",
     "EndOfText",
@@ -113,6 +116,7 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "dependency",
     "diff",
     "diffusion_loss",
     "detect_heads",

@@ -248,7 +248,7 @@ class Diff:
     def plot(self) -> "Figure":
         """Weights by component and layer, attention by head, residuals and what layers write."""
         # A floor above this one, so imported when it is there.
-        from transformer_lens_bd3lm.plots import diff_figure
+        from transformer_lens_bd3lm.plots_checkpoints import diff_figure
 
         return diff_figure(self)
 

@@ -135,7 +135,7 @@ class Family:
     def plot(self) -> "Figure":
         """Nats a token of every checkpoint, with intervals over texts."""
         # A floor above this one, so imported when it is there.
-        from transformer_lens_bd3lm.plots import family_figure
+        from transformer_lens_bd3lm.plots_checkpoints import family_figure
 
         return family_figure(self)
 

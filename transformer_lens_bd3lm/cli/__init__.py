@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.cli import (
     compare,
     convert,
     demo,
+    dependency,
     diff,
     generate,
     measure,
@@ -21,7 +22,7 @@ from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import errors
 
-COMMANDS = (demo, generate, measure, compare, diff, checkpoints, convert, verify)
+COMMANDS = (demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify)
 
 
 def main() -> None:

@@ -61,6 +61,19 @@ def boot(model: str | None, device: str | None = None, weights: str = "ema") -> 
         ) from error
 
 
+def short_names(models: list[str]) -> list[str]:
+    """Where several models' names differ: without the folders and files that all have in common."""
+    parts = [model.replace("::", "/").rstrip("/").split("/") for model in models]
+    if len(models) == 1:
+        return [parts[0][-1]]
+    while all(len(each) > 1 and each[0] == parts[0][0] for each in parts):
+        parts = [each[1:] for each in parts]
+    while all(len(each) > 1 and each[-1] == parts[0][-1] for each in parts):
+        parts = [each[:-1] for each in parts]
+    names = ["/".join(each) for each in parts]
+    return names if len(set(names)) == len(names) else models
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' own progress bar out of ours."""

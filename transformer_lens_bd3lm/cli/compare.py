@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from transformer_lens_bd3lm.cli.app import app, boot, check_writable, write_json
+from transformer_lens_bd3lm.cli.app import app, boot, check_writable, short_names, write_json
 from transformer_lens_bd3lm.cli.measure import (
     Device,
     Field,
@@ -56,9 +56,8 @@ def compare(
     check_writable(json)
     if len(set(models)) < len(models):
         raise typer.BadParameter("a checkpoint is named twice: name each once")
-    short = {Path(name).name: name for name in models}
-    names = short if len(short) == len(models) else {name: name for name in models}
-    bridges = {name: boot(model, device) for name, model in names.items()}
+    names = short_names(models)
+    bridges = {name: boot(model, device) for name, model in zip(names, models, strict=True)}
     found = bd3lm.compare_models(bridges, text, **how)
     if str(json) != "-":
         console.print(found.table())

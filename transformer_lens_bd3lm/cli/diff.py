@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.cli.app import (
     boot,
     check_writable,
     read_dial,
+    short_names,
     write_json,
 )
 from transformer_lens_bd3lm.cli.convert import Weights
@@ -52,7 +53,8 @@ def diff(
     dial = None if block_size is None else read_dial(block_size)
     bridges = [boot(model, device, weights.value) for model in (a, b)]
     ids = None if text is None else read_windows(bridges[0], text, windows, split)
-    found = bd3lm.diff(*bridges, ids, names=names_of(a, b), block_size=dial, seed=seed)
+    one, other = short_names([a, b])
+    found = bd3lm.diff(*bridges, ids, names=(one, other), block_size=dial, seed=seed)
     if str(json) != "-":
         console.print(found.table())
     write_json(figures(found), json)
@@ -60,14 +62,6 @@ def diff(
         found.plot().savefig(plot, dpi=160)
         if str(json) != "-":
             console.print(f"figure in {plot}")
-
-
-def names_of(a: str, b: str) -> tuple[str, str]:
-    """Where two names differ: without the folders that they begin with both."""
-    one, other = (name.replace("::", "/").rstrip("/").split("/") for name in (a, b))
-    while min(len(one), len(other)) > 1 and one[0] == other[0]:
-        one, other = one[1:], other[1:]
-    return (one[0], other[0]) if one[0] != other[0] else (a, b)
 
 
 def read_windows(bridge: Any, text: Path, most: int, split: str | None) -> torch.Tensor:
@@ -129,4 +123,4 @@ def figures(found: Any) -> dict[str, Any]:
 
 def finite(x: float) -> float | None:
     """A number that JSON has, or None."""
-    return x if abs(x) < float("inf") else None
+    return x if x == x and abs(x) < float("inf") else None

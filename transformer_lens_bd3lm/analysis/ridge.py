@@ -1,0 +1,107 @@
+"""Linear probes in closed form, from sums alone: no activation is kept.
+
+Ridge regression of y on x, both centred on the training part::
+
+    w = (S_xx + a I)^-1 S_xy,     R^2 = 1 - sum (y - w x)^2 / sum (y - mean y)^2  on the test part
+
+All of it needs only the sums of 1, x, y, x x^T, x y and y^2 over each part, so batch after batch is
+added and let go. ``a`` is the one of ``PENALTIES`` (times the mean variance) that does best on a
+third part. Labels may have columns: the true ones, and shuffled ones for control.
+
+It does not say what a probe means: that a line can read depth is not that the model uses it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PENALTIES = tuple(10.0**k for k in range(-4, 5))
+PARTS = ("train", "validation", "test")
+
+
+@dataclass
+class Sums:
+    """Sums over a part's samples, float64 on the CPU; x, and labels y of several columns."""
+
+    n: int = 0
+    x: Float[Tensor, " d"] | None = None
+    y: Float[Tensor, " label"] | None = None
+    xx: Float[Tensor, "d d"] | None = None
+    xy: Float[Tensor, "d label"] | None = None
+    yy: Float[Tensor, " label"] | None = None
+
+    def add(self, x: Float[Tensor, "sample d"], y: Float[Tensor, "sample label"]) -> None:
+        """Count some samples in."""
+        parts = (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0))
+        self.n += len(x)
+        for name, part in zip(("x", "y", "xx", "xy", "yy"), parts, strict=True):
+            before = getattr(self, name)
+            setattr(self, name, part if before is None else before + part)
+
+    def about(
+        self, x0: Float[Tensor, " d"], y0: Float[Tensor, " label"]
+    ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d label"], Float[Tensor, " label"]]:
+        """``sum (x - x0)(x - x0)^T``, ``sum (x - x0)(y - y0)`` and ``sum (y - y0)^2``."""
+        assert self.x is not None and self.y is not None and self.xx is not None
+        assert self.xy is not None and self.yy is not None
+        cross = torch.outer(self.x, x0)
+        xx = self.xx - cross - cross.T + self.n * torch.outer(x0, x0)
+        xy = self.xy - torch.outer(self.x, y0) - torch.outer(x0, self.y)
+        yy = self.yy - 2 * y0 * self.y + self.n * y0.square()
+        return xx, xy + self.n * torch.outer(x0, y0), yy
+
+
+@dataclass
+class Ridge:
+    """One probe in the making.
+
+    Attributes:
+        parts: the sums of train, validation and test.
+    """
+
+    parts: list[Sums] = field(default_factory=lambda: [Sums() for _ in PARTS])
+
+    def add(
+        self,
+        x: Float[Tensor, "sample d"],
+        y: Float[Tensor, "sample label"],
+        part: Int[Tensor, " sample"],
+    ) -> None:
+        """Count samples in, each to its part."""
+        x, y = x.detach().cpu().double(), y.double()
+        for number, sums in enumerate(self.parts):
+            here = part == number
+            if bool(here.any()):
+                sums.add(x[here], y[here])
+
+    def r2(self) -> Float[Tensor, " label"]:
+        """R^2 on the test part of each column of labels, at its own best penalty."""
+        train, validation, test = self.parts
+        assert train.x is not None and train.y is not None
+        x0, y0 = train.x / train.n, train.y / train.n
+        xx, xy, _ = train.about(x0, y0)
+        values, vectors = torch.linalg.eigh(xx)
+        values, turned = values.clamp(min=0), vectors.T @ xy
+        scale = float(values.mean()) or 1.0
+        weights = [
+            vectors @ (turned / (values + penalty * scale)[:, None]) for penalty in PENALTIES
+        ]
+        left = torch.stack([self.unexplained(validation, w, x0, y0) for w in weights])
+        best = torch.stack(weights)[left.argmin(0), :, torch.arange(left.shape[1])].T
+        assert test.y is not None and test.yy is not None
+        spread = test.yy - test.y.square() / test.n
+        spread = spread.masked_fill(spread <= 1e-12 * test.yy, torch.nan)  # all labels are one
+        return 1 - self.unexplained(test, best, x0, y0) / spread
+
+    @staticmethod
+    def unexplained(
+        sums: Sums,
+        w: Float[Tensor, "d label"],
+        x0: Float[Tensor, " d"],
+        y0: Float[Tensor, " label"],
+    ) -> Float[Tensor, " label"]:
+        """``sum (y - prediction)^2`` of each column of labels."""
+        xx, xy, yy = sums.about(x0, y0)
+        return yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)

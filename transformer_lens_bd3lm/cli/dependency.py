@@ -1,0 +1,99 @@
+"""``bd3lm dependency``: likelihood, order of reveal and a probe by dependency depth."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transformer_lens_bd3lm.cli.app import (
+    app,
+    boot,
+    check_writable,
+    read_dial,
+    short_names,
+    write_json,
+)
+from transformer_lens_bd3lm.cli.convert import Weights
+from transformer_lens_bd3lm.cli.diff import finite
+from transformer_lens_bd3lm.cli.measure import Device, Json, MaxStates, Plot, Replicates, Seed
+from transformer_lens_bd3lm.terminal import console
+
+
+@app.command()
+def dependency(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Hub ids, folders, .ckpt files or REPOSITORY::FILE.ckpt."),
+    ],
+    parses: Annotated[
+        Path | None, typer.Option(help="A CoNLL-U file.", exists=True, dir_okay=False)
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="In its place: a text, for Stanza to parse.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    block_size: Annotated[
+        str | None, typer.Option(help='The dial: tokens a block, or "full".')
+    ] = None,
+    deepest: Annotated[int, typer.Option(help="Depths from here on are counted as one.")] = 8,
+    shuffles: Annotated[int, typer.Option(help="Of the probe's labels; 0: no probe.", min=0)] = 5,
+    max_states: MaxStates = 256,
+    replicates: Replicates = 4,
+    weights: Annotated[
+        Weights, typer.Option(help="Of a training checkpoint: the moving average, or raw.")
+    ] = Weights.ema,
+    seed: Seed = 0,
+    plot: Plot = None,
+    json: Json = None,
+    device: Device = None,
+) -> None:
+    """Likelihood, order of reveal and a linear probe by depth in the dependency tree."""
+    from transformer_lens_bd3lm.analysis.dependency import dependency as measure
+    from transformer_lens_bd3lm.analysis.parses import parse, read_conllu
+
+    if (parses is None) == (text is None):
+        raise typer.BadParameter("give one of --parses FILE.conllu and --text FILE")
+    check_writable(plot, (".png", ".svg", ".pdf"))
+    check_writable(json)
+    dial = None if block_size is None else read_dial(block_size)
+    given = parses if text is None else parse(text.read_text(encoding="utf-8"))
+    sentences, found = read_conllu(given), []
+    for model, name in zip(models, short_names(models), strict=True):
+        bridge = boot(model, device, weights.value)
+        how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
+        how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
+        found.append(measure(bridge, sentences, **how))
+        if str(json) != "-":
+            console.print(found[-1].table())
+    write_json([figures(each) for each in found], json)
+    if plot is not None:
+        from transformer_lens_bd3lm.plots_checkpoints import dependency_figure
+
+        dependency_figure(found).savefig(plot, dpi=160)
+        if str(json) != "-":
+            console.print(f"figure in {plot}")
+
+
+def figures(found: Any) -> dict[str, Any]:
+    """One checkpoint's as plain numbers."""
+    told: dict[str, Any] = {
+        "model": found.model, "block_size": found.block_size, "sentences": found.sentences,
+        "too_long": found.too_long, "straddling": found.straddling, "outside": found.outside,
+        "depths": found.labels, "kind": found.kind, "order_by": found.order_by,
+    }  # fmt: skip
+    for name, kept in (("nats", found.nats), ("order", found.order)):
+        if kept is not None:
+            told[name] = {
+                "tokens": kept.tokens.tolist(),
+                "mean": [None if x != x else x for x in kept.mean.tolist()],
+                "interval_95": kept.interval(),
+            }
+    if found.probe is not None:
+        r2 = [[finite(x) for x in row] for row in found.probe.r2.tolist()]
+        told["probe"] = {
+            "times": found.probe.times, "r2": r2, "samples": found.probe.samples.tolist(),
+            "shuffled_mean": found.probe.shuffled.mean(0).tolist(),
+        }  # fmt: skip
+    return told
