@@ -197,6 +197,7 @@ def draw_probe(axes: Axes, found: Dependency) -> None:
             linewidth=1.2, label=f"t = {time:g}",
         )  # fmt: skip
     axes.set(xlabel="after layer (-1: embedding)", ylabel="R² of depth, held out")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.5))  # few samples of noise fit worse than that
     axes.set_title(found.model, loc="left", color=INK, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
