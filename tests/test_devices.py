@@ -93,3 +93,20 @@ def test_two_devices_in_one_operation_would_be_seen(elsewhere):
     hooks = StepHooks().add("blocks.0.hook_resid_mid", lambda x, hook, s: x + torch.ones(x.shape))
     with Apart(), pytest.raises(AssertionError, match="met tensors on"):
         next(bd3lm.denoise_steps(elsewhere, None, max_new_tokens=4, hooks=hooks))
+
+
+AR = {"cross_attn": False, "causal": True, "adaln": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {"cross_attn": False}, AR], ids=["bd3lm", "mdlm", "ar"])
+def test_likelihoods_of_the_family_mix_nothing(tmp_path, changes):
+    bridge = boot(small.save(tmp_path / "one", **changes), torch.device("cpu"))
+    bridge.original_model.to("meta")
+    bridge.cfg.device = torch.device("meta")
+    ids = small.prompt_of(2, 6)
+    with Apart() as mode:
+        assert bd3lm.exact(bridge, ids).nll.device.type == "cpu"
+        assert bd3lm.nelbo(bridge, ids, method="stratified").nats.device.type == "cpu"
+        if changes == AR:
+            assert bridge(ids.to("meta"), return_type="loss").device.type == "meta"
+    assert mode.crossings >= 2
