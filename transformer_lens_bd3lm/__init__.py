@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformer_lens_bd3lm.analysis.dial import DialComparison as DialComparison
 from transformer_lens_bd3lm.analysis.dial import compare_block_sizes as compare_block_sizes
+from transformer_lens_bd3lm.analysis.diff import Diff as Diff
+from transformer_lens_bd3lm.analysis.diff import diff as diff
 from transformer_lens_bd3lm.analysis.halves import clean_half as clean_half
 from transformer_lens_bd3lm.analysis.halves import noisy_half as noisy_half
 from transformer_lens_bd3lm.analysis.heads import HeadScores as HeadScores
@@ -76,6 +78,7 @@ __all__ = [
     "Clip",
     "Confidence",
     "DialComparison",
+    "Diff",
     "EndOfText",
     "Exact",
     "ExactEffect",
@@ -106,6 +109,7 @@ __all__ = [
     "current_step",
     "denoise",
     "denoise_steps",
+    "diff",
     "diffusion_loss",
     "detect_heads",
     "exact",

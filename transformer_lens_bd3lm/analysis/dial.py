@@ -27,7 +27,7 @@ It does not say at which setting the model is better; the likelihood over the di
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -282,15 +282,17 @@ class NoisedText:
 
     def pass_at(
         self,
-        block_size: int | str,
+        block_size: int | str | None,
         timesteps: Any,
         hooks: list[tuple[str, Any]],
         see: Callable[[str, Tensor], None],
+        names: Iterable[str] | None = None,
     ) -> Float[Tensor, "query d_vocab"]:
-        """One dual forward: raw logits of the masked positions.
+        """One dual forward, or a single one without blocks: raw logits of the masked positions.
 
         Every residual ``[batch, 2 pos, d_model]``, and each layer's attention of masked queries
-        ``[query, head, 2 pos]``, is shown to ``see`` on the way, after the hooks.
+        ``[query, head, 2 pos]``, is shown to ``see`` on the way, after the hooks; with ``names``,
+        what is at those hook points in place of the residuals.
         """
         bridge = self.bridge
 
@@ -301,12 +303,15 @@ class NoisedText:
             see(name, x[:, :, : self.masked.shape[1]].transpose(1, 2)[self.masked])
 
         own: list[tuple[str, Any]] = [
-            (name, partial(residual, name=name)) for name in residuals(bridge)
+            (name, partial(residual, name=name)) for name in names or residuals(bridge)
         ]
         own += [(name, partial(pattern, name=name)) for name in patterns(bridge)]
         x_t = self.tokens.masked_fill(self.masked, bridge.cfg.mask_token_id)
+        how: dict[str, Any] = {"timesteps": timesteps}
+        if bridge.original_model.config.cross_attn:
+            how |= {"clean": self.tokens, "block_size": block_size}
         with bridge.hooks(fwd_hooks=[*hooks, *own]):
-            logits = bridge(x_t, clean=self.tokens, block_size=block_size, timesteps=timesteps)
+            logits = bridge(x_t, **how)
         return logits[self.masked]
 
 

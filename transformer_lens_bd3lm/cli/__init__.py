@@ -7,12 +7,12 @@ import sys
 
 from rich.markup import escape
 
-from transformer_lens_bd3lm.cli import checkpoints, convert, demo, generate, measure, verify
+from transformer_lens_bd3lm.cli import checkpoints, convert, demo, diff, generate, measure, verify
 from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import errors
 
-COMMANDS = (demo, generate, measure, checkpoints, convert, verify)
+COMMANDS = (demo, generate, measure, diff, checkpoints, convert, verify)
 
 
 def main() -> None:

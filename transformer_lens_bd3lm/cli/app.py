@@ -36,13 +36,13 @@ def path_of(model: str) -> str:
     return getattr(bd3lm, model.upper()) if model in EMBEDDED else model
 
 
-def boot(model: str | None, device: str | None = None) -> Any:
-    """The bridge of a Hub id or folder, or of an embedded model; the default for None."""
-    from transformer_lens.model_bridge import TransformerBridge
+def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
+    """The bridge of a checkpoint's name, or of an embedded model; the default for None."""
+    from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
 
     try:
         with errors.status("loading ..."), quiet():
-            return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
+            return boot_checkpoint(path_of(model or "tiny"), device=device, **how)
     except BD3LMError:
         raise
     except (OSError, ValueError) as error:
