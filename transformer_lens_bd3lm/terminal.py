@@ -132,17 +132,18 @@ def diff_tables(diff: Any, n: int) -> Iterator[Table | Text]:
                 f"{each.change.size:,}",
             )
             for each in diff.weights.joined()[:n]
+            if not each.change.identical
         ),
     )
     table.caption = (
         f"{diff.weights.identical:,} of {number(diff.weights.tensors, 'tensor')} are identical. "
         "Change: |b - a| / |a|."
     )
-    heads = ", ".join(
-        f"{each.name} {percent(each.change.relative)}"
-        for each in [each for each in diff.weights.components if each.head is not None][:3]
-    )
-    table.caption += f" Heads that changed most: {heads}."
+    heads = [each for each in diff.weights.components if each.head is not None][:3]
+    heads = [each for each in heads if not each.change.identical]
+    if heads:
+        told = (f"{each.name} {percent(each.change.relative)}" for each in heads)
+        table.caption += f" By head: {', '.join(told)}."
     yield table
     if diff.predictions is not None:
         yield prediction_table(diff, n)
@@ -176,9 +177,10 @@ def prediction_table(diff: Any, n: int) -> Table:
     )
     if diff.bound is not None:
         bound = diff.bound
-        error = "" if bound.a.kind == "exact" else f" ± {bound.standard_error:.4f}"
+        exact = bound.a.kind == "exact"
+        error = "" if exact else f" ± {bound.standard_error:.4f}"
         table.caption += (
-            f"\nNELBO, {bound.method.replace('_', ' ')}, {bound.a.kind}: "
+            f"\nNELBO, {bound.method.replace('_', ' ')}: "
             f"{bound.a.nats_per_token:.4f} and {bound.b.nats_per_token:.4f} nats a token, b less a "
             f"{bound.difference:+.4f}{error}{between(bound.interval())}."
         )
@@ -197,14 +199,14 @@ def activation_table(diff: Any, n: int) -> Table:
                 "–" if math.isnan(each.cka) else f"{each.cka:.4f}", f"{each.largest:.3g}",
             )
             for each in found.points[:n]
+            if not each.identical
         ),
         left=("stream",),
     )  # fmt: skip
-    heads = ", ".join(f"{layer}.{head} {x:.3f}" for layer, head, x in found.heads(5))
-    table.caption = (
-        f"First to differ: {found.first or 'none'}.\nAttention of masked queries that moved most, "
-        f"layer.head: {heads} (0 to 1)."
-    )
+    heads = ", ".join(f"{layer}.{head} {x:.3f}" for layer, head, x in found.heads(5) if x)
+    table.caption = f"First to differ: {found.first or 'none, all are identical'}."
+    if heads:
+        table.caption += f"\nAttention of masked queries moved most in layer.head {heads} (0 to 1)."
     return table
 
 

@@ -242,6 +242,7 @@ def diff(
     x_t: Any = None,
     seed: int = 0,
     rows: Any = 8,
+    split: str | None = None,
     method: str | None = None,
     replicates: int = 8,
     timesteps: Any = None,
@@ -263,6 +264,7 @@ def diff(
             masked with probability 1/2, alike for both.
         seed: of those masks, and of the bound's draws.
         rows: windows of the text that are read at most, the first.
+        split: a regular expression that plain files are cut before, into texts.
         method: of the bound, as in :func:`nelbo`; exact by default where a block has few states,
             else Monte Carlo.
         replicates: of the bound, where it is estimated.
@@ -296,7 +298,7 @@ def diff(
                 "the autoregressive baseline (causal=True) predicts no masks: leave the text out "
                 "to compare weights"
             )
-        read = read_rows(models[0], text, x_t, seed, rows)
+        read = read_rows(models[0], text, x_t, seed, rows, split)
         method = bound_method(size, method)
         check_choices(method, "permuted", None, replicates, seed)
         told = {"block_size": size} | side_by_side(models, read, size, timesteps)

@@ -60,7 +60,9 @@ class Rows:
     left_out: int = 0
 
 
-def read_rows(bridge: Any, source: Any, x_t: Any, seed: int, rows: int) -> Rows:
+def read_rows(
+    bridge: Any, source: Any, x_t: Any, seed: int, rows: Any, split: str | None = None
+) -> Rows:
     """Read texts and masks at the door.
 
     Args:
@@ -69,6 +71,7 @@ def read_rows(bridge: Any, source: Any, x_t: Any, seed: int, rows: int) -> Rows:
         x_t: for ids: the same, with masks.
         seed: of the masks otherwise.
         rows: windows of a corpus at most, the first.
+        split: a regular expression that plain files are cut before.
 
     Raises:
         InputError: for what does not fit, or if nothing is masked.
@@ -86,7 +89,7 @@ def read_rows(bridge: Any, source: Any, x_t: Any, seed: int, rows: int) -> Rows:
         raise InputError("this bridge has no tokenizer: give the text as ids [batch, pos]")
     found = [
         window
-        for number, text in enumerate(read_texts(source))
+        for number, text in enumerate(read_texts(source, split=split))
         for window in windows(text, number, bridge)
     ]
     if not found:

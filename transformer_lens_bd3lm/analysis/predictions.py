@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.dial import CHUNK, NoisedText, prediction_change, wide
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
+from transformer_lens_bd3lm.errors import NotExactError
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,13 @@ def paired(
 def compare_predictions(
     a: Float[Tensor, "query d_vocab"], b: Float[Tensor, "query d_vocab"], text: NoisedText
 ) -> dict[str, Tensor]:
-    """Figures at masked positions by their name in :class:`PredictionDiff`, from raw logits."""
+    """Figures at masked positions by their name in :class:`PredictionDiff`, from raw logits.
+
+    Raises:
+        NotExactError: if some logit is not finite.
+    """
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise NotExactError(f"logits are not finite in {a.dtype}: compare in float32 or wider")
     mask_id = text.bridge.cfg.mask_token_id
     true = text.tokens[text.masked].cpu()
     row, position = text.masked.cpu().nonzero().T

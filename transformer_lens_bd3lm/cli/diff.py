@@ -14,7 +14,7 @@ from transformer_lens_bd3lm.cli.app import (
     write_json,
 )
 from transformer_lens_bd3lm.cli.convert import Weights
-from transformer_lens_bd3lm.cli.measure import Device, Json, Method, Replicates, Seed
+from transformer_lens_bd3lm.cli.measure import Device, Json, Method, Replicates, Seed, Split
 from transformer_lens_bd3lm.cli.verify import Dtype
 from transformer_lens_bd3lm.terminal import console
 
@@ -39,6 +39,7 @@ def diff(
         str | None, typer.Option(help='The dial of both: tokens a block, or "full".')
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text to read, the first.")] = 8,
+    split: Split = None,
     method: Annotated[
         Method | None, typer.Option(help="Of the bound; exact where its states are few.")
     ] = None,
@@ -65,6 +66,7 @@ def diff(
         [*(text or []), *(file or [])] or None,
         block_size=None if block_size is None else read_dial(block_size),
         rows=windows,
+        split=split,
         method=None if method is None else method.name,
         replicates=replicates,
         seed=seed,
