@@ -201,7 +201,8 @@ def test_what_was_changed_is_found_first_and_alone(folders, device, tmp_path, wh
     tensor, edit, component, first = EDITS[what]
     folder = folders["as released"][0]
     other = changed(folder, tmp_path / "b", f"backbone.{tensor}", edit)
-    found = bd3lm.diff(folder, other, texts(), device=device, dtype=torch.float64)
+    one = shared(folder, device, torch.float64)
+    found = bd3lm.diff(one, boot(other, device, torch.float64), texts(3))
     head, *others = found.weights.components
     assert head.name == component and head.change.relative > 1e-3
     assert all(each.change.identical for each in others)
@@ -590,8 +591,8 @@ def test_values_too_large_for_the_dtype_are_refused(folders, device, tmp_path):
         x *= 1e38
 
     folder = folders["as released"][0]
-    other = changed(folder, tmp_path / "b", "backbone.blocks.1.mlp.2.weight", grow)
-    with pytest.raises(NotExactError, match="blocks.1.hook_mlp_out is not finite in torch.float32"):
+    other = changed(folder, tmp_path / "b", "backbone.blocks.0.mlp.2.weight", grow)
+    with pytest.raises(NotExactError, match=r"blocks.1.\S+ is not finite in torch.float32"):
         bd3lm.diff(folder, other, texts(), device=device)
     last = changed(folder, tmp_path / "c", "backbone.output_layer.linear.weight", grow)
     with pytest.raises(NotExactError, match="logits are not finite in torch.float32"):
@@ -604,7 +605,7 @@ BAD = {
     "no bridge": ((7, None), {}, InputError, "model is int"),
     "a block size of 0": ((FINE,), {"block_size": 0}, BlockSizeError, "block_size=0 "),
     "floats": ((FINE.float(),), {}, InputError, "text is torch.float32"),
-    "a masked text": ((torch.tensor([[0, MASK]]),), {}, InputError, "text.* hold the mask"),
+    "a masked text": ((torch.tensor([[0, MASK]]),), {}, InputError, "tokens hold the mask"),
     "masks for words": (("w3 w4",), {"x_t": FINE}, InputError, "x_t is for ids"),
     "masks alone": ((), {"x_t": FINE}, InputError, "x_t and block_size are for a text"),
     "a dial alone": ((), {"block_size": 4}, InputError, "x_t and block_size are for a text"),

@@ -155,7 +155,7 @@ class Gathered:
         """
         a, b = (wide(each) for each in (self.before.pop(name), x))
         if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise NotExactError(f"{name} is not finite in {x.dtype}: compare in float32 or wider")
+            raise NotExactError(f"{name} is not finite in {x.dtype}: boot both in a wider dtype")
         if name in self.patterns:
             # [query, head, key]: the share of the noisy stream is not asked for here.
             self.attention[name].append((a - b).abs().sum(-1) / 2)

@@ -192,7 +192,7 @@ def compare_predictions(
         NotExactError: if some logit is not finite.
     """
     if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise NotExactError(f"logits are not finite in {a.dtype}: compare in float32 or wider")
+        raise NotExactError(f"logits are not finite in {a.dtype}: boot both in a wider dtype")
     mask_id = text.bridge.cfg.mask_token_id
     true = text.tokens[text.masked].cpu()
     row, position = text.masked.cpu().nonzero().T
