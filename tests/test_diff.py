@@ -426,10 +426,10 @@ def test_a_cka_is_of_the_first_positions(pair):
     gathered = Gathered(pair[0])
     name = "blocks.0.hook_resid_pre"
     for seed in range(3):
-        x = torch.randn(30, 64, 4, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(15, 64, 4, generator=torch.Generator().manual_seed(seed))
         gathered.keep(name, x)
         gathered.compare(name, x * (1 if seed < 2 else 2))
-    assert sum(len(a) for a, _ in gathered.samples[name, "noisy"]) == SAMPLES < 3 * 30 * 32
+    assert sum(len(a) for a, _ in gathered.samples[name, "noisy"]) == SAMPLES < 3 * 15 * 32
     (point, _) = list(gathered.points())
     assert point.relative > 0 and point.largest > 0, "all of them are in the sums"
 

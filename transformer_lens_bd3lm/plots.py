@@ -278,7 +278,8 @@ def draw_components(axes: Axes, diff: Diff, most: int = 20) -> None:
     axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel=f"relative change, the {len(shown)} largest")
     axes.set(xlim=(0, max([each.change.relative * 1.05 for each in shown] + [1e-12])))
     axes.axvline(diff.weights.whole.relative, color=ORANGE, linewidth=1.2, label="whole model")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 0.99)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **above)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     plain(axes)

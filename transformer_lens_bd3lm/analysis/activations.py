@@ -5,7 +5,7 @@ at a position::
 
     cosine             x_i^a . x_i^b / (|x_i^a| |x_i^b|)         mean over positions
     relative change    |x^b - x^a| / |x^a|                       over all positions together
-    CKA                as in ``dial.py``                         of the first 2,048 positions
+    CKA                as in ``dial.py``                         of the first 1,024 positions
     attention change   1/2 sum_k |A^a_qk - A^b_qk|               mean over masked queries, by head
 
 Cosine and relative change ask whether an activation is the same vector, CKA whether activations lie
@@ -35,7 +35,7 @@ POINTS = (
     *("hook_resid_pre", PATTERN, "hook_attn_out", "hook_resid_mid"),
     *("hook_mlp_out", "hook_resid_post"),
 )
-SAMPLES = 2048  # positions of a CKA
+SAMPLES = 1024  # positions of a CKA
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PointDiff:
             patterns are those of masked queries.
         cosine: mean over positions; over all queries and heads together for patterns.
         relative: relative change.
-        cka: debiased linear CKA; NaN for patterns, and where it would tell nothing.
+        cka: debiased linear CKA of the first positions; NaN for patterns, and where it would tell nothing.
         largest: the largest change of one value.
     """
 
