@@ -48,7 +48,8 @@ class PointDiff:
             patterns are those of masked queries.
         cosine: mean over positions; over all queries and heads together for patterns.
         relative: relative change.
-        cka: debiased linear CKA of the first positions; NaN for patterns, and where it would tell nothing.
+        cka: debiased linear CKA of the first positions; NaN for patterns, and where it would tell
+            nothing.
         largest: the largest change of one value.
     """
 
