@@ -27,7 +27,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.dial import cka, patterns, wide
 from transformer_lens_bd3lm.analysis.weights import Change
-from transformer_lens_bd3lm.errors import NotExactError
+from transformer_lens_bd3lm.errors import HookNameError, NotExactError
 
 PATTERN = "attn.hook_pattern"
 # In the order of a pass.
@@ -106,12 +106,15 @@ class ActivationDiff:
             stream: ``"noisy"``, ``"clean"`` or ``"single"``.
 
         Raises:
-            KeyError: if it was not compared.
+            HookNameError: if it was not compared.
         """
         for each in self.points:
             if (each.name, each.stream) == (name, stream):
                 return each
-        raise KeyError(f"{name} of the {stream} stream was not compared")
+        raise HookNameError(
+            f"{name} of the {stream} stream was not compared: give one of "
+            f"{', '.join(POINTS)}, of {' or '.join(sorted({p.stream for p in self.points}))}"
+        )
 
     def heads(self, n: int = 10) -> list[tuple[int, int, float]]:
         """Layer, head and attention change of the heads that changed most.

@@ -1,9 +1,10 @@
 """The texts that two checkpoints are compared on, and the noise that both see.
 
 A corpus is cut into windows of the context, as :func:`likelihood` cuts it; windows of one length
-make a batch. Row i of the windows is masked where ``Noise(seed)`` says that its reveal time is
-below 1/2: the noise belongs to the row and the position, whatever is batched with what. Texts that
-were tokenized before come as one batch of ids, with masks of one's own in ``x_t``.
+make a batch, as many as a pass holds. Row i of the windows is masked where ``Noise(seed)`` says
+that its reveal time is below 1/2: the noise belongs to the row and the position, whatever is
+batched with what. Texts that were tokenized before come as ids ``[batch, pos]``, with masks of
+one's own in ``x_t``.
 
 It does not run anything.
 """
@@ -81,8 +82,9 @@ def read_rows(
     if isinstance(source, Tensor):
         ids = check_ids(source, bridge.cfg.d_vocab, "text")
         text = read_noised_text(bridge, ids, x_t, seed)
-        every = torch.arange(len(ids))
-        return Rows((Batch(every, text.tokens.cpu(), text.masked.cpu()),), every)
+        every, x_0, masked = torch.arange(len(ids)), text.tokens.cpu(), text.masked.cpu()
+        parts = every.split(max(POSITIONS // ids.shape[1], 1))
+        return Rows(tuple(Batch(part, x_0[part], masked[part]) for part in parts), every)
     if x_t is not None:
         raise InputError("x_t is for ids [batch, pos]: give the text as ids, or leave x_t out")
     if bridge.tokenizer is None:

@@ -255,9 +255,8 @@ def pieces(
         yield from ((f"{part}.{vector}", layer, None, piece) for vector, piece in vectors)
     elif part in OF_HEADS:
         # Heads are rows of q, k and v, and columns of what reads them.
-        split = x.unflatten(1, (heads, -1)).movedim(1, 0) if part == "attn.o" else x
-        split = split if part == "attn.o" else x.unflatten(0, (heads, -1))
-        yield from ((part, layer, head, piece) for head, piece in enumerate(split))
+        rows = (x.T if part == "attn.o" else x).unflatten(0, (heads, -1))
+        yield from ((part, layer, head, piece) for head, piece in enumerate(rows))
     else:
         yield part, layer, None, x
 
