@@ -546,6 +546,19 @@ def test_everything_is_left_as_it_was(pair):
         assert [state(bridge) for bridge in pair] == before
 
 
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_pattern"])
+def test_a_hook_that_writes_in_place_does_not_write_into_what_was_seen(pair, name):
+    def spoil(x, hook):
+        x[..., 0] += 3.0
+
+    with pair[0].hooks(fwd_hooks=[(name, spoil)]):
+        found = bd3lm.diff(pair[0], pair[0], texts())
+    assert {x for values in distances(found).values() for x in values} == {0.0}
+    plain = bd3lm.diff(pair[0], pair[0], texts())
+    kept = [there(each.predictions).log_p for each in (found, plain)]
+    assert not torch.equal(*kept), "hooks that are set on a bridge fire"
+
+
 SHAPES = {
     "layers": ({"n_blocks": 3}, "n_blocks 2 and 3"),
     "width": ({"hidden_dim": 32}, "hidden_dim 16 and 32"),
@@ -578,6 +591,21 @@ def test_other_words_are_refused(folders, device, tmp_path):
     (other / "tokenizer.json").write_text(swapped)
     with pytest.raises(InputError, match="'w[35]' is [35] and [35]"):
         bd3lm.diff(folder, other, device=device)
+
+
+def test_another_bos_and_other_rotary_frequencies_are_refused(folders, device, tmp_path):
+    def turn(x):
+        x *= 1.5
+
+    folder = folders["as released"][0]
+    name = "backbone.rotary_emb.inv_freq"
+    other = changed(folder, tmp_path / "b", name, lambda x: None)
+    spoken = json.loads((other / "tokenizer_config.json").read_text()) | {"bos_token": "w1"}
+    (other / "tokenizer_config.json").write_text(json.dumps(spoken))
+    with pytest.raises(InputError, match="begin a text with other tokens"):
+        bd3lm.diff(folder, other, device=device)
+    with pytest.raises(InputError, match="other rotary frequencies"):
+        bd3lm.diff(folder, changed(folder, tmp_path / "c", name, turn), device=device)
 
 
 def test_weights_that_are_not_finite_are_refused(folders, device, tmp_path):
