@@ -291,6 +291,7 @@ def draw_positions(axes: Axes, found: PredictionDiff) -> None:
     axes.bar(range(len(kl)), kl.nan_to_num(0.0).tolist(), width=0.8, color=INK)
     top = max(float(kl.nan_to_num(0.0).max()) * 1.05, 1e-12)
     axes.set(xlabel="position", ylabel="$KL(p_a\\,\\|\\,p_b)$, nats", ylim=(0, top))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)
 
 
@@ -338,7 +339,8 @@ def write_figure(figure: Figure, path: Path, title: str) -> None:
     svg = drawn.getvalue()
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<body style="background:white">\n{svg[svg.index("<svg") :]}</body></html>\n',
+        "<style>body { background: white } svg { max-width: 100%; height: auto }</style>\n"
+        f"<body>\n{svg[svg.index('<svg') :]}</body></html>\n",
         encoding="utf-8",
     )
 
