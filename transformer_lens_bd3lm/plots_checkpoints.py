@@ -1,16 +1,21 @@
 """Several checkpoints as figures; one checkpoint's are in ``plots``, and so is the style."""
 
+import io
 from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from transformer_lens_bd3lm.analysis.activations import ActivationDiff
 from transformer_lens_bd3lm.analysis.dependency import Dependency
-from transformer_lens_bd3lm.analysis.diff import Diff, TextChange
+from transformer_lens_bd3lm.analysis.diff import Diff
 from transformer_lens_bd3lm.analysis.family import Family
-from transformer_lens_bd3lm.plots import BLUE, INK, ORANGE, QUIET, SHORT, drawn, heat_map, plain
+from transformer_lens_bd3lm.analysis.predictions import PredictionDiff
+from transformer_lens_bd3lm.plots import BLUE, INK, ORANGE, QUIET, heat_map, plain
 
 LINES = (INK, ORANGE, BLUE, QUIET)
 
@@ -44,101 +49,115 @@ def family_figure(family: Family) -> Figure:
     return figure
 
 
-WEIGHTS = ("ln1", "attn.q", "attn.k", "attn.v", "attn.o", "ln2", "mlp.in", "mlp.out", "adaln")
-
-
 def diff_figure(diff: Diff) -> Figure:
-    """How far weights moved by layer; with a text, attention, residuals, writes and predictions."""
-    layers = len({each.name.split(".")[1] for each in diff.weights if "blocks" in each.name})
-    height = min(max(layers * 0.3, 2.0), 5.0)
-    text = diff.text
+    """Bars per component, heads' weights as a map; with a text, attention, activations and KL."""
+    heads = diff.weights.by_head()
+    depth, width = heads.shape
+    across = min(max(width * 0.3, 2.6), 4.5)
+    read = diff.predictions is not None and diff.activations is not None
+    columns = 3 if read else 2
+    bars = 4.2
     figure = Figure(
-        figsize=(4.2, height + 1.2) if text is None else (11.5, height + 3.2), layout="constrained"
+        figsize=(bars + across * (columns - 1) + 1.2, 6.6 if read else 4.4), layout="constrained"
     )
-    figure.suptitle(f"{diff.a} → {diff.b}", x=0.01, ha="left", color=INK, fontweight="bold")
-    if text is None:
-        grid = figure.add_gridspec(2, 1, height_ratios=(0.12, height))
-    else:
-        grid = figure.add_gridspec(
-            3, 3, width_ratios=(1.2, 1, 1.1), height_ratios=(0.12, height, 1.7)
-        )
-    weights = figure.add_subplot(grid[1, 0])
-    parts = [
-        part for part in WEIGHTS if any(f".{part}." in f"{each.name}." for each in diff.weights)
-    ]
-    moved = torch.tensor(
-        [[diff.at(f"blocks.{i}.{part}").relative for part in parts] for i in range(layers)]
-    )
-    most = float(moved[moved.isfinite()].max()) if bool(moved.isfinite().any()) else 0.0
-    limits = (0.0, max(most, 1e-9))
-    scale = figure.add_subplot(grid[0, 0])
-    heat_map(weights, scale, moved, 0, limits, "Blues", "weights, $|b - a|\\,/\\,|a|$")
-    weights.set_xticks(range(len(parts)), parts, rotation=90)
-    weights.set(ylabel="layer")
-    weights.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if text is not None:
-        change = text.passes.attention[0]
-        attention = figure.add_subplot(grid[1, 1], sharey=weights)
-        limits = (0.0, max(float(change.max()), 1e-9))
-        scale = figure.add_subplot(grid[0, 1])
-        heat_map(attention, scale, change, 0, limits, "Blues", "attention change")
-        attention.set(xlabel="head")
-        attention.xaxis.set_major_locator(MaxNLocator(integer=True))
-        draw_streams(figure.add_subplot(grid[1, 2], sharey=weights), text)
-        draw_log_p(figure.add_subplot(grid[2, :2]), diff)
-        draw_moved(figure.add_subplot(grid[2, 2]), diff)
+    figure.suptitle(f"a  {diff.a}\nb  {diff.b}", x=0.01, ha="left", color=INK, fontsize=10)
+    for text in figure.texts:
+        text.set_parse_math(False)
+    grid = figure.add_gridspec(
+        3 if read else 2, columns, width_ratios=(bars, *[across] * (columns - 1)),
+        height_ratios=(0.12, 3.6, 2.4)[: 3 if read else 2],
+    )  # fmt: skip
+    draw_components(figure.add_subplot(grid[:2, 0]), diff)
+    maps: list[tuple[Any, str]] = [(heads, "relative change of a head's weights")]
+    if diff.activations is not None:
+        maps.append((diff.activations.attention, "attention change, masked queries"))
+    for column, (values, name) in enumerate(maps, 1):
+        axes, scale = (figure.add_subplot(grid[row, column]) for row in (1, 0))
+        seen = values[values.isfinite()]
+        limits = (0.0, float(seen.max()) if bool((seen > 0).any()) else 1.0)
+        heat_map(axes, scale, values, 0, limits, "Blues", name)
+        axes.set(xlabel="head", ylabel="layer" if column == 1 else "")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+    if diff.predictions is not None and diff.activations is not None:
+        draw_positions(figure.add_subplot(grid[2, 0]), diff.predictions)
+        draw_activations(figure.add_subplot(grid[2, 1:]), diff.activations)
     return figure
 
 
-def draw_streams(axes: Axes, text: TextChange) -> None:
-    """By layer, how far the residuals turned, and how far what is written moved."""
-    names = ("noisy", "clean") if len(text.passes.streams) == 2 else ("residual",)
-    for stream, name, colour in zip(text.passes.streams, names, (INK, QUIET), strict=False):
-        left = stream.cosine.clamp(-1, 1).arccos().mean(1)[1:]
-        axes.plot(
-            left, range(len(left)), "-o", color=colour, markersize=4, linewidth=1.2,
-            label=f"angle, {name}, rad",
-        )  # fmt: skip
-    written = text.passes.written
-    assert written is not None
-    for part, name, colour in zip(written[..., 0], ("attn", "mlp"), (BLUE, ORANGE), strict=True):
-        axes.plot(
-            part, range(len(part)), "--s", color=colour, markersize=3.5, linewidth=1.0,
-            label=f"{name} out, $|b - a|\\,/\\,|a|$",
-        )  # fmt: skip
-    axes.set(xlabel="0 is the same")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=7, labelcolor=INK, loc="lower right")
+def draw_components(axes: Axes, diff: Diff, most: int = 20) -> None:
+    """The components that changed most, heads together."""
+    shown = [each for each in diff.weights.joined() if each.change.relative < float("inf")][:most]
+    axes.barh(range(len(shown)), [each.change.relative for each in shown], color=INK, height=0.7)
+    axes.set_yticks(range(len(shown)), [each.name for each in shown])
+    axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel=f"relative change, the {len(shown)} largest")
+    axes.set(xlim=(0, max([each.change.relative * 1.05 for each in shown] + [1e-12])))
+    axes.axvline(diff.weights.whole.relative, color=ORANGE, linewidth=1.2, label="whole model")
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 0.99)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **above)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     plain(axes)
 
 
-def draw_log_p(axes: Axes, diff: Diff) -> None:
-    """What the first row's true tokens gain or lose."""
-    text = diff.text
-    assert text is not None
-    gain = (text.log_p[1] - text.log_p[0])[0].nan_to_num(0.0)
-    colours = [BLUE if x > 0 else ORANGE for x in gain.tolist()]
-    axes.bar(range(len(gain)), gain.tolist(), width=0.8, color=colours)
-    axes.axhline(0, color=QUIET, linewidth=0.8)
-    axes.set(ylabel=f"log p, {diff.b} less {diff.a}\nnats, row 0", xlabel="position")
-    if len(gain) <= SHORT:
-        axes.set_xticks(range(len(gain)), [drawn(word) for word in text.words[0]], rotation=90)
-        for tick, dark in zip(axes.get_xticklabels(), text.masked[0].tolist(), strict=True):
-            tick.set(parse_math=False, color=INK if dark else QUIET)
-        axes.set(xlabel="token, dark where masked")
+def draw_positions(axes: Axes, found: PredictionDiff) -> None:
+    """KL along the text, mean over the rows that mask a position."""
+    kl = found.by_position()
+    axes.bar(range(len(kl)), kl.nan_to_num(0.0).tolist(), width=0.8, color=INK)
+    top = max(float(kl.nan_to_num(0.0).max()) * 1.05, 1e-12)
+    axes.set(xlabel="position", ylabel="$KL(p_a\\,\\|\\,p_b)$, nats", ylim=(0, top))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)
 
 
-def draw_moved(axes: Axes, diff: Diff) -> None:
-    """How KL(p_a || p_b) is spread over all predictions."""
-    text = diff.text
-    assert text is not None
-    kl = text.kl[text.masked].sort(descending=True).values
-    axes.plot(torch.linspace(0, 100, len(kl)).tolist(), kl.tolist(), color=INK, linewidth=1.2)
-    axes.axhline(text.mean_kl, color=QUIET, linestyle=":", linewidth=1)
-    axes.set(xlabel="predictions, % (dotted: mean)", ylabel="$KL(p_a\\,\\|\\,p_b)$, nats")
+def draw_activations(axes: Axes, found: ActivationDiff) -> None:
+    """Relative change of the stream and of what is written to it, by layer."""
+    lines = (
+        ("hook_resid_post", INK, "resid_post"),
+        ("hook_attn_out", ORANGE, "attn_out"),
+        ("hook_mlp_out", BLUE, "mlp_out"),
+    )
+    streams = [s for s in ("noisy", "single", "clean") if any(p.stream == s for p in found.points)]
+    for stream, style in zip(streams, ("-o", "--o"), strict=False):
+        inside = "white" if stream == "clean" else None
+        for point, colour, name in lines:
+            at = sorted(
+                (each.layer, each.relative)
+                for each in found.points
+                if each.point == point and each.stream == stream
+            )
+            axes.plot(
+                *zip(*at, strict=True), style, color=colour, markersize=3.5, linewidth=1.2,
+                markerfacecolor=inside or colour, label=f"{name}, {stream}",
+            )  # fmt: skip
+    axes.set(xlabel="layer", ylabel="relative change")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, ncols=len(streams))
     plain(axes)
+
+
+def write_figure(figure: Figure, path: Path, title: str) -> None:
+    """Save a figure as its name says; ``.html`` is a page that needs nothing else.
+
+    Args:
+        figure: what was drawn.
+        path: a name that ends in .html, .png, .svg or .pdf.
+        title: of the page.
+    """
+    if path.suffix.lower() != ".html":
+        figure.savefig(path, dpi=160)
+        return
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        "<style>body { background: white } svg { max-width: 100%; height: auto }</style>\n"
+        f"<body>\n{svg[svg.index('<svg') :]}</body></html>\n",
+        encoding="utf-8",
+    )
 
 
 def dependency_figure(found: Sequence[Dependency]) -> Figure:

@@ -3,6 +3,8 @@
 Each function takes what the public surface returns and draws it; nothing is computed here.
 """
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console, Group
@@ -112,3 +114,119 @@ def compare(other: Any) -> None:
     first = int(other.first_divergence[0])
     told = "no token changed" if first < 0 else f"they part at step {first}"
     console.print(f"{differ} of {written} written tokens differ; {told}")
+
+
+def diff_tables(diff: Any, n: int) -> Iterator[Table | Text]:
+    """Two checkpoints side by side: what changed most in weights, predictions, activations."""
+    yield Text.assemble(("a", "bold"), f"  {diff.a}\n", ("b", "bold"), f"  {diff.b}")
+    whole = diff.weights.whole
+    table = ranked(
+        f"weights: {percent(whole.relative)} of a's norm, cosine {whole.cosine:.6f}",
+        ("component", "change", "cosine", "largest", "parameters"),
+        (
+            (
+                each.name,
+                percent(each.change.relative),
+                f"{each.change.cosine:.6f}",
+                f"{each.change.largest:.3g}",
+                f"{each.change.size:,}",
+            )
+            for each in diff.weights.joined()[:n]
+            if not each.change.identical
+        ),
+    )
+    table.caption = (
+        f"{diff.weights.identical:,} of {number(diff.weights.tensors, 'tensor')} are identical. "
+        "Change: |b - a| / |a|."
+    )
+    heads = [each for each in diff.weights.components if each.head is not None][:3]
+    heads = [each for each in heads if not each.change.identical]
+    if heads:
+        told = (f"{each.name} {percent(each.change.relative)}" for each in heads)
+        table.caption += f" By head: {', '.join(told)}."
+    yield table
+    if diff.predictions is not None:
+        yield prediction_table(diff, n)
+    if diff.activations is not None:
+        yield activation_table(diff, n)
+    for told in diff.left_out:
+        yield Text(f"Not compared: {told}.")
+
+
+def prediction_table(diff: Any, n: int) -> Table:
+    """The positions at which two checkpoints' predictions differ most, and all in short."""
+    found = diff.predictions
+    size = "" if diff.block_size is None else f", block size {diff.block_size}"
+    table = ranked(
+        f"predictions at {number(len(found.token), 'masked position')}{size}",
+        ("row", "position", "token", "KL(a||b)", "log p: a", "b", "most likely: a", "b"),
+        (
+            (
+                str(each.row), str(each.position), repr(each.word), f"{each.kl:.3f}",
+                *(f"{x:.2f}" for x in each.log_p), *map(repr, each.top),
+            )
+            for each in found.largest(n)
+        ),
+        left=("token", "most likely: a"),
+    )  # fmt: skip
+    there, back = found.mean_kl
+    table.caption = (
+        f"Mean KL(a||b) {there:.4f}, KL(b||a) {back:.4f} nats a token; most likely token the same "
+        f"at {found.agreement:.1%}.\nlog p of the true token, b less a: "
+        f"{found.mean_log_p_change:+.4f} nats a token{between(found.interval())}."
+    )
+    if diff.bound is not None:
+        bound = diff.bound
+        exact = bound.a.kind == "exact"
+        error = "" if exact else f" ± {bound.standard_error:.4f}"
+        table.caption += (
+            f"\nNELBO, {bound.method.replace('_', ' ')}: "
+            f"{bound.a.nats_per_token:.4f} and {bound.b.nats_per_token:.4f} nats a token, b less a "
+            f"{bound.difference:+.4f}{error}{between(bound.interval())}."
+        )
+    return table
+
+
+def activation_table(diff: Any, n: int) -> Table:
+    """The hook points that differ most, and where the change comes in."""
+    found = diff.activations
+    table = ranked(
+        f"activations on {number(found.positions, 'position')}",
+        ("hook point", "stream", "change", "cosine", "CKA", "largest"),
+        (
+            (
+                each.name, each.stream, percent(each.relative), f"{each.cosine:.4f}",
+                "–" if math.isnan(each.cka) else f"{each.cka:.4f}", f"{each.largest:.3g}",
+            )
+            for each in found.points[:n]
+            if not each.identical
+        ),
+        left=("stream",),
+    )  # fmt: skip
+    heads = ", ".join(f"{layer}.{head} {x:.3f}" for layer, head, x in found.heads(5) if x)
+    table.caption = f"First to differ: {found.first or 'none, all are identical'}."
+    if heads:
+        table.caption += f"\nAttention of masked queries moved most in layer.head {heads} (0 to 1)."
+    return table
+
+
+def ranked(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], left: tuple[str, ...] = ()
+) -> Table:
+    """A table whose first column is a name, and others figures."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 or name in left else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def percent(x: float) -> str:
+    """A relative change."""
+    return "from zero" if math.isinf(x) else f"{x:.3%}"
+
+
+def between(interval: tuple[float, float] | None) -> str:
+    """An interval behind its figure; nothing if there is none."""
+    return "" if interval is None else " [{:+.4f}, {:+.4f} at 95% over texts]".format(*interval)

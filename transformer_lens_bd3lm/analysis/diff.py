@@ -1,305 +1,236 @@
-"""Two checkpoints of one shape: what a change in training changed, and where.
+"""What is different between two checkpoints of one shape, and where.
 
-Say one of them was trained with a signal that the other lacks. Three views, from the outside of the
-network to the inside::
+Two models that were trained alike but for one thing, or one before and after: this lays them side
+by side in three views, each in a module of its own::
 
-    weights       how far every component moved                       components.py
-    predictions   KL(p_a || p_b) under the same masks, and what it does to the true token
-    activations   the same noised text through both, layer by layer   passes.py
+    weights        |w_b - w_a| / |w_a|             component by component       weights.py
+    predictions    KL(p_a || p_b), log p, NELBO    at the same masks            predictions.py
+    activations    cosine, CKA, attention          hook point by hook point     activations.py
 
-All of it is paired: one text, one x_t, one dial. The bound's difference uses the same masks for
-both, so what noise they share drops out.
+Everything but the weights is the same for both: texts, masks, draws, one block size, dtype and
+device. So a model beside itself is at exactly zero, and whatever is not zero is the weights'.
 
-It says that something moved, not why: two runs that differ by their seed alone move too.
+What cannot be laid side by side is refused before anything is run: other shapes, other vocabularies
+or token maps, processed weights, weights that are not finite.
+
+It does not say how the difference came to be, nor which checkpoint is better than a bound can say.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
 from rich.console import Group
-from rich.table import Table
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.components import (
-    WeightChange,
-    check_same_shape,
-    compare_weights,
-    together,
+from transformer_lens_bd3lm.analysis.activations import ActivationDiff, Gathered
+from transformer_lens_bd3lm.analysis.noised import Rows, read_rows
+from transformer_lens_bd3lm.analysis.predictions import (
+    BoundDiff,
+    PredictionDiff,
+    compare_predictions,
 )
-from transformer_lens_bd3lm.analysis.passes import (
-    NoisedText,
-    PassChange,
-    compare_passes,
-    prediction_change,
-    read_noised_text,
-    wide,
-)
-from transformer_lens_bd3lm.bridge.forward import read_dial
-from transformer_lens_bd3lm.diffusion.nelbo import Nelbo, nelbo
-from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
-from transformer_lens_bd3lm.diffusion.units import between, drawn_again
+from transformer_lens_bd3lm.analysis.verify import SHAPE, check_bridge, unlike
+from transformer_lens_bd3lm.analysis.weights import WeightDiff, check_finite, compare_weights
+from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
+from transformer_lens_bd3lm.checkpoint.views import read_block_size
+from transformer_lens_bd3lm.diffusion.nelbo import check_choices, nelbo
+from transformer_lens_bd3lm.diffusion.units import Nats
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KIND = ("cross_attn", "causal", "time_conditioning")
-CHUNK = 256  # masked positions whose predictions are in float64 at once
-SHOWN = 12  # components, and tokens, in a table
-
-
-@dataclass(frozen=True)
-class TextChange:
-    """One noised text under both checkpoints; float64 on the CPU.
-
-    Attributes:
-        block_size: the dial of both.
-        tokens: the texts x_0 ``[batch, pos]``.
-        masked: where x_t hides them ``[batch, pos]``; what is predicted, for the autoregressive
-            baseline.
-        words: the tokens as text, row by row.
-        kl: KL(p_a || p_b), nats ``[batch, pos]``; NaN where nothing is predicted, here and below.
-        kl_reverse: KL(p_b || p_a), nats ``[batch, pos]``.
-        log_p: of the true token under a and under b, nats ``[2, batch, pos]``.
-        agree: whether both have the same most likely token ``[batch, pos]``; False elsewhere.
-        bounds: the NELBO of the texts under a and b, from the same masks; None with time
-            conditioning, where there is no finite sum.
-        passes: residuals, attention and what layers write, place by place.
-    """
-
-    block_size: int
-    tokens: Int[Tensor, "batch pos"] = field(repr=False)
-    masked: Bool[Tensor, "batch pos"] = field(repr=False)
-    words: list[list[str]] = field(repr=False)
-    kl: Float[Tensor, "batch pos"] = field(repr=False)
-    kl_reverse: Float[Tensor, "batch pos"] = field(repr=False)
-    log_p: Float[Tensor, "2 batch pos"] = field(repr=False)
-    agree: Bool[Tensor, "batch pos"] = field(repr=False)
-    bounds: tuple[Nelbo, Nelbo] | None = field(repr=False)
-    passes: PassChange = field(repr=False)
-
-    @property
-    def mean_kl(self) -> float:
-        """KL(p_a || p_b), nats, mean over what is predicted."""
-        return float(self.kl[self.masked].mean())
-
-    @property
-    def agreement(self) -> float:
-        """How often the most likely token is the same."""
-        return float(self.agree[self.masked].double().mean())
-
-    @property
-    def gain(self) -> float:
-        """Nats that the true token is more likely under b, mean over what is predicted."""
-        return float((self.log_p[1] - self.log_p[0])[self.masked].mean())
-
-    def bound_difference(
-        self, level: float = 0.95, resamples: int = 2000
-    ) -> tuple[float, float, tuple[float, float] | None]:
-        """Nats a token that b's bound is above a's, its standard error, and interval over rows.
-
-        Args:
-            level: how often such intervals should cover the truth.
-            resamples: of the bootstrap over rows, which are taken for texts.
-
-        Raises:
-            InputError: with time conditioning, where there is no bound to estimate.
-        """
-        if self.bounds is None:
-            raise InputError("these checkpoints see t (time_conditioning=True): no bound is known")
-        a, b = self.bounds
-        moved = b.replicates - a.replicates
-        tokens = a.total_tokens
-        value, error = float(moved.mean(0).sum()) / tokens, 0.0
-        if len(moved) > 1:
-            error = float(moved.sum(-1).std()) / tokens / len(moved) ** 0.5
-        if a.texts < 2:
-            return value, error, None
-        again, counted = drawn_again(
-            torch.stack([moved.mean(0), a.token_counts.double()]), resamples
-        )
-        return value, error, between(again / counted, level)
-
-    def most(self, count: int = SHOWN) -> list[tuple[int, int]]:
-        """Row and position of the predictions that differ most, by KL(p_a || p_b)."""
-        order = self.kl.nan_to_num(-1.0).flatten().argsort(descending=True, stable=True)
-        found = [divmod(int(i), self.kl.shape[1]) for i in order[: int(self.masked.sum())]]
-        return found[:count]
+# What two checkpoints must have in common, so that every value has its counterpart.
+ALIKE = (*SHAPE, "cond_dim", "causal", "time_conditioning")
+STATES = 256  # of a block that is summed exactly
 
 
 @dataclass(frozen=True)
 class Diff:
-    """What differs between two checkpoints of one shape.
+    """Two checkpoints side by side; every change is from a to b.
 
     Attributes:
-        a: what one is called.
-        b: what the other is called.
-        weights: every component, the largest relative change first.
-        text: predictions and activations; None if no text was given.
+        a: the one.
+        b: the other.
+        dtype: what both computed in.
+        weights: component by component.
+        block_size: the dial of both, tokens a block; None without blocks, or without a text.
+        predictions: at the masked positions; None without a text.
+        activations: hook point by hook point; None without a text.
+        bound: of the texts' likelihood; None without a text, or where it cannot be had.
+        left_out: what was not compared, and why.
     """
 
     a: str
     b: str
-    weights: list[WeightChange] = field(repr=False)
-    text: TextChange | None
+    dtype: str
+    weights: WeightDiff = field(repr=False)
+    block_size: int | None = None
+    predictions: PredictionDiff | None = field(default=None, repr=False)
+    activations: ActivationDiff | None = field(default=None, repr=False)
+    bound: BoundDiff | None = field(default=None, repr=False)
+    left_out: tuple[str, ...] = ()
 
-    @property
-    def all_weights(self) -> WeightChange:
-        """All components as one."""
-        return together("all weights", self.weights)
+    def table(self, n: int = 10) -> Group:
+        """What changed most in each view.
 
-    def at(self, component: str) -> WeightChange:
-        """A component by name, or all that begin so: ``"blocks.3"``, ``"blocks.3.attn.q"``.
-
-        Raises:
-            InputError: if there is none.
+        Args:
+            n: rows of a table at most.
         """
-        parts = [
-            each for each in self.weights if f"{each.name}.".startswith(component.rstrip(".") + ".")
-        ]
-        if not parts:
-            raise InputError(f"{component!r} is no component: they are named as {self.names()}")
-        return together(component, parts)
+        # Floors above this one, here and below, so imported when they are there.
+        from transformer_lens_bd3lm.terminal import diff_tables
 
-    def names(self) -> str:
-        """How components are called."""
-        return ", ".join(sorted({each.name for each in self.weights})[:: len(self.weights) // 6])
-
-    def tables(self) -> Iterator[Table]:
-        """Weights; and with a text, activations by layer and the predictions that moved most."""
-        yield self.weight_table()
-        if self.text is not None:
-            yield self.layer_table()
-            yield self.prediction_table()
-
-    def table(self) -> Group:
-        """All tables, to be printed."""
-        return Group(*self.tables())
-
-    def weight_table(self) -> Table:
-        """The components that moved most, and all together."""
-        table = titled(f"{self.a} → {self.b}: weights")
-        table.caption = "Relative change: |b - a| / |a|. Float64."
-        for name in ("component", "relative\nchange", "cosine", "largest\ndifference", "changed"):
-            table.add_column(name, justify="left" if name == "component" else "right")
-        moved = [each for each in self.weights if each.changed]
-        for i, each in enumerate([*moved[:SHOWN], self.all_weights]):
-            table.add_row(
-                each.name, f"{each.relative:.4g}", f"{each.cosine:.6f}", f"{each.largest:.3g}",
-                f"{each.changed:,} of {each.parameters:,}",
-                end_section=i == len(moved[:SHOWN]) - 1,
-            )  # fmt: skip
-        return table
-
-    def layer_table(self) -> Table:
-        """A row a depth: what is left of the residuals, what is written, how attention moved."""
-        text = self.text
-        assert text is not None
-        streams = text.passes.streams
-        names = ("noisy", "clean") if len(streams) == 2 else ("",)
-        table = titled("activations, on one noised text")
-        table.caption = (
-            "cosine, CKA: 1 is the same. attn out, mlp out: |b - a| / |a| of what is written, "
-            f"{names[0] or 'the only'} stream. attn. change: total variation, 0 is the same."
-        )
-        columns = ["after\nlayer", *(f"cosine\n{name}" for name in names)]
-        columns += [*(f"CKA\n{name}" for name in names), "attn\nout", "mlp\nout", "attn.\nchange"]
-        for name in (*columns, "most:\nhead"):
-            table.add_column(name, justify="right")
-        change, written = text.passes.attention[0], text.passes.written
-        assert written is not None
-        for depth, name in enumerate(["embed", *map(str, range(len(change)))]):
-            alike = [float(stream.cosine[depth].mean()) for stream in streams]
-            alike += [float(stream.cka[depth]) for stream in streams]
-            cells = [f"{x:.4f}" if x == x else "–" for x in alike]
-            if depth:
-                heads = change[depth - 1]
-                cells += [f"{float(x):.4f}" for x in written[:, depth - 1, 0]]
-                cells += [f"{float(heads.mean()):.4f}"]
-                cells += [f"{int(heads.argmax())}: {float(heads.max()):.4f}"]
-            table.add_row(name, *cells)
-        return table
-
-    def prediction_table(self) -> Table:
-        """The predictions that moved most, and all together."""
-        text = self.text
-        assert text is not None
-        table = titled(f"predictions, {int(text.masked.sum())} masked tokens")
-        table.caption = (
-            f"All: KL {text.mean_kl:.4f} nats, the same first choice at {text.agreement:.1%}, "
-            f"log p of the true token {text.gain:+.4f} nats."
-        )
-        if text.bounds is not None:
-            value, error, interval = text.bound_difference()
-            spread = "" if interval is None else " [{:+.4f}, {:+.4f}]".format(*interval)
-            table.caption += f" NELBO: {value:+.4f} ± {error:.4f} nats a token{spread}."
-        for name in ("row", "position", "token", f"log p\n{self.a}", f"log p\n{self.b}", "KL"):
-            table.add_column(name, justify="left" if name == "token" else "right")
-        for row, at in text.most():
-            log_p = [f"{float(x):.3f}" for x in text.log_p[:, row, at]]
-            word = repr(text.words[row][at])
-            table.add_row(str(row), str(at), word, *log_p, f"{float(text.kl[row, at]):.4f}")
-        return table
+        return Group(*diff_tables(self, n))
 
     def plot(self) -> "Figure":
-        """Weights by component and layer, attention by head, residuals and what layers write."""
-        # A floor above this one, so imported when it is there.
+        """Bars per component, heads as maps, and activations and predictions along the model."""
         from transformer_lens_bd3lm.plots_checkpoints import diff_figure
 
         return diff_figure(self)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values for JSON; one that is not finite is None."""
+        whole = self.weights.whole
+        told: dict[str, Any] = {"a": self.a, "b": self.b, "dtype": self.dtype}
+        told["weights"] = {
+            "relative": finite(whole.relative),
+            "cosine": finite(whole.cosine),
+            "largest": whole.largest,
+            "parameters": whole.size,
+            "tensors": self.weights.tensors,
+            "identical_tensors": self.weights.identical,
+            "components": [each.to_dict() for each in self.weights.components],
+        }
+        told["block_size"] = self.block_size
+        told["predictions"] = None if self.predictions is None else of_predictions(self.predictions)
+        told["bound"] = None if self.bound is None else of_bound(self.bound)
+        told["activations"] = None
+        if self.activations is not None:
+            told["activations"] = {
+                "first": self.activations.first,
+                "points": [each.to_dict() for each in self.activations.points],
+                "attention_change": self.activations.attention.tolist(),
+            }
+        return told | {"left_out": list(self.left_out)}
 
-def titled(title: str) -> Table:
-    """An empty table."""
-    return Table(title=title, title_justify="left", caption_justify="left")
+
+def finite(x: float) -> float | None:
+    """A figure for JSON."""
+    return x if math.isfinite(x) else None
 
 
-def check_same_kind(a: Any, b: Any, block_size: Any) -> int:
-    """The dial of both, where they read a text alike.
+def of_predictions(found: PredictionDiff) -> dict[str, Any]:
+    """Predictions as plain values."""
+    return {
+        "positions": len(found.token),
+        "mean_kl": list(found.mean_kl),
+        "agreement": found.agreement,
+        "log_p_change": found.mean_log_p_change,
+        "log_p_change_interval_95": found.interval(),
+        "by_position": [vars(found.place(i)) for i in range(len(found.token))],
+    }
+
+
+def of_bound(found: BoundDiff) -> dict[str, Any]:
+    """The bound as plain values."""
+    return {
+        "method": found.method,
+        "kind": found.a.kind,
+        "nats_per_token": [found.a.nats_per_token, found.b.nats_per_token],
+        "difference": found.difference,
+        "standard_error": found.standard_error,
+        "interval_95": found.interval(),
+    }
+
+
+# At the door
+
+
+def read_model(model: Any, how: dict[str, Any]) -> Any:
+    """A bridge, booted from its name if need be.
 
     Raises:
-        InputError: for other kinds, vocabularies or dials.
-        NotExactError: in training with dropout.
+        InputError: if it is no BD3LM bridge that computes what its weights say.
     """
-    for key in KIND:
-        one, other = (getattr(each.original_model.config, key) for each in (a, b))
-        if one != other:
-            raise InputError(
-                f"{key} is {one} in a and {other} in b: they do not read a text alike. Leave the "
-                "text out to compare weights; bd3lm.compare_models compares likelihoods"
-            )
-    if any(each.training and each.cfg.dropout for each in (a, b)):
-        raise NotExactError("a bridge is in training, with dropout: call eval() on both")
-    one, other = (None if each.tokenizer is None else each.tokenizer.get_vocab() for each in (a, b))
-    if one is not None and other is not None and one != other:
+    bridge = boot_checkpoint(model, **how) if isinstance(model, str | Path) else model
+    check_bridge(bridge)
+    if bridge._weights_processed:
         raise InputError(
-            "a and b have different vocabularies: their predictions are not comparable"
+            "a bridge with processed weights (enable_compatibility_mode) has other weights and "
+            "activations than its checkpoint, and others again with other options: give bridges as "
+            "booted"
         )
-    if block_size is None and read_dial(a) != read_dial(b):
-        raise InputError(
-            f"the dial is at {read_dial(a)} in a and {read_dial(b)} in b: give one block_size= for "
-            "both"
-        )
-    read_dial(b, block_size)
-    return read_dial(a, block_size)
+    return bridge
 
 
-def predictions(
-    text: NoisedText, logits: tuple[Tensor, Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``log p`` of the true tokens under a and b ``[query]``, and whether the first choice agrees.
+def names_of(*bridges: Any) -> tuple[str, ...]:
+    """What they are called: folders by their last part, if that tells them apart."""
+    full = [str(bridge.cfg.model_name) for bridge in bridges]
+    short = [Path(name).name if Path(name).is_dir() else name for name in full]
+    return tuple(short if len(set(short)) == len(short) else full)
 
-    Chunk by chunk, in float64.
+
+def check_pair(a: Any, b: Any) -> None:
+    """Refuse two models of which some value has no counterpart.
+
+    Raises:
+        InputError: naming what differs.
     """
-    true = text.tokens[text.masked].cpu()
-    for a, b, y in zip(*(x.split(CHUNK) for x in (*logits, true)), strict=True):
-        p, q = (masked_log_probs(wide(x), text.bridge.cfg.mask_token_id) for x in (a, b))
-        at = y[:, None]
-        yield p.gather(-1, at)[:, 0], q.gather(-1, at)[:, 0], p.argmax(-1) == q.argmax(-1)
+    differ = unlike(a.original_model.config, b.original_model.config, ALIKE)
+    differ += unlike(a.cfg, b.cfg, ("mask_token_id",))
+    if differ:
+        raise InputError(
+            f"a and b are not of one shape ({'; '.join(differ)}): give two checkpoints of one "
+            "architecture and vocabulary"
+        )
+    rotary = [each.original_model.backbone.rotary_emb.inv_freq.cpu() for each in (a, b)]
+    if not torch.equal(*rotary):
+        raise InputError("a and b have other rotary frequencies: their positions mean other things")
+    where = [(each.embed.weight.dtype, each.embed.weight.device) for each in (a, b)]
+    if where[0] != where[1]:
+        told = " and ".join(f"{dtype} on {device}" for dtype, device in where)
+        raise InputError(
+            f"a and b are in {told}: what differs would be rounding, too; boot both alike"
+        )
+    if a.tokenizer is None or b.tokenizer is None:
+        return
+    words = [each.tokenizer.get_vocab() for each in (a, b)]
+    if words[0] != words[1]:
+        word = min(words[0].items() ^ words[1].items())[0]
+        ids = [each.get(word, "nothing") for each in words]
+        raise InputError(
+            f"a and b have other token maps ({word!r} is {ids[0]} and {ids[1]}): one id would mean "
+            "two things; give two checkpoints of one tokenizer"
+        )
+    if a.tokenizer.bos_token_id != b.tokenizer.bos_token_id:
+        raise InputError("a and b begin a text with other tokens (BOS): give ones that begin alike")
+
+
+def read_dial(a: Any, b: Any, block_size: Any) -> int | None:
+    """The one block size of both; None without blocks.
+
+    Raises:
+        InputError: if none is given and theirs differ.
+        BlockSizeError: if it is none.
+    """
+    config = a.original_model.config
+    if not config.cross_attn and block_size is None:
+        return None
+    if block_size is None and a.cfg.block_size != b.cfg.block_size:
+        raise InputError(
+            f"the dial of a is at {a.cfg.block_size} and that of b at {b.cfg.block_size}: both "
+            "must read alike; give block_size, the one that you want to compare them at"
+        )
+    size = a.cfg.block_size if block_size is None else block_size
+    return read_block_size(size, config.model_length, config.cross_attn)
+
+
+# What is run
 
 
 @torch.no_grad()
@@ -308,79 +239,155 @@ def diff(
     b: Any,
     text: Any = None,
     *,
-    names: tuple[str, str] = ("a", "b"),
-    block_size: int | str | None = None,
+    block_size: Any = None,
     x_t: Any = None,
     seed: int = 0,
+    rows: Any = 8,
+    split: str | None = None,
+    method: str | None = None,
     replicates: int = 8,
     timesteps: Any = None,
+    weights: str = "ema",
+    device: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> Diff:
-    """What differs between two checkpoints of one shape: weights, predictions, activations.
+    """What is different between two checkpoints of one shape: weights, predictions, activations.
 
     Args:
-        a: a BD3LM bridge, as booted.
-        b: another, of the same shape.
-        text: a string, or ids ``[batch, pos]``, position 0 BOS; without one only weights are
-            compared. CKA and intervals need several rows.
-        names: what to call them.
-        block_size: the dial of both; by default their own, if it is one.
-        x_t: the ids under masks of your choice ``[batch, pos]``; by default each position but BOS
-            is masked with probability 1/2, from ``seed``.
-        seed: of those masks, and of the bound's.
-        replicates: independent estimates of the bounds, under the same masks for both.
+        a: a bridge as booted; or a folder, a Hub id, a ``.ckpt`` file, or ``REPO::FILENAME`` for a
+            ``.ckpt`` in a repository, to boot.
+        b: the other, likewise.
+        text: what both read: a string, a ``Path``, several of them, or ids ``[batch, pos]``; with
+            none, weights alone are compared.
+        block_size: one setting of the dial for both; theirs by default, if it is one. Their own
+            dials stay where they are.
+        x_t: for ids: the same under masks of your choice; by default each position but BOS is
+            masked with probability 1/2, alike for both.
+        seed: of those masks, and of the bound's draws.
+        rows: windows of the text that are read at most, the first.
+        split: a regular expression that plain files are cut before, into texts.
+        method: of the bound, as in :func:`nelbo`; exact by default where a block has few states,
+            else Monte Carlo.
+        replicates: of the bound, where it is estimated.
         timesteps: sigma of the forward, for checkpoints that see it.
+        weights: of training checkpoints that are booted here, ``"ema"`` or ``"raw"``.
+        device: to boot on.
+        dtype: to boot in, float32 by default.
 
     Raises:
-        InputError: for other shapes, kinds, vocabularies or dials, and for what does not fit.
-        NotExactError: if weights are processed, or in training with dropout.
-        CheckpointError: if a weight is infinite or NaN.
+        InputError: if the two cannot be laid side by side, or the text cannot be read.
+        CheckpointError: if a checkpoint cannot be loaded as it is.
+        NotExactError: if activations overflow in the bridges' dtype.
     """
-    check_same_shape(a, b)
-    noised = None
+    booted = {"weights": weights, "device": device, "dtype": dtype}
+    how = {key: x for key, x in booted.items() if x is not None}
+    named = [isinstance(model, str | Path) for model in (a, b)]
+    if not any(named) and (weights != "ema" or len(how) > 1):
+        raise InputError("weights, device and dtype are for checkpoints that are booted here")
+    models = (read_model(a, how), read_model(b, how))
+    names = names_of(*models)
+    check_pair(*models)
+    for bridge, name in zip(models, names, strict=True):
+        check_finite(bridge, name)
+    told: dict[str, Any] = {"left_out": ("predictions and activations, since there is no text",)}
+    if text is None and (x_t is not None or block_size is not None):
+        raise InputError("x_t and block_size are for a text, and there is none: give one")
     if text is not None:
-        size = check_same_kind(a, b, block_size)
-        noised = read_noised_text(a, text, x_t, seed)
-    weights = compare_weights(a, b)
-    if noised is None:
-        return Diff(*names, weights, None)
-    other = NoisedText(b, *(x.to(b.cfg.device) for x in (noised.tokens, noised.masked)))
-    passes = compare_passes(
-        *(partial(each.pass_at, size, timesteps, []) for each in (noised, other)),
-        noised, written=True,
-    )  # fmt: skip
-    logits, masked = passes.logits, noised.masked.cpu()
-    nothing = torch.full(masked.shape, torch.nan, dtype=torch.float64)
-    mask_id = a.cfg.mask_token_id
-    kl, kl_reverse = (
-        nothing.masked_scatter(masked, prediction_change(*pair, mask_id))
-        for pair in (logits, logits[::-1])
-    )
-    *log_p, agree = map(torch.cat, zip(*predictions(noised, logits), strict=True))
-    bounds = None
-    if not a.cfg.time_conditioning:
-        method = "exact" if a.cfg.causal else "monte_carlo"
-        how: dict[str, Any] = {"seed": seed, "replicates": replicates}
-        sides = ((each, x.tokens) for each, x in ((a, noised), (b, other)))
-        one, two = (nelbo(each, ids, block_size, method, **how) for each, ids in sides)
-        bounds = one, two
-    return Diff(
-        *names,
-        weights,
-        TextChange(
-            block_size=size,
-            tokens=noised.tokens.cpu(),
-            masked=masked,
-            words=[[decoded(a, i) for i in row] for row in noised.tokens.tolist()],
-            kl=kl,
-            kl_reverse=kl_reverse,
-            log_p=torch.stack([nothing.masked_scatter(masked, each) for each in log_p]),
-            agree=torch.zeros_like(masked).masked_scatter(masked, agree),
-            bounds=bounds,
-            passes=passes,
-        ),
-    )
+        size = read_dial(*models, block_size)
+        if models[0].original_model.config.causal:
+            raise InputError(
+                "the autoregressive baseline (causal=True) predicts no masks: leave the text out "
+                "to compare weights"
+            )
+        read = read_rows(models[0], text, x_t, seed, rows, split)
+        method = bound_method(size, method)
+        check_choices(method, "permuted", None, replicates, seed)
+        told = {"block_size": size} | side_by_side(models, read, size, timesteps)
+        told |= bounds(models, read, size, method, replicates, seed, told["left_out"])
+    dtypes = str(models[0].embed.weight.dtype).removeprefix("torch.")
+    return Diff(*names, dtypes, compare_weights(*models), **told)
 
 
-def decoded(bridge: Any, token: int) -> str:
-    """A token as text, or its id without a tokenizer."""
-    return str(token) if bridge.tokenizer is None else bridge.tokenizer.decode([token])
+def side_by_side(
+    models: tuple[Any, Any], read: Rows, size: int | None, timesteps: Any
+) -> dict[str, Any]:
+    """Predictions and activations: a batch through one, then through the other."""
+    gathered = Gathered(models[0])
+    found: list[dict[str, Tensor]] = []
+    for batch in read.batches:
+        if not bool(batch.masked.any()):
+            continue
+        texts = [batch.on(bridge) for bridge in models]
+        logits = [
+            text.pass_at(size, timesteps, [], see, gathered.stream_names)
+            for text, see in zip(texts, (gathered.keep, gathered.compare), strict=True)
+        ]
+        each = compare_predictions(*logits, texts[0])
+        found.append(each | {"row": batch.rows[each["row"]]})
+    joined = {name: torch.cat([each[name] for each in found], dim=-1) for name in found[0]}
+    order = joined["row"].argsort(stable=True)
+    joined = {name: x[..., order] for name, x in joined.items()}
+    ids = torch.cat([joined["token"], joined["top"].flatten()]).unique().tolist()
+    tokenizer = models[0].tokenizer
+    words = {i: str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids}
+    left_out = []
+    if read.left_out:
+        left_out.append(f"{read.left_out:,} more windows of the text: raise rows to read them")
+    positions = sum(batch.ids.numel() for batch in read.batches if bool(batch.masked.any()))
+    return {
+        "predictions": PredictionDiff(**joined, texts=read.texts, words=words),
+        "activations": gathered.found(positions),
+        "left_out": tuple(left_out),
+    }
+
+
+def bound_method(size: int | None, method: str | None) -> str:
+    """The method asked for; exact where a block has few states, else Monte Carlo."""
+    if method is not None:
+        return method
+    return "exact" if size is not None and 2**size <= STATES else "monte_carlo"
+
+
+def bounds(
+    models: tuple[Any, Any],
+    read: Rows,
+    size: int | None,
+    method: str,
+    replicates: int,
+    seed: int,
+    left_out: tuple[str, ...],
+) -> dict[str, Any]:
+    """The bound of both on the same texts, from the same draws; or why there is none."""
+    try:
+        a, b = (
+            nats_of(list(bound_of(bridge, read, size, method, replicates, seed)), read)
+            for bridge in models
+        )
+    except NotExactError as error:
+        return {"left_out": (*left_out, f"the bound, since {error}")}
+    return {"bound": BoundDiff(method, a, b)}
+
+
+def bound_of(
+    bridge: Any, read: Rows, size: int | None, method: str, replicates: int, seed: int
+) -> Iterator[tuple[Tensor, Nats]]:
+    """Batch by batch: the rows, and their bound."""
+    for number, batch in enumerate(read.batches):
+        draws = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        found = nelbo(
+            bridge, batch.ids, size, method, replicates=replicates, seed=draws, max_states=STATES
+        )
+        yield batch.rows, found
+
+
+def nats_of(found: list[tuple[Tensor, Nats]], read: Rows) -> Nats:
+    """The rows' figures added to their texts."""
+    rows = torch.cat([rows for rows, _ in found])
+    owner, size = read.texts[rows], 1 + int(read.texts.max())
+    values = torch.cat([nats.replicates for _, nats in found], dim=1)
+    tokens = torch.cat([nats.token_counts for _, nats in found])
+    return Nats(
+        kind=found[0][1].kind,
+        replicates=torch.zeros(len(values), size, dtype=values.dtype).index_add_(1, owner, values),
+        token_counts=torch.zeros(size, dtype=tokens.dtype).index_add_(0, owner, tokens),
+    )

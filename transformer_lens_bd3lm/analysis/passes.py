@@ -4,7 +4,6 @@ The two passes differ in one thing: the dial, or the weights. What is compared::
 
     cosine            r_a . r_b / (|r_a| |r_b|), mean over rows        a residual, [depth, pos]
     CKA               <K_a, K_b> / (|K_a| |K_b|)                       many residuals, [depth]
-    relative change   |w_b - w_a| / |w_a|                              what a layer writes, [layer]
     attention change  1/2 sum_k |A_a - A_b|, mean over predictions     patterns, [layer, head]
     KL                sum_v p_a log(p_a / p_b), nats                   predictions, [batch, pos]
 
@@ -22,10 +21,10 @@ scatters it by about one over their root: 0.22 at 8 samples, 0.02 at 70.
 Only masked positions are trained to predict, so only their predictions and their attention are
 compared. The autoregressive baseline masks nothing: a token is predicted one position before it.
 
-It does not say what the passes are; see ``dial`` and ``diff``.
+It does not say what the passes are; see ``dial``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -147,14 +146,6 @@ def attention_change(
     return torch.stack([moved, *(x[..., :noisy].sum(-1) for x in (a, b))]).mean(1)
 
 
-def relative_change(
-    a: Float[Tensor, "batch all d_model"], b: Float[Tensor, "batch all d_model"], streams: int
-) -> Float[Tensor, " stream"]:
-    """``|b - a| / |a|`` of what a layer writes, stream by stream."""
-    pairs = zip(wide(a).chunk(streams, dim=1), wide(b).chunk(streams, dim=1), strict=True)
-    return torch.stack([(y - x).norm() / x.norm() for x, y in pairs])
-
-
 def prediction_change(
     a: Float[Tensor, "query d_vocab"], b: Float[Tensor, "query d_vocab"], mask_id: int
 ) -> Float[Tensor, " query"]:
@@ -195,13 +186,13 @@ class NoisedText:
         timesteps: Any,
         hooks: list[tuple[str, Any]],
         see: Callable[[str, Tensor], None],
-        written: bool = False,
+        names: Iterable[str] | None = None,
     ) -> Float[Tensor, "query d_vocab"]:
         """One forward, in the dual view if there is one: raw logits of the masked tokens.
 
         Every residual ``[batch, all, d_model]``, and each layer's attention of the queries
-        ``[query, head, all]``, is shown to ``see`` on the way, after the hooks; with ``written``,
-        what each layer's parts write, too.
+        ``[query, head, all]``, is shown to ``see`` on the way, after the hooks; with ``names``,
+        what is at those hook points in place of the residuals.
         """
         bridge, queries = self.bridge, self.queries
 
@@ -211,8 +202,9 @@ class NoisedText:
         def pattern(x: Tensor, hook: Any, name: str) -> None:
             see(name, x[:, :, : queries.shape[1]].transpose(1, 2)[queries])
 
-        stream = [*residuals(bridge), *(writes(bridge) if written else [])]
-        own: list[tuple[str, Any]] = [(name, partial(residual, name=name)) for name in stream]
+        own: list[tuple[str, Any]] = [
+            (name, partial(residual, name=name)) for name in names or residuals(bridge)
+        ]
         own += [(name, partial(pattern, name=name)) for name in patterns(bridge)]
         x_t, how = self.tokens, {}
         if not bridge.cfg.causal:
@@ -231,52 +223,43 @@ class PassChange:
     Attributes:
         streams: residuals of the noisy stream, and of the clean one if there is one.
         attention: change, and the share on the noisy stream at a and at b ``[3, layer, head]``.
-        written: what attention and what the MLP writes ``[2, layer, stream]``, if it was looked at.
         logits: of the masked tokens ``[query, d_vocab]``, at a and at b.
     """
 
     streams: list[StreamChange]
     attention: Float[Tensor, "3 layer head"]
-    written: Float[Tensor, "2 layer stream"] | None
     logits: tuple[Tensor, Tensor]
 
 
 def compare_passes(
-    a: Callable[..., Tensor], b: Callable[..., Tensor], text: NoisedText, written: bool = False
+    a: Callable[..., Tensor], b: Callable[..., Tensor], text: NoisedText
 ) -> PassChange:
     """Run one pass, keep what is looked at, and compare the other with it on the way.
 
     Args:
-        a: a pass of ``text``, which takes ``see`` and ``written``.
+        a: a pass of ``text``, which takes ``see``.
         b: another, of the same shapes.
         text: what both run over.
-        written: look also at what each layer's parts write.
     """
     before: dict[str, Tensor] = {}
     changes: dict[str, Any] = {}
-    depths, layers, parts = (names(text.bridge) for names in (residuals, patterns, writes))
+    depths, layers = residuals(text.bridge), patterns(text.bridge)
 
     def keep(name: str, x: Tensor) -> None:
         # A hook further on may write into the stream.
-        before[name] = x if name in layers else x.clone()
+        before[name] = x.clone() if name in depths else x
 
     def compare(name: str, x: Tensor) -> None:
-        first = before.pop(name)
-        if name in layers:
-            changes[name] = attention_change(first, x, text.streams)
-        else:
-            change = residual_change if name in depths else relative_change
-            changes[name] = change(first, x, text.streams)
+        change = residual_change if name in depths else attention_change
+        changes[name] = change(before.pop(name), x, text.streams)
 
-    logits = a(see=keep, written=written), b(see=compare, written=written)
+    logits = a(see=keep), b(see=compare)
     streams = [
         StreamChange(*map(torch.stack, zip(*stream, strict=True)))
         for stream in zip(*(changes[name] for name in depths), strict=True)
     ]
     attention = torch.stack([changes[name] for name in layers], dim=1)
-    found = torch.stack([changes[name] for name in parts]) if written else None
-    found = None if found is None else found.unflatten(0, (2, -1))
-    return PassChange(streams, attention, found, logits)
+    return PassChange(streams, attention, logits)
 
 
 def residuals(bridge: Any) -> list[str]:
@@ -288,12 +271,6 @@ def residuals(bridge: Any) -> list[str]:
 def patterns(bridge: Any) -> list[str]:
     """Hook names of the attention patterns, by layer."""
     return [f"blocks.{i}.attn.hook_pattern" for i in range(bridge.cfg.n_layers)]
-
-
-def writes(bridge: Any) -> list[str]:
-    """Hook names of what attention writes, by layer, then of what the MLPs write."""
-    layers = range(bridge.cfg.n_layers)
-    return [f"blocks.{i}.hook_{part}_out" for part in ("attn", "mlp") for i in layers]
 
 
 def read_noised_text(bridge: Any, tokens: Any, x_t: Any, seed: int) -> NoisedText:

@@ -595,17 +595,19 @@ def check_bridge(bridge: Any) -> None:
         )
 
 
+def unlike(config: Any, other: Any, keys: Iterable[str]) -> list[str]:
+    """In which of these settings two configs differ, and how."""
+    pairs = [(key, getattr(config, key), getattr(other, key)) for key in keys]
+    return [f"{key} {one} and {two}" for key, one, two in pairs if one != two]
+
+
 def check_same_shape(config: Any, other: Any, names: tuple[str, str]) -> None:
     """Refuse two checkpoints of which no activation could be compared.
 
     Raises:
         InputError: naming what differs.
     """
-    differ = [
-        f"{key} {getattr(config, key)} and {getattr(other, key)}"
-        for key in SHAPE
-        if getattr(config, key) != getattr(other, key)
-    ]
+    differ = unlike(config, other, SHAPE)
     if differ:
         raise InputError(
             f"{names[0]} and {names[1]} are not of one shape ({'; '.join(differ)}): give the "

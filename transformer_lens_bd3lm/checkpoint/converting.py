@@ -28,7 +28,7 @@ from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.checkpoint.saving import new_folder
 from transformer_lens_bd3lm.checkpoint.tokenizer import known_tokenizer, teach_mask
 from transformer_lens_bd3lm.checkpoint.unpickle import Made, entry
-from transformer_lens_bd3lm.errors import CheckpointError, TokenizerError
+from transformer_lens_bd3lm.errors import CheckpointError, InputError, TokenizerError
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 CARD = """---
@@ -96,6 +96,39 @@ def boot_lightning(
         )
     bridge.cfg.model_name = str(path_or_repo)
     return bridge
+
+
+def boot_checkpoint(
+    name: str | Path,
+    weights: str = "ema",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformerBridge:
+    """A bridge over whatever one name stands for, a published checkpoint or a training one.
+
+    Args:
+        name: a folder or Hub id; a ``.ckpt`` file; or ``REPO::FILENAME``, a ``.ckpt`` file in a
+            folder or repository.
+        weights: of a training checkpoint, as in :func:`boot_lightning`.
+        device: the host's choice by default.
+        dtype: to compute in.
+
+    Raises:
+        CheckpointError: if it cannot be loaded as it is.
+        InputError: if ``weights`` is neither, or not for such a checkpoint.
+    """
+    repository, _, filename = str(name).partition("::")
+    if filename or Path(repository).is_file():
+        how: dict[str, Any] = {"device": device, "dtype": dtype}
+        bridge = boot_lightning(repository, filename or None, weights, **how)
+        bridge.cfg.model_name = str(name)
+        return bridge
+    if weights != "ema":
+        raise InputError(
+            f"weights={weights!r} is for training checkpoints: {name} is none, leave it out"
+        )
+    return TransformerBridge.boot_transformers(repository, device=device, dtype=dtype)
 
 
 def convert_lightning(

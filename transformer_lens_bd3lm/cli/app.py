@@ -38,21 +38,13 @@ def path_of(model: str) -> str:
     return getattr(bd3lm, model.upper()) if model in EMBEDDED else model
 
 
-def boot(model: str | None, device: str | None = None, weights: str = "ema") -> Any:
-    """The bridge of a Hub id, folder, training checkpoint or embedded model; the default for None.
+def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
+    """The bridge of a checkpoint's name, or of an embedded model; the default for None."""
+    from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
 
-    A training checkpoint is a ``.ckpt`` file, or ``REPOSITORY::FILE.ckpt``.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from transformer_lens_bd3lm.checkpoint.converting import boot_lightning
-
-    place, _, filename = (model or "tiny").partition("::")
     try:
         with errors.status("loading ..."), quiet():
-            if filename or place.endswith(".ckpt"):
-                return boot_lightning(place, filename or None, weights, device=device)
-            return TransformerBridge.boot_transformers(path_of(model or "tiny"), device=device)
+            return boot_checkpoint(path_of(model or "tiny"), device=device, **how)
     except BD3LMError:
         raise
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from transformer_lens_bd3lm.analysis.diff import finite
 from transformer_lens_bd3lm.cli.app import (
     app,
     boot,
@@ -14,7 +15,6 @@ from transformer_lens_bd3lm.cli.app import (
     write_json,
 )
 from transformer_lens_bd3lm.cli.convert import Weights
-from transformer_lens_bd3lm.cli.diff import finite
 from transformer_lens_bd3lm.cli.measure import Device, Json, MaxStates, Plot, Replicates, Seed
 from transformer_lens_bd3lm.terminal import console
 
@@ -61,7 +61,7 @@ def dependency(
     given = parses if text is None else parse(text.read_text(encoding="utf-8"))
     sentences, found = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
-        bridge = boot(model, device, weights.value)
+        bridge = boot(model, device, weights=weights.value)
         how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
         how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
         found.append(measure(bridge, sentences, **how))
