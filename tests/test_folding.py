@@ -448,3 +448,93 @@ def test_the_final_modulation_stays_where_norms_stay(path, device):
         cache["blocks.1.adaln.hook_shift_mlp"], plain["blocks.1.adaln.hook_shift_mlp"]
     )
     assert "sigma_map" in bridge._modules
+
+
+# Training goes on from there
+
+TRAINED = [{}, {"fold_ln": False}]
+
+
+def train(bridge, steps=3):
+    """A few steps that move whatever can be moved, decay included."""
+    x_t, clean = streams(bridge)
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=0.05, weight_decay=0.5)
+    for step in range(steps):
+        t = torch.full((len(x_t),), 0.5 + step / 10, dtype=torch.float64, device=x_t.device)
+        optimizer.zero_grad()
+        bd3lm.diffusion_loss(bridge(x_t, clean=clean), x_t, clean, t).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["as it comes", "everything unfrozen"])
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+def test_a_processed_bridge_in_training_keeps_folded_modulation_neutral(
+    path, device, options, every
+):
+    bridge = boot(path, device, torch.float64)
+    bridge.enable_compatibility_mode(**options)
+    if every:
+        bridge.requires_grad_(True)
+    x_t, clean = streams(bridge)
+    before = bridge(x_t, clean=clean).detach()
+    train(bridge)
+    with torch.no_grad():
+        logits = bridge(x_t, clean=clean)
+        watched, cache = bridge.run_with_cache(x_t, clean=clean)
+    assert relative(logits, before) > 0.1, "something is trained"
+    assert relative(watched, logits) < 1e-12, "looking does not change what is computed"
+    for name in ("gate_msa", "gate_mlp"):
+        assert torch.equal(*_with_ones(cache[f"blocks.1.adaln.hook_{name}"]))
+        assert torch.equal(*_with_ones(cache["blocks.1.adaln.hook_out"].chunk(6, -1)[2]))
+    shifts = [cache["blocks.1.adaln.hook_shift_msa"], cache["final_adaln.hook_scale"]]
+    assert [bool(x.any()) for x in shifts] == [bool(options)] * 2
+    if not options:
+        assert torch.equal(cache["unembed.hook_in"], cache["ln_final.hook_out"])
+
+
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+def test_what_is_wholly_folded_is_frozen(path, device, options):
+    bridge = boot(path, device, torch.float64)
+    bridge.enable_compatibility_mode(**options)
+    frozen = {name for name, p in bridge.named_parameters() if not p.requires_grad}
+    conditioning = {
+        name for name, _ in bridge.named_parameters() if "adaLN" in name or "sigma_map" in name
+    }
+    assert len(conditioning) == 2 * (bridge.cfg.n_layers + 1) + 4
+    assert frozen == (set() if options else conditioning)
+
+
+def test_gates_alone_get_no_gradient_and_the_rest_of_their_matrix_does(path, device):
+    bridge = boot(path, device, torch.float64)
+    bridge.enable_compatibility_mode(fold_ln=False)
+    x_t, clean = streams(bridge)
+    bridge(x_t, clean=clean).log_softmax(-1)[..., 1].sum().backward()
+    rows = bridge.blocks[1].adaln.original_component.weight.grad.chunk(6)
+    assert [bool(row.any()) for row in rows] == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["as released", "without adaLN"])
+def test_a_norm_trained_since_folding_is_told_from_one_that_was_not_folded(tmp_path, device, kind):
+    folder = small.save(tmp_path / "other", adaln=kind == "as released")
+    ids = small.prompt_of(1, 8).to(device)
+    for options, told in (({}, "trained since"), ({"fold_ln": False}, "fold_ln=False")):
+        bridge = boot(folder, device, torch.float64)
+        bridge.enable_compatibility_mode(**options)
+        if not options:
+            bridge.tokens_to_residual_directions(ids)
+            train(bridge)
+        with pytest.raises(NotExactError, match=told):
+            bridge.tokens_to_residual_directions(ids)
+
+
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+def test_a_trained_state_goes_back_into_its_own_bridge(path, device, options):
+    bridge = boot(path, device, torch.float64)
+    bridge.enable_compatibility_mode(**options)
+    x_t, clean = streams(bridge)
+    train(bridge)
+    state = {name: x.clone() for name, x in bridge.state_dict().items()}
+    wanted = bridge(x_t, clean=clean).detach()
+    train(bridge)
+    bridge.load_state_dict(state)
+    assert torch.equal(bridge(x_t, clean=clean).detach(), wanted)

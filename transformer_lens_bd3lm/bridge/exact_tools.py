@@ -66,6 +66,11 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
             "With time conditioning they are no part of any weights: read hook_modulated_msa, "
             "hook_modulated_mlp or unembed.hook_in of a run"
         )
+    elif bridge._weights_processed and bridge.norms_folded:
+        way_out = (
+            "It was folded when these weights were processed, and has been trained since. Train "
+            "and save a bridge as booted, then boot that and process it"
+        )
     elif bridge._weights_processed:
         way_out = "These weights were processed with fold_ln=False: boot the bridge anew, with it"
     else:
@@ -290,7 +295,8 @@ def require_same_gates(bridge: Any, state_dict: Any) -> None:
         if layer is None or int(layer[1]) not in folded or bias.shape != (6 * bridge.cfg.d_model,):
             continue
         _, _, gate_msa, _, _, gate_mlp = bias.chunk(6)
-        neutral = bool((gate_msa == 1).all() and (gate_mlp == 1).all())
+        gates = torch.cat([gate_msa, gate_mlp])  # weight decay makes less than 1 of all alike
+        neutral = bool((gates == gates[0]).all() and gates[0] > 0)
         if neutral == folded[int(layer[1])]:
             continue
         came, here = ("processed", "as booted") if neutral else ("as booted", "processed")

@@ -9,7 +9,7 @@ weights::
 Gates are always folded, before anything is centred: a centred write times a gate is not centred.
 Shifts and scales are folded when the host folds norms. What is folded is left neutral where it
 stood (shift 0, scale 0, gate 1), and there it can be read, but an edit is refused: it would not
-mean what it meant before.
+mean what it meant before. It stays so in training, and what is wholly folded is frozen.
 
 The mask token never competes with the others (SUBS), so its column of the unembedding is set aside
 before that is centred.
@@ -26,13 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transformer_lens_bd3lm.bridge.conditioning import MODULATION
+from transformer_lens_bd3lm.bridge.conditioning import GATES, MODULATION
 from transformer_lens_bd3lm.checkpoint.modeling import timestep_features
 from transformer_lens_bd3lm.errors import NotExactError
 
 FINAL = "backbone.output_layer.adaLN_modulation"
 SIGMA = "backbone.sigma_map.mlp"
-GATES = ("gate_msa", "gate_mlp")
 
 State = dict[str, Tensor]
 
@@ -211,11 +210,19 @@ def finish(bridge: Any, folded: Folded) -> None:
         getattr(component.original_component, part).copy_(value.as_subclass(Tensor))
     mask = {part: x.as_subclass(Tensor) for part, x in folded.mask.items()}
     bridge.unembed.set_aside(bridge.cfg.mask_token_id, mask["weight"], mask["bias"])
-    if not bridge.cfg.adaln:
-        return
+    bridge.norms_folded = folded.norms
+    if bridge.cfg.adaln:
+        mark_folded(bridge, folded.norms)
+
+
+def mark_folded(bridge: Any, norms: bool) -> None:
+    """Make what is folded neutral for good, and freeze what is so as a whole."""
     for block in bridge.blocks:
-        block.adaln.folded = MODULATION if folded.norms else GATES
+        block.adaln.folded = MODULATION if norms else GATES
     bridge.timestep_embed.folded = True
-    if folded.norms:
-        bridge.final_adaln.folded = ("shift", "scale")
-        del bridge.sigma_map  # by it the host's lenses know an unfolded read-out
+    if not norms:
+        return
+    bridge.final_adaln.folded = ("shift", "scale")
+    for idle in (bridge.timestep_embed, bridge.final_adaln, *(b.adaln for b in bridge.blocks)):
+        idle.requires_grad_(False)
+    del bridge.sigma_map  # by it the host's lenses know an unfolded read-out
