@@ -52,12 +52,12 @@ def processed(path, device, dtype, **options):
 
 
 def streams(bridge, batch=2, length=16):
-    """A clean text and a noisy one, half of it masked, and the end, 1, 3 and 6 in any case."""
+    """A clean text and a noisy one, half of it masked, and the end, 1 to 4 and 6 in any case."""
     length = min(length, bridge.cfg.n_ctx)
     clean = small.prompt_of(batch, length, bridge.cfg.mask_token_id + 1).to(bridge.cfg.device)
     generator = torch.Generator().manual_seed(1)
     masked = (torch.rand(clean.shape, generator=generator) < 0.5).to(clean.device)
-    masked[:, [i for i in (1, 3, 6, -1) if i < length]] = True
+    masked[:, [i for i in (1, 2, 3, 4, 6, -1) if i < length]] = True
     masked[:, 0] = False
     return torch.where(masked, bridge.cfg.mask_token_id, clean), clean
 

@@ -28,6 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.predictions import Predicted
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 MODULATION_BIAS = re.compile(r"blocks\.(\d+)\.(?:adaln|adaLN_modulation)\.(?:.*\.)?bias$")
@@ -85,10 +86,18 @@ class BD3LMActivationCache(ActivationCache):
 
     Attributes:
         processed: whether the weights were processed when it was made.
+        predicted: where the noisy stream held a mask; None if it was given as embeddings.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        predicted: Predicted | None = None,
+    ):
         super().__init__(cache_dict, model, has_batch_dim)
+        self.predicted = predicted
         self.processed: bool = getattr(model, "_weights_processed", False)
 
     def require_its_weights(self) -> None:
@@ -110,12 +119,14 @@ class BD3LMActivationCache(ActivationCache):
             InputError: if it is one.
         """
         scale = self.cache_dict.get("ln_final.hook_scale")
+        read = None if scale is None else scale.shape[-2]
+        if self.predicted is not None:
+            read = len(self.predicted.positions)
         for name, x in self.cache_dict.items():
-            if scale is not None and name.endswith(STREAM) and x.shape[-2] != scale.shape[-2]:
+            if read is not None and name.endswith(STREAM) and x.shape[-2] != read:
                 raise InputError(
-                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and ln_final "
-                    f"{scale.shape[-2]}: only the noisy stream is read out. Take "
-                    "bd3lm.noisy_half(cache)"
+                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and the read-out "
+                    f"{read}: only the noisy stream is read out. Take bd3lm.noisy_half(cache)"
                 )
 
     def require_read_out(self) -> None:
@@ -131,27 +142,23 @@ class BD3LMActivationCache(ActivationCache):
             )
         self.require_one_stream()
 
-    def require_predictions(self, positions: Any) -> None:
-        """Refuse to read predictions at a position that was picked and is clean: it is untrained.
-
-        Whole ranges are not picked; and where the ids were not cached, nobody can tell.
+    def require_predictions(self, positions: Any, batch_slice: Any = None) -> None:
+        """Refuse to read predictions where the model was not trained to make any.
 
         Raises:
-            InputError: if one is, and of a dual pass.
+            InputError: at a clean position, unless all are read at once, and of a dual pass.
             NotExactError: if the weights were processed since.
         """
         self.require_its_weights()
         self.require_one_stream()
-        where = Slice.unwrap(positions)
-        ids = self.cache_dict.get("embed.hook_in")
-        if ids is None or where.mode in ("identity", "slice") or self.model.cfg.causal:
+        if self.predicted is None or self.model.cfg.causal:
             return
-        if bool((where.apply(ids, dim=-1) != self.model.cfg.mask_token_id).any()):
-            raise InputError(
-                f"position {positions} is not masked in every row: the loss never looks at clean "
-                "positions, and what is predicted there is untrained. Give a masked position (the "
-                "host's default is the last), or put a mask in its place"
-            )
+        rows = self.predicted.rows(batch_slice) if self.has_batch_dim else self.predicted
+        rows.at(positions).require(positions)
+
+    def has_all_rows(self, residual_stack: Tensor) -> bool:
+        """Whether a stack is of the whole batch."""
+        return self.predicted is None or len(self.predicted.masked) == residual_stack.shape[1]
 
     def logit_attrs(
         self,
@@ -163,14 +170,14 @@ class BD3LMActivationCache(ActivationCache):
         has_batch_dim: bool = True,
     ) -> Tensor:
         """As the host's, at all positions or at masked ones."""
-        self.require_predictions(pos_slice)
+        self.require_predictions(pos_slice, batch_slice)
         return super().logit_attrs(
             residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
         )
 
     def logit_lens(self, *, positions: Any = -1, **kwargs: Any) -> Any:
         """As the host's, at all positions or at masked ones."""
-        self.require_predictions(positions)
+        self.require_predictions(positions, kwargs.get("batch_slice"))
         return super().logit_lens(positions=positions, **kwargs)
 
     def _ensure_head_results(self) -> bool:
@@ -197,6 +204,8 @@ class BD3LMActivationCache(ActivationCache):
             self.require_its_weights()
             self.require_one_stream()
             require_folded(self.model, self.model.cfg.n_layers, weight=False)
+            if layer is None and has_batch_dim and self.has_all_rows(residual_stack):
+                self.require_predictions(pos_slice, batch_slice)  # asked by the host's own lens
         return super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
@@ -216,6 +225,7 @@ class BD3LMActivationCache(ActivationCache):
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         mine = copy.copy(self)
         mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
+        mine.predicted = self.predicted and self.predicted.rows(batch_slice)
         return mine
 
 
@@ -237,18 +247,24 @@ class WithExactTools:
         """As the host's; with ``pos_slice``, what has no positions is left out."""
         if Slice.unwrap(pos_slice).mode != "identity":
             names_filter = with_positions(self, input, names_filter, **kwargs)
-        output, cache = super().run_with_cache(
-            input,
-            return_cache_object,
-            remove_batch_dim,
-            names_filter=names_filter,
-            stop_at_layer=stop_at_layer,
-            start_at_layer=start_at_layer,
-            pos_slice=pos_slice,
-            **kwargs,
-        )
+        seen: list[Tensor] = []
+        with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
+            output, cache = super().run_with_cache(
+                input,
+                return_cache_object,
+                remove_batch_dim,
+                names_filter=names_filter,
+                stop_at_layer=stop_at_layer,
+                start_at_layer=start_at_layer,
+                pos_slice=pos_slice,
+                **kwargs,
+            )
         if return_cache_object:
-            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim)
+            predicted = None
+            if seen:
+                ids = seen[0].chunk(2, dim=1)[0] if is_dual(self, seen[0], **kwargs) else seen[0]
+                predicted = Predicted.of(ids, self.cfg.mask_token_id).at(pos_slice)
+            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim, predicted)
         return output, cache
 
     def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
