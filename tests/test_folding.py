@@ -298,6 +298,24 @@ def test_without_centring_raw_logits_stay_what_they_were_the_masks_too(path, dev
     assert float(difference.abs().max()) < EXACT
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_masks_own_part_is_not_written_into_what_the_table_gave(path, device, dtype):
+    """Somebody may have kept that: a hook of torch's own, or a function to be differentiated."""
+    bridge = boot(path, device, dtype)
+    bridge.enable_compatibility_mode()
+    linear, kept = bridge.unembed.original_component, []
+
+    def keep(module, inputs, output):
+        kept.append((output, output.detach().clone()))
+
+    x_t, _ = streams(bridge)
+    with linear.register_forward_hook(keep):
+        bridge(x_t)
+    assert torch.equal(*kept[0])
+    with linear.register_forward_hook(lambda module, inputs, output: output.exp()):
+        bridge(x_t).sum().backward()  # the gradient of exp needs what exp gave
+
+
 # What an edit means afterwards
 
 GATED = ("attn.hook_out", "attn.o.hook_out", "mlp.hook_out", "mlp.out.hook_out")

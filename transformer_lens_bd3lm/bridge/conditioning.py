@@ -109,7 +109,9 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
         h = self.hook_in(hidden_states)
         logits = linear(h)
         if hasattr(linear, "mask"):
-            logits[..., linear.mask_id] += h @ linear.mask.weight + linear.mask.bias
+            more = h @ linear.mask.weight + linear.mask.bias
+            column = torch.tensor([linear.mask_id], device=logits.device)
+            logits = logits.index_add(-1, column, more[..., None])
         return self.hook_out(logits)
 
 
