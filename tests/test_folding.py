@@ -556,3 +556,27 @@ def test_a_trained_state_goes_back_into_its_own_bridge(path, device, options):
     train(bridge)
     bridge.load_state_dict(state)
     assert torch.equal(bridge(x_t, clean=clean).detach(), wanted)
+
+
+FROZEN = {
+    "nothing": lambda name: False,
+    "everything": lambda name: True,
+    "all but one MLP": lambda name: "blocks.1." not in name or ".mlp." not in name,
+    "the embedding and the read-out": lambda name: "vocab_embed" in name or "output_" in name,
+    "attention": lambda name: "attn" in name,
+}
+
+
+@pytest.mark.parametrize("options", [{}, NONE], ids=["all", "gates alone"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_was_frozen_stays_so(path, device, dtype, frozen, options):
+    bridge = boot(path, device, dtype)
+    for name, p in bridge.named_parameters():
+        p.requires_grad_(not frozen(name))
+    bridge.enable_compatibility_mode(**options)
+    idle = () if options else ("adaLN", "sigma_map")
+    names = [name for name, _ in bridge.named_parameters()]
+    assert any(name.endswith("q._original_component.bias") for name in names) == (not options)
+    for name, p in bridge.named_parameters():
+        assert p.requires_grad == (not frozen(name) and not any(x in name for x in idle)), name

@@ -56,12 +56,14 @@ class Folded:
 
     Attributes:
         dtypes: of the model's parameters before, by name.
+        frozen: which of them were.
         norms: whether shifts and scales were folded too.
         neutral: the modulations' new weights and biases, by state-dict name.
         mask: the mask token's unembedding, set aside: ``{"weight": [d_model], "bias": []}``.
     """
 
     dtypes: dict[str, torch.dtype]
+    frozen: frozenset[str]
     norms: bool
     neutral: State
     mask: State
@@ -115,8 +117,10 @@ def fold_modulation(bridge: Any, state: State, norms: bool) -> Folded:
             fold_norm(state, "ln_final", *vectors(state, FINAL, c, 2))
             neutral |= left_neutral(state, FINAL, norms)
     mask = set_mask_aside(state, cfg.mask_token_id, norms)
-    parameters = bridge.original_model.named_parameters(remove_duplicate=False)
-    return Folded({name: p.dtype for name, p in parameters}, norms, neutral, mask)
+    parameters = dict(bridge.original_model.named_parameters(remove_duplicate=False))
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    frozen = frozenset(name for name, p in parameters.items() if not p.requires_grad)
+    return Folded(dtypes, frozen, norms, neutral, mask)
 
 
 def constant_c(state: State) -> Float[Tensor, " cond"]:
@@ -193,8 +197,8 @@ def set_mask_aside(state: State, mask_id: int, norms: bool) -> State:
 def finish(bridge: Any, folded: Folded) -> None:
     """Put right what the host's hand-over of processed weights leaves out.
 
-    Weights are wide still, the token table is a bare parameter of another name, modulations are not
-    among the host's components, and the mask's unembedding was set aside.
+    Weights are wide still, and none is frozen; the token table is a bare parameter of another name,
+    modulations are not among the host's components, and the mask's unembedding was set aside.
     """
     for name, p in list(bridge.original_model.named_parameters(remove_duplicate=False)):
         home, part = name.rpartition(".")[::2]
@@ -204,6 +208,9 @@ def finish(bridge: Any, folded: Folded) -> None:
             setattr(bridge.original_model.get_submodule(home), part, narrow)
     table = bridge.embed.original_component
     table.embedding = table.weight
+    for name, p in bridge.original_model.named_parameters(remove_duplicate=False):
+        owner = name if name in folded.dtypes else f"{name.rpartition('.')[0]}.weight"
+        p.requires_grad_(owner not in folded.frozen)
     for name, value in folded.neutral.items():
         home, part = name.removeprefix(f"{FINAL}.").rpartition(".")[::2]
         component = bridge.get_submodule(home) if home else bridge.final_adaln
