@@ -18,7 +18,6 @@ but says nothing of norms on the way, of a dual pass's positions, or of weights 
 
 import copy
 import functools
-import re
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ from transformer_lens.utilities import Slice
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.predictions import Predicted
+from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
-MODULATION_BIAS = re.compile(r"blocks\.(\d+)\.(?:adaln|adaLN_modulation)\.(?:.*\.)?bias$")
 STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 STREAM += ("hook_attn_out", "hook_mlp_out")
 
@@ -69,8 +68,8 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
         )
     elif bridge._weights_processed and bridge.norms_folded:
         way_out = (
-            "It was folded when these weights were processed, and has been trained since. Train "
-            "and save a bridge as booted, then boot that and process it"
+            "It was folded when these weights were processed, and has been trained since, or "
+            "loaded. Train and save a bridge as booted, then boot that and process it"
         )
     elif bridge._weights_processed:
         way_out = "These weights were processed with fold_ln=False: boot the bridge anew, with it"
@@ -292,34 +291,11 @@ class WithExactTools:
         """As the host's, of weights that are processed if this bridge's are.
 
         Raises:
-            NotExactError: if gates would then be in the weights twice, or not at all.
+            NotExactError: if they are not, whether ``strict`` or not: gates would then be in the
+                weights twice, or not at all, and biases without the weights they belong to.
         """
-        require_same_gates(self, state_dict)
+        require_same_processing(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
-
-
-def require_same_gates(bridge: Any, state_dict: Any) -> None:
-    """Refuse a state whose gates are part of its weights where the bridge's are not, or vice versa.
-
-    Raises:
-        NotExactError: if it is one; nothing has been loaded.
-    """
-    blocks = bridge.blocks if bridge.cfg.adaln else []
-    folded = {i: "gate_msa" in block.adaln.folded for i, block in enumerate(blocks)}
-    for key, bias in state_dict.items():
-        layer = MODULATION_BIAS.search(key)
-        if layer is None or int(layer[1]) not in folded or bias.shape != (6 * bridge.cfg.d_model,):
-            continue
-        _, _, gate_msa, _, _, gate_mlp = bias.chunk(6)
-        gates = torch.cat([gate_msa, gate_mlp])  # weight decay makes less than 1 of all alike
-        neutral = bool((gates == gates[0]).all() and gates[0] > 0)
-        if neutral == folded[int(layer[1])]:
-            continue
-        came, here = ("processed", "as booted") if neutral else ("as booted", "processed")
-        raise NotExactError(
-            f"{key} is of weights {came}, and this bridge's are {here}: its gates would be counted "
-            "wrongly. Load it into a bridge of the same processing"
-        )
 
 
 def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
