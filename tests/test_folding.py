@@ -431,6 +431,49 @@ def test_an_edit_means_what_it_meant_or_is_known_not_to(tmp_path_factory, device
         assert (float(difference.abs().max()) < 1e-9) == (edit in kept), edit
 
 
+@pytest.mark.parametrize("option", KEEPS)
+def test_what_a_head_writes_lacks_its_value_bias_where_that_is_folded(path, device, option):
+    """``attn.hook_result``, which is there with ``use_attn_result`` alone."""
+    options, _ = KEEPS[option]
+    plain, bridge = boot(path, device, torch.float64), boot(path, device, torch.float64)
+    bridge.enable_compatibility_mode(**options)
+    written = []
+    for each in (plain, bridge):
+        each.set_use_attn_result(True)
+        x_t, clean = streams(each)
+        with torch.no_grad():
+            _, cache = each.run_with_cache(x_t, clean=clean)
+        written.append(cache["blocks.1.attn.hook_result"])
+        bias = each.blocks[1].attn.b_O
+        whole = written[-1].sum(-2) + (0 if bias is None else bias)
+        assert relative(whole.detach(), cache["blocks.1.hook_attn_out"]) < EXACT
+    if options["center_writing_weights"]:
+        written[0] = written[0] - written[0].mean(-1, keepdim=True)
+    same = not options["fold_value_biases"]
+    assert (relative(written[1], written[0]) < EXACT) == same
+    for edit in EDITS:
+        off = effect(bridge, "attn.hook_result", edit) - effect(plain, "attn.hook_result", edit)
+        assert (float(off.abs().max()) < 1e-9) == (same or edit == "add"), edit
+
+
+def test_in_float32_a_processed_forward_is_as_near_its_float64_at_likely_tokens_alone(
+    golden, device
+):
+    """At the least likely ones of this batch it is further off by a third."""
+    path, off = golden("bd3lm").path, {}
+    wide = shared(path, device, torch.float64)
+    x_t, keywords = passes_of(wide)
+    for bridge in (shared(path, device), processed(path, device, torch.float32)):
+        with torch.no_grad():
+            pairs = [[log_probs(b, b(x_t, **how)) for b in (bridge, wide)] for how in keywords]
+        found, wanted = (torch.stack(each) for each in zip(*pairs, strict=True))
+        difference = (found - wanted).abs()
+        off[bridge] = [float(x.max()) for x in (difference, difference[wanted > -10])]
+    for everywhere, likely in off.values():
+        assert 1e-7 < likely < 2e-5 and everywhere < 4e-5
+        assert likely < everywhere
+
+
 @functools.cache
 def _small_at(folder):
     return small.save(folder)
