@@ -488,6 +488,35 @@ def test_a_clean_position_predicts_nothing(golden, device, picked):
                 ask()
 
 
+@pytest.mark.parametrize(
+    "layer, mlp_input, told",
+    [
+        (-1, True, "mlp_input=True of the read-out"),
+        (None, True, "mlp_input=True of the read-out"),
+        (2, True, "mlp_input=True of the read-out"),
+        (3, False, "layer=3: give 0..2"),
+        (-2, False, "layer=-2: give 0..2"),
+        (-2, True, "layer=-2: give 0..2"),
+    ],
+)
+@torch.no_grad()
+def test_a_layer_that_is_none_is_told(golden, device, layer, mlp_input, told):
+    bridge = processed(golden("bd3lm").path, device)
+    _, cache = run(bridge, "sampling")
+    stack, how = cache.decompose_resid(0), {"layer": layer, "mlp_input": mlp_input}
+    assert bridge.cfg.n_layers == 2
+    for tool in (
+        lambda: cache.decompose_resid(**how),
+        lambda: cache.accumulated_resid(**how),
+        lambda: cache.accumulated_resid(layer, False, True, None, mlp_input),
+        lambda: cache.get_full_resid_decomposition(**how),
+        lambda: cache.apply_ln_to_stack(stack, **how),
+        lambda: cache.stack_neuron_results(**how, apply_ln=True),
+    ):
+        with pytest.raises(InputError, match=told):
+            tool()
+
+
 CLEAN = "never looks at clean positions"
 NOTED = {
     "as it comes": {},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformer_lens.model_bridge import transformer_bridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.weight_processing import ProcessWeights
 
 import transformer_lens_bd3lm as bd3lm
 from tests import small
@@ -244,10 +245,32 @@ def test_a_vocabulary_as_large_as_the_model_is_wide_is_refused(tmp_path, device)
         bridge.enable_compatibility_mode()
 
 
-def test_a_failure_of_the_hosts_leaves_the_weights_and_may_be_followed_by_a_success(path, device):
+@pytest.mark.parametrize("call", ["enable_compatibility_mode", "process_weights"])
+def test_refactoring_of_attention_is_refused_and_nothing_changes(path, device, call):
+    bridge = boot(path, device)
+    before = {name: x.clone() for name, x in bridge.state_dict().items()}
+    hooks = set(bridge.hook_dict)
+    with pytest.raises(NotExactError, match="refactor_factored_attn_matrices=True.*rotary"):
+        getattr(bridge, call)(refactor_factored_attn_matrices=True)
+    assert all(torch.equal(bridge.state_dict()[name], x) for name, x in before.items())
+    assert set(bridge.hook_dict) == hooks
+    assert not bridge.compatibility_mode and not bridge._weights_processed
+    getattr(bridge, call)(refactor_factored_attn_matrices=False)
+    assert bridge._weights_processed
+
+
+def test_a_failure_of_the_hosts_leaves_the_weights_and_may_be_followed_by_a_success(
+    path, device, monkeypatch
+):
     plain, bridge = boot(path, device, torch.float64), boot(path, device, torch.float64)
-    with pytest.raises(AssertionError, match="rotary"):
-        bridge.process_weights(refactor_factored_attn_matrices=True)
+
+    def failing(*args, **kwargs):
+        raise MemoryError("in the middle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProcessWeights, "process_weights", failing)
+        with pytest.raises(MemoryError, match="in the middle"):
+            bridge.process_weights()
     assert furthest(plain, bridge) == 0
     assert not bridge._weights_processed
     bridge.process_weights()

@@ -18,6 +18,7 @@ but says nothing of norms on the way, of a dual pass's positions, or of weights 
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
 from transformer_lens_bd3lm.bridge.predictions import Predicted
 from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -78,6 +80,36 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
     raise NotExactError(
         f"{name}: {' and '.join(left_out)} would be left out, and the result be off. {way_out}"
     )
+
+
+def of_a_layer(name: str) -> Any:
+    """The host's method of a cache, where it is given a layer that there is."""
+    theirs = getattr(ActivationCache, name)
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(theirs).bind(self, *args, **kwargs).arguments
+        require_layer(self.model.cfg.n_layers, asked.get("layer"), asked.get("mlp_input", False))
+        return theirs(self, *args, **kwargs)
+
+    return method
+
+
+def require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
+    """Refuse what is no layer, and an MLP behind the last one.
+
+    Raises:
+        InputError: for either.
+    """
+    if layer is not None and not -1 <= layer <= n_layers:
+        raise InputError(
+            f"layer={layer}: give 0..{n_layers}, where {n_layers} or -1 is the read-out"
+        )
+    if mlp_input and layer in (None, -1, n_layers):
+        raise InputError(
+            f"mlp_input=True of the read-out (layer={layer}), which has no MLP: give a layer in "
+            f"0..{n_layers - 1}, or leave mlp_input out"
+        )
 
 
 class BD3LMActivationCache(ActivationCache):
@@ -179,6 +211,12 @@ class BD3LMActivationCache(ActivationCache):
         self.require_predictions(positions, kwargs.get("batch_slice"))
         return super().logit_lens(positions=positions, **kwargs)
 
+    accumulated_resid = of_a_layer("accumulated_resid")
+    decompose_resid = of_a_layer("decompose_resid")
+    get_full_resid_decomposition = of_a_layer("get_full_resid_decomposition")
+    stack_head_results = of_a_layer("stack_head_results")
+    stack_neuron_results = of_a_layer("stack_neuron_results")
+
     def _ensure_head_results(self) -> bool:
         self.require_its_weights()
         return super()._ensure_head_results()
@@ -199,6 +237,7 @@ class BD3LMActivationCache(ActivationCache):
         recompute_ln: bool = False,
     ) -> Tensor:
         """As the host's; ``recompute_ln`` goes through ``ln_final``, its weight included."""
+        require_layer(self.model.cfg.n_layers, layer, mlp_input)
         if recompute_ln:
             self.require_its_weights()
             self.require_one_stream()
@@ -285,6 +324,18 @@ class WithExactTools:
             block.require_plain_writes()
             require_folded(self, layer)
         return super().all_composition_scores(mode)
+
+    @functools.wraps(TransformerBridge.enable_compatibility_mode)
+    def enable_compatibility_mode(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.enable_compatibility_mode, self, *args, **kwargs)
+        super().enable_compatibility_mode(*args, **kwargs)
+
+    @functools.wraps(TransformerBridge.process_weights)
+    def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.process_weights, self, *args, **kwargs)
+        super().process_weights(*args, **kwargs)
 
     @functools.wraps(TransformerBridge.load_state_dict)
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:

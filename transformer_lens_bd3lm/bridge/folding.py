@@ -18,6 +18,7 @@ All of it, the host's part too, is computed in float64 and rounded once. With ti
 nothing here is constant, and it is refused.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,25 @@ def require_foldable(cfg: Any) -> None:
             "time_conditioning=true: shift, scale and gate change with sigma, so no weights hold "
             "them, and weight processing would change the model. Use the bridge as booted: its "
             "hooks and logits are exact, and nothing has been changed"
+        )
+
+
+def refuse_refactoring(processing: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse the host's ``refactor_factored_attn_matrices``, which rotary embeddings rule out.
+
+    Args:
+        processing: the host's function.
+        *args: what it is called with.
+        **kwargs: likewise.
+
+    Raises:
+        NotExactError: if it was asked for.
+    """
+    asked = inspect.signature(processing).bind(*args, **kwargs).arguments
+    if asked.get("refactor_factored_attn_matrices"):
+        raise NotExactError(
+            "refactor_factored_attn_matrices=True: with rotary embeddings W_Q W_K^T depends on "
+            "positions, and is no one matrix to refactor. Leave it out; nothing has been changed"
         )
 
 
