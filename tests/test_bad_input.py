@@ -188,6 +188,26 @@ def test_an_embedded_stream_that_does_not_fit_is_refused(bridge, device):
     assert bridge(stream, start_at_layer=0, block_size=3).shape == (1, 4, 37)
 
 
+def test_a_dual_pass_goes_on_from_a_layer_with_its_own_keyword_and_the_error_says_so(
+    bridge, device
+):
+    x_t = ids(3 * FINE).to(device)
+    assert x_t.shape[1] == 12 and bridge.cfg.n_ctx == 16
+    logits, cache = bridge.run_with_cache(x_t, clean=x_t)
+    stream = cache["resid_pre", 1]
+    for given, kwargs in (
+        (stream, {"clean": x_t}),
+        (stream[:, :12], {"clean": x_t}),
+        (stream, {"clean": stream[:, 12:]}),
+        (stream, {}),
+        (stream, {"sample_mode": True}),
+    ):
+        with pytest.raises(InputError, match="sample_mode=False"):
+            bridge(given, start_at_layer=1, **kwargs)
+    again = bridge(stream, start_at_layer=1, sample_mode=False)
+    torch.testing.assert_close(again, logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_small_integers_are_ids_or_are_refused_as_such(bridge, device, dtype):
     given = ids(FINE).to(device)

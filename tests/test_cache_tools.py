@@ -484,8 +484,163 @@ def test_a_clean_position_predicts_nothing(golden, device, picked):
             lambda: analysis.direct_logit_attribution(bridge, None, 1, pos=picked, cache=cache),
             lambda: analysis.direct_logit_attribution(bridge, ids, 1, pos=picked),
         ):
-            with pytest.raises(InputError, match="is not masked in every row"):
+            with pytest.raises(InputError, match="is not masked in row"):
                 ask()
+
+
+@pytest.mark.parametrize(
+    "layer, mlp_input, told",
+    [
+        (-1, True, "mlp_input=True of the read-out"),
+        (None, True, "mlp_input=True of the read-out"),
+        (2, True, "mlp_input=True of the read-out"),
+        (3, False, "layer=3: give 0..2"),
+        (-2, False, "layer=-2: give 0..2"),
+        (-2, True, "layer=-2: give 0..2"),
+    ],
+)
+@torch.no_grad()
+def test_a_layer_that_is_none_is_told(golden, device, layer, mlp_input, told):
+    bridge = processed(golden("bd3lm").path, device)
+    _, cache = run(bridge, "sampling")
+    stack, how = cache.decompose_resid(0), {"layer": layer, "mlp_input": mlp_input}
+    assert bridge.cfg.n_layers == 2
+    for tool in (
+        lambda: cache.decompose_resid(**how),
+        lambda: cache.accumulated_resid(**how),
+        lambda: cache.accumulated_resid(layer, False, True, None, mlp_input),
+        lambda: cache.get_full_resid_decomposition(**how),
+        lambda: cache.apply_ln_to_stack(stack, **how),
+        lambda: cache.stack_neuron_results(**how, apply_ln=True),
+    ):
+        with pytest.raises(InputError, match=told):
+            tool()
+
+
+CLEAN = "never looks at clean positions"
+NOTED = {
+    "as it comes": {},
+    "without the ids": {"names_filter": lambda name: "resid_p" in name or "ln_final" in name},
+    "the stream alone": {"names_filter": lambda name: "hook_resid_p" in name},
+    "of no batch axis": {"remove_batch_dim": True},
+    "on the CPU": {"device": "cpu"},
+}
+
+
+@pytest.mark.parametrize("how", NOTED.values(), ids=NOTED.keys())
+@pytest.mark.parametrize("view", ["sampling", "dual"])
+@torch.no_grad()
+def test_what_was_masked_is_noted_whatever_is_cached(golden, device, view, how):
+    bridge = processed(golden("bd3lm").path, device)
+    x_t, clean = (ids[:1] for ids in streams(bridge, length=LENGTH))
+    x_t = clean.clone()
+    x_t[:, [3, 4, -1]] = bridge.cfg.mask_token_id
+    given = {"clean": clean} if view == "dual" else {}
+    _, cache = bridge.run_with_cache(x_t, **given, **how)
+    if view == "dual":
+        with pytest.raises(InputError, match="noisy_half"):
+            cache.logit_lens(positions=3)
+        cache = bd3lm.noisy_half(cache, LENGTH)
+    for where in (None, 3, -1, [3, 4], (3, 5), (0, LENGTH)):
+        assert cache.logit_lens(positions=where) is not None
+    for where in (2, [3, 2], -2, (2, 5), (0, LENGTH - 1), (4,)):
+        with pytest.raises(InputError, match=CLEAN):
+            cache.logit_lens(positions=where)
+
+
+@pytest.mark.parametrize("where, kept", [((2, 5), 1), ([4, 2], 0), (3, -1), (-1, 0)])
+@torch.no_grad()
+def test_positions_that_a_run_was_told_to_keep_are_asked_for_by_their_place(
+    golden, device, where, kept
+):
+    bridge = processed(golden("bd3lm").path, device)
+    ids = small.prompt_of(2, LENGTH, 37).to(device)
+    ids[:, [3, 4, -1]] = bridge.cfg.mask_token_id
+    names = {"names_filter": lambda name: "hook_resid_p" in name}
+    for how in ({}, names):
+        _, cache = bridge.run_with_cache(ids, pos_slice=where, **how)
+        assert cache.logit_lens(positions=kept) is not None
+        if where in (3, -1):
+            assert cache.logit_lens(positions=None) is not None
+            continue
+        with pytest.raises(InputError, match="position 2 is not masked in row 0"):
+            cache.logit_lens(positions=1 - kept)
+        with pytest.raises(InputError, match="position 2 is not masked in row 0"):
+            cache.logit_lens(positions=None)
+
+
+@torch.no_grad()
+def test_rows_that_are_asked_for_are_the_ones_that_must_be_masked(golden, device):
+    bridge = processed(golden("bd3lm").path, device)
+    ids = small.prompt_of(3, LENGTH, 37).to(device)
+    ids[1, 2] = ids[2, [2, 5]] = bridge.cfg.mask_token_id
+    _, cache = bridge.run_with_cache(ids)
+    parts = cache.decompose_resid(pos_slice=2)
+    for rows in (1, [1, 2], (1, 3)):
+        assert cache.logit_lens(positions=2, batch_slice=rows) is not None
+        assert cache.logit_attrs(parts, 1, pos_slice=2, batch_slice=rows) is not None
+        part = cache.apply_slice_to_batch_dim(rows)
+        assert part.logit_lens(positions=2) is not None
+    for rows in (None, 0, [0, 1], (0, 2)):
+        with pytest.raises(InputError, match="position 2 is not masked in row 0"):
+            cache.logit_lens(positions=2, batch_slice=rows)
+        with pytest.raises(InputError, match="position 2 is not masked in row 0"):
+            cache.logit_attrs(parts, 1, pos_slice=2, batch_slice=rows)
+    with pytest.raises(InputError, match="position 5 is not masked in row 1"):
+        cache.logit_lens(positions=5, batch_slice=[2, 1])
+    with pytest.raises(InputError, match=CLEAN):
+        cache.apply_slice_to_batch_dim(0).logit_lens(positions=2)
+
+
+@torch.no_grad()
+def test_the_hosts_own_lens_cannot_read_the_end_of_a_clean_text(golden, device):
+    bridge = processed(golden("bd3lm").path, device)
+    ids = small.prompt_of(2, LENGTH, 37).to(device)
+    for clean in (ids, ids.index_fill(1, torch.tensor([3], device=device), 36)):
+        with pytest.raises(InputError, match=CLEAN):
+            analysis.logit_lens(bridge, clean)
+    ids[:, -1] = bridge.cfg.mask_token_id
+    found = analysis.logit_lens(bridge, ids)
+    assert relative(found.readout.values[-1], bridge(ids)[:, -1]) < EXACT
+
+
+@torch.no_grad()
+def test_ids_that_a_hook_puts_in_are_what_counts(golden, device):
+    bridge = processed(golden("bd3lm").path, device)
+    ids = small.prompt_of(2, LENGTH, 37).to(device)
+
+    def mask(ids, hook):
+        return ids.index_fill(1, torch.tensor([3], device=device), bridge.cfg.mask_token_id)
+
+    with bridge.hooks(fwd_hooks=[("embed.hook_in", mask)]):
+        _, cache = bridge.run_with_cache(ids)
+    assert cache.logit_lens(positions=3) is not None
+    assert not bridge.embed.hook_in.fwd_hooks
+    with pytest.raises(InputError, match=CLEAN):
+        bridge.run_with_cache(ids)[1].logit_lens(positions=3)
+
+
+def test_the_steps_of_a_run_know_what_was_masked(golden, device):
+    bridge = processed(golden("bd3lm").path, device)
+    layers = range(bridge.cfg.n_layers)
+    names = [f"blocks.{i}.hook_resid_{where}" for i in layers for where in ("pre", "post")]
+    noise, some = bd3lm.Noise(0), bd3lm.Record(names, positions=[1, 2])
+    for record in (bd3lm.Record(names), some):
+        run = bd3lm.denoise(bridge, "w1 w2 w3", max_new_tokens=8, noise=noise, record=record)
+        seen = set()
+        for step in run.steps:
+            cache = run.cache(step.index)
+            masked = (step.tokens[0, slice(*step.window)] == step.mask_id)[
+                record.offsets(step.window[1] - step.window[0])
+            ]
+            for i, wanted in enumerate(masked.tolist()):
+                seen.add(wanted)
+                if wanted:
+                    assert cache.logit_lens(positions=i) is not None
+                    continue
+                with pytest.raises(InputError, match=CLEAN):
+                    cache.logit_lens(positions=i)
+        assert seen == {True, False}
 
 
 # Two streams in one cache

@@ -391,8 +391,21 @@ def test_ten_edges_are_faithful_to_the_copy_and_ten_others_are_not(processed, de
     for circuit, low, high in ((best, 0.9, 1.1), (others, -0.05, 0.05)):
         found = analysis.faithfulness(processed, clean, corrupted, c_over_d, circuit)
         assert low < found.recovered < high
+    assert analysis.faithfulness(
+        processed, clean, corrupted, c_over_d, best
+    ).recovered == pytest.approx(0.97, abs=0.02)
     found = analysis.faithfulness(processed, clean, corrupted, c_over_d, best, **mean)
     assert found.recovered > 0.9
+
+
+@pytest.mark.parametrize("edges, low, high", [(10, 0.05, 0.2), (20, 0.9, 1.1)])
+def test_ranked_on_one_pair_alone_more_edges_are_needed(processed, device, edges, low, high):
+    """The page's own pair, ``a b c = a b _`` and ``a b d = a b _``."""
+    clean, corrupted = (ids[:1] for ids in c_or_d(device))
+    config = analysis.EdgeAttributionConfig(granularity="edge")
+    ranked = analysis.attribution_patch(processed, clean, corrupted, c_over_d, config)
+    found = analysis.faithfulness(processed, clean, corrupted, c_over_d, ranked.top_edges(edges))
+    assert low < found.recovered < high
 
 
 def test_edges_are_refused_while_gates_stand_between_z_and_the_stream(plain, device):
@@ -624,10 +637,11 @@ def learned(bridge, device) -> analysis.interchange.DASResult:
 
 
 def test_das_learns_where_the_letter_is_and_finds_less_in_an_untrained_model(bridge, device):
+    trainable = [p.requires_grad for p in bridge.parameters()]
     found = learned(bridge, device)
     interchange = analysis.SubspaceInterchange(found.basis)
     assert swap(bridge, device).accuracy(interchange) > 0.9
-    assert all(p.requires_grad for p in bridge.parameters())
+    assert [p.requires_grad for p in bridge.parameters()] == trainable and any(trainable)
     untrained = analysis.random_init_bridge(bd3lm.GRAMMAR, seed=0, device=device)
     bd3lm.set_block_size(untrained, "full")
     chance = learned(untrained, device)

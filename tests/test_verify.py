@@ -529,6 +529,38 @@ def test_a_block_size_that_is_none_is_refused(original, device):
         verify(original, device=device, block_sizes=(17,))
 
 
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ({"against": 3}, "against is int: give a folder or Hub id"),
+        ({"against": torch.nn.Linear(1, 1)}, "against is Linear: give a folder or Hub id"),
+        ({"device": "toaster"}, "device='toaster'"),
+        ({"device": "cpu:x"}, "device='cpu:x'"),
+        ({"device": ["cpu"]}, "device=['cpu']"),
+        ({"device": "meta"}, "device='meta'"),
+        ({"device": "cuda:99"}, "device='cuda:99'"),
+        ({"dtype": "float32"}, "dtype='float32' is not allowed"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 is not allowed"),
+        ({"block_sizes": 4}, "block_sizes=4: give a list"),
+        ({"block_sizes": "full"}, "block_sizes='full': give a list"),
+        ({"seed": "one"}, "seed='one': give an int"),
+        ({"seed": True}, "seed=True: give an int"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_checkpoint_is_refused_before_it_is_read(tmp_path, how, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        verify(tmp_path / "nothing is here", **how)
+
+
+@pytest.mark.parametrize("place", ["nothing", "a file", "an empty folder"])
+def test_where_there_is_no_checkpoint_is_told(original, tmp_path, place):
+    path = {"nothing": tmp_path / "none", "a file": original / "model.safetensors"}.get(place)
+    for given in ((path or tmp_path,), (original, path or tmp_path)):
+        with pytest.raises(CheckpointError, match="could not be loaded"):
+            verify(*given)
+
+
 def test_what_is_no_bridge_is_refused():
     for model in (None, 3, torch.nn.Linear(1, 1)):
         with pytest.raises(InputError, match=f"model is {type(model).__name__}: give a path"):
@@ -599,7 +631,37 @@ def test_standard_output_is_json_alone(original, broken):
     assert first["difference"] > first["tolerance"] > 0
 
 
-@pytest.mark.parametrize("words", [("/no/such/folder",), ("tiny", "--against", "/no/such/folder")])
-def test_a_model_that_is_none_is_one_message(words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("/no/such/folder",),
+        ("tiny", "--against", "/no/such/folder"),
+        ("grammar", "--device", "toaster"),
+        ("grammar", "--device", "meta"),
+        ("grammar", "--against", "tiny"),
+    ],
+)
+def test_what_could_not_be_compared_is_one_message_and_exit_status_two(words):
     result = run(*words)
-    assert result.exit_code == 2 and "could not be compared" in result.output
+    assert result.exit_code == 2 and "could not be compared" in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("which", ["model", "against"])
+def test_a_truncated_file_could_not_be_compared(original, tmp_path, which):
+    cut = shutil.copytree(original, tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    words = (cut.parent,) if which == "model" else (original, "--against", cut.parent)
+    result = run(*words)
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("│", " ").split())
+    assert "could not be compared" in told and "could not be read" in told
+
+
+def test_so_does_what_nobody_foresaw(original, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("transformer_lens_bd3lm.analysis.verify.compared", full)
+    result = run(original)
+    assert result.exit_code == 2 and "no memory left" in result.output

@@ -28,13 +28,13 @@ from rich.console import Group
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.activations import ActivationDiff, Gathered
+from transformer_lens_bd3lm.analysis.comparable import SHAPE, check_bridge, unlike
 from transformer_lens_bd3lm.analysis.noised import Rows, read_rows
 from transformer_lens_bd3lm.analysis.predictions import (
     BoundDiff,
     PredictionDiff,
     compare_predictions,
 )
-from transformer_lens_bd3lm.analysis.verify import SHAPE, check_bridge, unlike
 from transformer_lens_bd3lm.analysis.weights import WeightDiff, check_finite, compare_weights
 from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
 from transformer_lens_bd3lm.checkpoint.views import read_block_size

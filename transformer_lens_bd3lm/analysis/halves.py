@@ -66,6 +66,9 @@ def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> A
             halved[key] = x.movedim(where, 0)[rows].movedim(0, where)
     mine = copy.copy(cache)
     mine.cache_dict = halved
+    predicted = getattr(cache, "predicted", None)
+    if predicted is not None and stream == "clean":
+        mine.predicted = predicted.clean_half()
     return mine
 
 

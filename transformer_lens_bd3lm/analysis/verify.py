@@ -39,28 +39,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForMaskedLM
 
+from transformer_lens_bd3lm.analysis.comparable import (
+    check_asked,
+    check_bridge,
+    check_same_shape,
+    loading,
+    plain_modules,
+    read_allowed,
+    read_length,
+)
 from transformer_lens_bd3lm.analysis.meaning import Point, Seen, passed, points
 from transformer_lens_bd3lm.bridge.folding import require_foldable
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 KINDS = ("config", "read", "logits", "gradient", "edit", "host")
-# Of the largest value; what rounding was seen to make is a third of it, in bfloat16 two thirds.
-ALLOWED = {
-    torch.float64: 1e-10,
-    torch.float32: 1e-5,
-    torch.float16: 0.025,
-    torch.bfloat16: 0.2,
-}
 BACKWARD = 10  # as much again of a gradient, whose sums cancel
-SHAPE = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "adaln", "cross_attn")
 SETTINGS = ("block_size", "causal", "time_conditioning")
-FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 # Whoever looks at these is shown an explicit computation in place of a kernel.
 INSIDE = ("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized")
 # What weight processing leaves the same, whatever its options.
@@ -68,7 +66,7 @@ UNPROCESSED = (
     *(f"attn.hook_{name}" for name in ("q", "k", "rot_q", "rot_k", "attn_scores", "pattern")),
     *("mlp.hook_pre", "mlp.hook_post", "ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale"),
 )
-ROWS, READ, EDITED = 2, 160, 24  # texts, and how many tokens of them are read and edited
+ROWS, EDITED = 2, 24  # texts, and how many tokens of them are edited
 STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of an edit, in root mean squares of what it edits
 SHOWN = 12  # failing rows in a table
 FINE = (torch.float32, torch.float64)
@@ -561,60 +559,6 @@ def name_of(path: str) -> str:
     return Path(path).name if Path(path).is_dir() else path
 
 
-def plain_modules(path: str, dtype: torch.dtype, device: Any, revision: str | None = None) -> Any:
-    """A checkpoint as transformers loads it, running none of its repository's code.
-
-    Raises:
-        InputError: if it is no BD3LM checkpoint.
-        CheckpointError: if its weights do not fill it.
-    """
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    if not isinstance(config, BD3LMConfig):
-        raise InputError(f"against={path!r} is a {config.model_type!r} checkpoint, not BD3LM")
-    model = AutoModelForMaskedLM.from_pretrained(path, dtype=dtype, revision=revision)
-    return model.to(device).eval()
-
-
-def check_bridge(bridge: Any) -> None:
-    """Refuse a bridge that is set to compute something else.
-
-    Raises:
-        InputError: if it is none of a BD3LM checkpoint, in training with dropout, or flagged.
-    """
-    if getattr(getattr(bridge, "cfg", None), "architecture", None) != "BD3LM":
-        raise InputError(f"model is {type(bridge).__name__}: give a path, a Hub id or a bridge")
-    if bridge.training and bridge.cfg.dropout:
-        raise InputError(
-            f"the bridge is in training with dropout={bridge.cfg.dropout}: call bridge.eval()"
-        )
-    flags = [flag for flag in FLAGS if getattr(bridge.cfg, flag, False)]
-    if flags:
-        raise InputError(
-            f"{', '.join(flags)} is on, and some hook points are off the path: turn it off with "
-            f"bridge.set_{flags[0]}(False)"
-        )
-
-
-def unlike(config: Any, other: Any, keys: Iterable[str]) -> list[str]:
-    """In which of these settings two configs differ, and how."""
-    pairs = [(key, getattr(config, key), getattr(other, key)) for key in keys]
-    return [f"{key} {one} and {two}" for key, one, two in pairs if one != two]
-
-
-def check_same_shape(config: Any, other: Any, names: tuple[str, str]) -> None:
-    """Refuse two checkpoints of which no activation could be compared.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    differ = unlike(config, other, SHAPE)
-    if differ:
-        raise InputError(
-            f"{names[0]} and {names[1]} are not of one shape ({'; '.join(differ)}): give the "
-            "checkpoint that the model should be"
-        )
-
-
 def beside(
     bridge: Any, path: str, names: tuple[str, str], allowed: Any, seed: int, revision: str | None
 ) -> Pair:
@@ -652,11 +596,11 @@ def verify(
     against: Any = None,
     *,
     host: bool = False,
-    block_sizes: Sequence[int | str] = (1, "full"),
+    block_sizes: Any = (1, "full"),
     length: Any = None,
-    seed: int = 0,
+    seed: Any = 0,
     allowed: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: Any = None,
     device: Any = None,
     trust_remote_code: bool = False,
     progress: bool | None = None,
@@ -684,13 +628,16 @@ def verify(
     """
     if isinstance(model, str | Path):
         how = {"trust_remote_code": trust_remote_code, "dtype": dtype or torch.float32}
-        bridge: Any = TransformerBridge.boot_transformers(str(model), device=device, **how)
+        check_asked(against, block_sizes, seed, dtype, device)
+        with loading(str(model)):
+            bridge: Any = TransformerBridge.boot_transformers(str(model), device=device, **how)
     elif dtype is not None or device is not None or trust_remote_code or host:
         raise InputError(
             "dtype, device, trust_remote_code and host are for a checkpoint that is booted here: "
             "give its folder or Hub id, or the bridge alone"
         )
     else:
+        check_asked(against, block_sizes, seed)
         bridge = model
     check_bridge(bridge)
     path = str(bridge.cfg.model_name)
@@ -730,35 +677,6 @@ def compared(pair: Pair, where: list[Pass], text: Text, left_out: list[str]) -> 
             yield from pair.gradients(each, few)
             if each.given is None:
                 yield from pair.edits(each, few)
-
-
-def read_length(length: Any, context: int) -> int:
-    """How many tokens are read.
-
-    Raises:
-        InputError: if the context does not hold so many, or they are too few.
-    """
-    if length is None:
-        return min(READ, context)
-    if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= context:
-        raise InputError(f"length={length!r} is not allowed: give an int in 2..{context}")
-    return length
-
-
-def read_allowed(allowed: Any, dtype: torch.dtype) -> float:
-    """The largest difference, as a part of the reference's largest value.
-
-    Raises:
-        InputError: if it is no such part.
-    """
-    if dtype not in ALLOWED:
-        names = ", ".join(str(each) for each in ALLOWED)
-        raise InputError(f"dtype={dtype} is not allowed: give one of {names}")
-    if allowed is None:
-        return ALLOWED[dtype]
-    if not isinstance(allowed, float) or not 0 < allowed < 1:
-        raise InputError(f"allowed={allowed!r}: give a part between 0 and 1, as 1e-5")
-    return allowed
 
 
 @contextlib.contextmanager

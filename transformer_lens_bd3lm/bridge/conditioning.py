@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.bridge.attention import read_only, watched
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timestep_features
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+GATES = ("gate_msa", "gate_mlp")
 
 
 def is_conditioning(name: str) -> bool:
@@ -108,7 +109,9 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
         h = self.hook_in(hidden_states)
         logits = linear(h)
         if hasattr(linear, "mask"):
-            logits[..., linear.mask_id] += h @ linear.mask.weight + linear.mask.bias
+            more = h @ linear.mask.weight + linear.mask.bias
+            column = torch.tensor([linear.mask_id], device=logits.device)
+            logits = logits.index_add(-1, column, more[..., None])
         return self.hook_out(logits)
 
 
@@ -180,7 +183,7 @@ class AdaLNBridge(GeneralizedComponent):
     """One ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``.
 
     Attributes:
-        folded: the vectors that are part of the weights now, and neutral here.
+        folded: the vectors that are part of the weights now, and neutral here, whatever is trained.
     """
 
     folded: tuple[str, ...] = ()
@@ -196,10 +199,20 @@ class AdaLNBridge(GeneralizedComponent):
     ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
         """The vectors, in the checkpoint's order; one a row if only some rows' ``c`` is edited."""
         folded = bool(self.folded)
-        joint = self.original_component(fire(self.hook_in, c, folded))
+        joint = self.neutral(self.original_component(fire(self.hook_in, c, folded)))
         joint = fire(self.hook_out, joint[:, None] if joint.ndim == 2 else joint, folded)
         parts = joint.chunk(len(self._vectors), dim=-1)
         return tuple(
             fire(getattr(self, f"hook_{vector}"), part, vector in self.folded)
             for vector, part in zip(self._vectors, parts, strict=True)
         )
+
+    def neutral(self, joint: Float[Tensor, "*batch joint"]) -> Float[Tensor, "*batch joint"]:
+        """The joint output, with gates 1, shifts and scales 0 where they are folded."""
+        if not self.folded:
+            return joint
+        parts = list(joint.chunk(len(self._vectors), dim=-1))
+        for i, vector in enumerate(self._vectors):
+            if vector in self.folded:
+                parts[i] = torch.full_like(parts[i], float(vector in GATES))
+        return torch.cat(parts, dim=-1)

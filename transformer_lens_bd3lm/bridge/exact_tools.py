@@ -18,7 +18,7 @@ but says nothing of norms on the way, of a dual pass's positions, or of weights 
 
 import copy
 import functools
-import re
+import inspect
 from typing import Any
 
 import torch
@@ -28,9 +28,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
+from transformer_lens_bd3lm.bridge.predictions import Predicted
+from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
-MODULATION_BIAS = re.compile(r"blocks\.(\d+)\.(?:adaln|adaLN_modulation)\.(?:.*\.)?bias$")
 STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 STREAM += ("hook_attn_out", "hook_mlp_out")
 
@@ -66,6 +68,11 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
             "With time conditioning they are no part of any weights: read hook_modulated_msa, "
             "hook_modulated_mlp or unembed.hook_in of a run"
         )
+    elif bridge._weights_processed and bridge.norms_folded:
+        way_out = (
+            "It was folded when these weights were processed, and has been trained since, or "
+            "loaded. Train and save a bridge as booted, then boot that and process it"
+        )
     elif bridge._weights_processed:
         way_out = "These weights were processed with fold_ln=False: boot the bridge anew, with it"
     else:
@@ -75,15 +82,53 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
     )
 
 
+def of_a_layer(name: str) -> Any:
+    """The host's method of a cache, where it is given a layer that there is."""
+    theirs = getattr(ActivationCache, name)
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(theirs).bind(self, *args, **kwargs).arguments
+        require_layer(self.model.cfg.n_layers, asked.get("layer"), asked.get("mlp_input", False))
+        return theirs(self, *args, **kwargs)
+
+    return method
+
+
+def require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
+    """Refuse what is no layer, and an MLP behind the last one.
+
+    Raises:
+        InputError: for either.
+    """
+    if layer is not None and not -1 <= layer <= n_layers:
+        raise InputError(
+            f"layer={layer}: give 0..{n_layers}, where {n_layers} or -1 is the read-out"
+        )
+    if mlp_input and layer in (None, -1, n_layers):
+        raise InputError(
+            f"mlp_input=True of the read-out (layer={layer}), which has no MLP: give a layer in "
+            f"0..{n_layers - 1}, or leave mlp_input out"
+        )
+
+
 class BD3LMActivationCache(ActivationCache):
     """What ``run_with_cache`` returns.
 
     Attributes:
         processed: whether the weights were processed when it was made.
+        predicted: where the noisy stream held a mask; None if it was given as embeddings.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        predicted: Predicted | None = None,
+    ):
         super().__init__(cache_dict, model, has_batch_dim)
+        self.predicted = predicted
         self.processed: bool = getattr(model, "_weights_processed", False)
 
     def require_its_weights(self) -> None:
@@ -105,12 +150,14 @@ class BD3LMActivationCache(ActivationCache):
             InputError: if it is one.
         """
         scale = self.cache_dict.get("ln_final.hook_scale")
+        read = None if scale is None else scale.shape[-2]
+        if self.predicted is not None:
+            read = len(self.predicted.positions)
         for name, x in self.cache_dict.items():
-            if scale is not None and name.endswith(STREAM) and x.shape[-2] != scale.shape[-2]:
+            if read is not None and name.endswith(STREAM) and x.shape[-2] != read:
                 raise InputError(
-                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and ln_final "
-                    f"{scale.shape[-2]}: only the noisy stream is read out. Take "
-                    "bd3lm.noisy_half(cache)"
+                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and the read-out "
+                    f"{read}: only the noisy stream is read out. Take bd3lm.noisy_half(cache)"
                 )
 
     def require_read_out(self) -> None:
@@ -126,27 +173,23 @@ class BD3LMActivationCache(ActivationCache):
             )
         self.require_one_stream()
 
-    def require_predictions(self, positions: Any) -> None:
-        """Refuse to read predictions at a position that was picked and is clean: it is untrained.
-
-        Whole ranges are not picked; and where the ids were not cached, nobody can tell.
+    def require_predictions(self, positions: Any, batch_slice: Any = None) -> None:
+        """Refuse to read predictions where the model was not trained to make any.
 
         Raises:
-            InputError: if one is, and of a dual pass.
+            InputError: at a clean position, unless all are read at once, and of a dual pass.
             NotExactError: if the weights were processed since.
         """
         self.require_its_weights()
         self.require_one_stream()
-        where = Slice.unwrap(positions)
-        ids = self.cache_dict.get("embed.hook_in")
-        if ids is None or where.mode in ("identity", "slice") or self.model.cfg.causal:
+        if self.predicted is None or self.model.cfg.causal:
             return
-        if bool((where.apply(ids, dim=-1) != self.model.cfg.mask_token_id).any()):
-            raise InputError(
-                f"position {positions} is not masked in every row: the loss never looks at clean "
-                "positions, and what is predicted there is untrained. Give a masked position (the "
-                "host's default is the last), or put a mask in its place"
-            )
+        rows = self.predicted.rows(batch_slice) if self.has_batch_dim else self.predicted
+        rows.at(positions).require(positions)
+
+    def has_all_rows(self, residual_stack: Tensor) -> bool:
+        """Whether a stack is of the whole batch."""
+        return self.predicted is None or len(self.predicted.masked) == residual_stack.shape[1]
 
     def logit_attrs(
         self,
@@ -158,15 +201,21 @@ class BD3LMActivationCache(ActivationCache):
         has_batch_dim: bool = True,
     ) -> Tensor:
         """As the host's, at all positions or at masked ones."""
-        self.require_predictions(pos_slice)
+        self.require_predictions(pos_slice, batch_slice)
         return super().logit_attrs(
             residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
         )
 
     def logit_lens(self, *, positions: Any = -1, **kwargs: Any) -> Any:
         """As the host's, at all positions or at masked ones."""
-        self.require_predictions(positions)
+        self.require_predictions(positions, kwargs.get("batch_slice"))
         return super().logit_lens(positions=positions, **kwargs)
+
+    accumulated_resid = of_a_layer("accumulated_resid")
+    decompose_resid = of_a_layer("decompose_resid")
+    get_full_resid_decomposition = of_a_layer("get_full_resid_decomposition")
+    stack_head_results = of_a_layer("stack_head_results")
+    stack_neuron_results = of_a_layer("stack_neuron_results")
 
     def _ensure_head_results(self) -> bool:
         self.require_its_weights()
@@ -188,10 +237,13 @@ class BD3LMActivationCache(ActivationCache):
         recompute_ln: bool = False,
     ) -> Tensor:
         """As the host's; ``recompute_ln`` goes through ``ln_final``, its weight included."""
+        require_layer(self.model.cfg.n_layers, layer, mlp_input)
         if recompute_ln:
             self.require_its_weights()
             self.require_one_stream()
             require_folded(self.model, self.model.cfg.n_layers, weight=False)
+            if layer is None and has_batch_dim and self.has_all_rows(residual_stack):
+                self.require_predictions(pos_slice, batch_slice)  # asked by the host's own lens
         return super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
@@ -211,6 +263,7 @@ class BD3LMActivationCache(ActivationCache):
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         mine = copy.copy(self)
         mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
+        mine.predicted = self.predicted and self.predicted.rows(batch_slice)
         return mine
 
 
@@ -232,18 +285,24 @@ class WithExactTools:
         """As the host's; with ``pos_slice``, what has no positions is left out."""
         if Slice.unwrap(pos_slice).mode != "identity":
             names_filter = with_positions(self, input, names_filter, **kwargs)
-        output, cache = super().run_with_cache(
-            input,
-            return_cache_object,
-            remove_batch_dim,
-            names_filter=names_filter,
-            stop_at_layer=stop_at_layer,
-            start_at_layer=start_at_layer,
-            pos_slice=pos_slice,
-            **kwargs,
-        )
+        seen: list[Tensor] = []
+        with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
+            output, cache = super().run_with_cache(
+                input,
+                return_cache_object,
+                remove_batch_dim,
+                names_filter=names_filter,
+                stop_at_layer=stop_at_layer,
+                start_at_layer=start_at_layer,
+                pos_slice=pos_slice,
+                **kwargs,
+            )
         if return_cache_object:
-            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim)
+            predicted = None
+            if seen:
+                ids = seen[0].chunk(2, dim=1)[0] if is_dual(self, seen[0], **kwargs) else seen[0]
+                predicted = Predicted.of(ids, self.cfg.mask_token_id).at(pos_slice)
+            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim, predicted)
         return output, cache
 
     def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
@@ -266,38 +325,28 @@ class WithExactTools:
             require_folded(self, layer)
         return super().all_composition_scores(mode)
 
+    @functools.wraps(TransformerBridge.enable_compatibility_mode)
+    def enable_compatibility_mode(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.enable_compatibility_mode, self, *args, **kwargs)
+        super().enable_compatibility_mode(*args, **kwargs)
+
+    @functools.wraps(TransformerBridge.process_weights)
+    def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.process_weights, self, *args, **kwargs)
+        super().process_weights(*args, **kwargs)
+
     @functools.wraps(TransformerBridge.load_state_dict)
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As the host's, of weights that are processed if this bridge's are.
 
         Raises:
-            NotExactError: if gates would then be in the weights twice, or not at all.
+            NotExactError: if they are not, whether ``strict`` or not: gates would then be in the
+                weights twice, or not at all, and biases without the weights they belong to.
         """
-        require_same_gates(self, state_dict)
+        require_same_processing(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
-
-
-def require_same_gates(bridge: Any, state_dict: Any) -> None:
-    """Refuse a state whose gates are part of its weights where the bridge's are not, or vice versa.
-
-    Raises:
-        NotExactError: if it is one; nothing has been loaded.
-    """
-    blocks = bridge.blocks if bridge.cfg.adaln else []
-    folded = {i: "gate_msa" in block.adaln.folded for i, block in enumerate(blocks)}
-    for key, bias in state_dict.items():
-        layer = MODULATION_BIAS.search(key)
-        if layer is None or int(layer[1]) not in folded or bias.shape != (6 * bridge.cfg.d_model,):
-            continue
-        _, _, gate_msa, _, _, gate_mlp = bias.chunk(6)
-        neutral = bool((gate_msa == 1).all() and (gate_mlp == 1).all())
-        if neutral == folded[int(layer[1])]:
-            continue
-        came, here = ("processed", "as booted") if neutral else ("as booted", "processed")
-        raise NotExactError(
-            f"{key} is of weights {came}, and this bridge's are {here}: its gates would be counted "
-            "wrongly. Load it into a bridge of the same processing"
-        )
 
 
 def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ weights::
 Gates are always folded, before anything is centred: a centred write times a gate is not centred.
 Shifts and scales are folded when the host folds norms. What is folded is left neutral where it
 stood (shift 0, scale 0, gate 1), and there it can be read, but an edit is refused: it would not
-mean what it meant before.
+mean what it meant before. It stays so in training, and what is wholly folded is frozen.
 
 The mask token never competes with the others (SUBS), so its column of the unembedding is set aside
 before that is centred.
@@ -18,6 +18,7 @@ All of it, the host's part too, is computed in float64 and rounded once. With ti
 nothing here is constant, and it is refused.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from transformer_lens_bd3lm.bridge.conditioning import MODULATION
+from transformer_lens_bd3lm.bridge.conditioning import GATES, MODULATION
 from transformer_lens_bd3lm.checkpoint.modeling import timestep_features
 from transformer_lens_bd3lm.errors import NotExactError
 
 FINAL = "backbone.output_layer.adaLN_modulation"
 SIGMA = "backbone.sigma_map.mlp"
-GATES = ("gate_msa", "gate_mlp")
 
 State = dict[str, Tensor]
 
@@ -57,12 +57,14 @@ class Folded:
 
     Attributes:
         dtypes: of the model's parameters before, by name.
+        frozen: which of them were.
         norms: whether shifts and scales were folded too.
         neutral: the modulations' new weights and biases, by state-dict name.
         mask: the mask token's unembedding, set aside: ``{"weight": [d_model], "bias": []}``.
     """
 
     dtypes: dict[str, torch.dtype]
+    frozen: frozenset[str]
     norms: bool
     neutral: State
     mask: State
@@ -86,6 +88,25 @@ def require_foldable(cfg: Any) -> None:
             "time_conditioning=true: shift, scale and gate change with sigma, so no weights hold "
             "them, and weight processing would change the model. Use the bridge as booted: its "
             "hooks and logits are exact, and nothing has been changed"
+        )
+
+
+def refuse_refactoring(processing: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse the host's ``refactor_factored_attn_matrices``, which rotary embeddings rule out.
+
+    Args:
+        processing: the host's function.
+        *args: what it is called with.
+        **kwargs: likewise.
+
+    Raises:
+        NotExactError: if it was asked for.
+    """
+    asked = inspect.signature(processing).bind(*args, **kwargs).arguments
+    if asked.get("refactor_factored_attn_matrices"):
+        raise NotExactError(
+            "refactor_factored_attn_matrices=True: with rotary embeddings W_Q W_K^T depends on "
+            "positions, and is no one matrix to refactor. Leave it out; nothing has been changed"
         )
 
 
@@ -116,8 +137,10 @@ def fold_modulation(bridge: Any, state: State, norms: bool) -> Folded:
             fold_norm(state, "ln_final", *vectors(state, FINAL, c, 2))
             neutral |= left_neutral(state, FINAL, norms)
     mask = set_mask_aside(state, cfg.mask_token_id, norms)
-    parameters = bridge.original_model.named_parameters(remove_duplicate=False)
-    return Folded({name: p.dtype for name, p in parameters}, norms, neutral, mask)
+    parameters = dict(bridge.original_model.named_parameters(remove_duplicate=False))
+    dtypes = {name: p.dtype for name, p in parameters.items()}
+    frozen = frozenset(name for name, p in parameters.items() if not p.requires_grad)
+    return Folded(dtypes, frozen, norms, neutral, mask)
 
 
 def constant_c(state: State) -> Float[Tensor, " cond"]:
@@ -194,8 +217,8 @@ def set_mask_aside(state: State, mask_id: int, norms: bool) -> State:
 def finish(bridge: Any, folded: Folded) -> None:
     """Put right what the host's hand-over of processed weights leaves out.
 
-    Weights are wide still, the token table is a bare parameter of another name, modulations are not
-    among the host's components, and the mask's unembedding was set aside.
+    Weights are wide still, and none is frozen; the token table is a bare parameter of another name,
+    modulations are not among the host's components, and the mask's unembedding was set aside.
     """
     for name, p in list(bridge.original_model.named_parameters(remove_duplicate=False)):
         home, part = name.rpartition(".")[::2]
@@ -205,17 +228,28 @@ def finish(bridge: Any, folded: Folded) -> None:
             setattr(bridge.original_model.get_submodule(home), part, narrow)
     table = bridge.embed.original_component
     table.embedding = table.weight
+    for name, p in bridge.original_model.named_parameters(remove_duplicate=False):
+        owner = name if name in folded.dtypes else f"{name.rpartition('.')[0]}.weight"
+        p.requires_grad_(owner not in folded.frozen)
     for name, value in folded.neutral.items():
         home, part = name.removeprefix(f"{FINAL}.").rpartition(".")[::2]
         component = bridge.get_submodule(home) if home else bridge.final_adaln
         getattr(component.original_component, part).copy_(value.as_subclass(Tensor))
     mask = {part: x.as_subclass(Tensor) for part, x in folded.mask.items()}
     bridge.unembed.set_aside(bridge.cfg.mask_token_id, mask["weight"], mask["bias"])
-    if not bridge.cfg.adaln:
-        return
+    bridge.norms_folded = folded.norms
+    if bridge.cfg.adaln:
+        mark_folded(bridge, folded.norms)
+
+
+def mark_folded(bridge: Any, norms: bool) -> None:
+    """Make what is folded neutral for good, and freeze what is so as a whole."""
     for block in bridge.blocks:
-        block.adaln.folded = MODULATION if folded.norms else GATES
+        block.adaln.folded = MODULATION if norms else GATES
     bridge.timestep_embed.folded = True
-    if folded.norms:
-        bridge.final_adaln.folded = ("shift", "scale")
-        del bridge.sigma_map  # by it the host's lenses know an unfolded read-out
+    if not norms:
+        return
+    bridge.final_adaln.folded = ("shift", "scale")
+    for idle in (bridge.timestep_embed, bridge.final_adaln, *(b.adaln for b in bridge.blocks)):
+        idle.requires_grad_(False)
+    del bridge.sigma_map  # by it the host's lenses know an unfolded read-out

@@ -119,18 +119,27 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
     return real
 
 
-def stand_ins(embeds: Tensor, width: int, alone: bool) -> Int[Tensor, "batch pos"]:
+def stand_ins(
+    embeds: Tensor, cfg: Any, alone: bool, sample_mode: bool | None
+) -> Int[Tensor, "batch pos"]:
     """Ids in place of an embedded stream, for all that is decided by their number.
 
     Raises:
-        InputError: for floats that are no such stream, or beside what would need ids.
+        InputError: for floats that are no such stream, or beside what would need ids, and for the
+            stream of a dual pass that is not called one.
     """
-    if embeds.ndim != 3 or embeds.shape[-1] != width or not alone:
+    if embeds.ndim != 3 or embeds.shape[-1] != cfg.d_model or not alone:
         raise InputError(
             f"input is {embeds.dtype} of shape {tuple(embeds.shape)}: give integer token ids "
-            "[batch, "
-            f"pos], or with start_at_layer an embedded stream [batch, pos, {width}] and nothing "
-            "else"
+            f"[batch, pos], or with start_at_layer an embedded stream [batch, pos, {cfg.d_model}] "
+            "and nothing else; that of a dual pass is [noisy | clean] already, and goes on with "
+            "sample_mode=False in place of clean"
+        )
+    n = embeds.shape[1]
+    if cfg.n_ctx < n < 2 * cfg.n_ctx and cfg.cross_attn and sample_mode is not False:
+        raise InputError(
+            f"an embedded stream of {n} positions, where the context is {cfg.n_ctx}: if it is "
+            "[noisy | clean] of a dual pass, give sample_mode=False too"
         )
     return torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
@@ -204,7 +213,8 @@ class HookedForward:
         if labels is not None and not config.causal:
             raise InputError("labels are the causal loss's, which this checkpoint does not have")
         if inputs_embeds is not None:
-            input_ids = stand_ins(inputs_embeds, cfg.d_model, clean is None and not pad_block)
+            alone = clean is None and not pad_block
+            input_ids = stand_ins(inputs_embeds, cfg, alone, sample_mode)
         if isinstance(clean, str | list):
             clean = read_text(cfg._bridge_ref(), clean)
         if pad_block:

@@ -1,6 +1,7 @@
 """A class put in front of an object's own: what a plugin may change of what the host has made.
 
-The object keeps its class's name, module and methods. ``deepcopy`` follows; ``pickle`` does not.
+The object keeps its class's name, module and methods. ``deepcopy`` follows; ``pickle`` does
+not, nor does it follow any of TransformerLens's bridges, whose hook points hold local classes.
 """
 
 from typing import Any

@@ -39,7 +39,10 @@ def verify(
         bool, typer.Option("--trust-remote-code", help="Wrap the repository's own modules.")
     ] = False,
 ) -> None:
-    """Compare the bridge with the checkpoint's plain modules; exit status 1 if they differ."""
+    """Compare the bridge with the checkpoint's plain modules.
+
+    Exit status: 0 if they agree, 1 if they differ, 2 if they could not be compared.
+    """
     # A command of the same name is in this module.
     from transformer_lens_bd3lm.analysis import verify as library
 
@@ -53,10 +56,9 @@ def verify(
                 device=device,
                 trust_remote_code=trust_remote_code,
             )
-    except BD3LMError:
-        raise
-    except (OSError, ValueError) as error:
-        told = f"{model} could not be compared: {str(error).splitlines()[0]}"
+    except Exception as error:  # 1 says that they differ, so nothing else may end with it
+        why = str(error) if isinstance(error, BD3LMError) else f"{type(error).__name__}: {error}"
+        told = f"{model} could not be compared: {why.splitlines()[0]}"
         raise typer.BadParameter(told) from error
     if json:
         write_json(found.to_dict(), Path("-"))

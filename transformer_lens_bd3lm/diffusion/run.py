@@ -17,6 +17,7 @@ from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.exact_tools import BD3LMActivationCache
+from transformer_lens_bd3lm.bridge.predictions import Predicted
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.network import Network
 from transformer_lens_bd3lm.diffusion.noise import Noise
@@ -174,11 +175,14 @@ class Run:
             told = f"{kept[0]}..{kept[-1]} hold {len(kept)} recorded steps" if kept else "none was"
             raise InputError(f"step {step} was not recorded ({told}): record=Record(names)")
         slot = list(self.recorded_steps).index(step)
-        window = self.timeline.windows[self.timeline.indices.index(step)]
-        rows = window[1] - window[0]
+        number = self.timeline.indices.index(step)
+        window = self.timeline.windows[number]
+        offsets = list(range(window[1] - window[0]))
         keys = window[1] - self.canvas.first_visible(window[0])
         record = self.request.record
-        rows = len(record.offsets(rows)) if record is not None else rows
+        if record is not None:
+            offsets = record.offsets(len(offsets))
+        rows = len(offsets)
         points = self.bridge.hook_dict
         found = {}
         for name, stacked in self.activations.items():
@@ -189,7 +193,11 @@ class Run:
             elif not is_conditioning(point):
                 x = x[:, :rows]
             found |= {alias: x for alias in points if points[alias] is points[name]}
-        return BD3LMActivationCache(found, self.bridge)
+        ids = self.steps[number].tokens
+        where = window[0] + torch.tensor(offsets, dtype=torch.long, device=ids.device)
+        whole = record is None or record.positions is None
+        predicted = Predicted(ids[:, where] == self.canvas.mask_id, where, whole)
+        return BD3LMActivationCache(found, self.bridge, predicted=predicted)
 
     def save(self, path: str | Path) -> None:
         """Write the run into a new folder, whole or not at all; see :mod:`.saved`.
