@@ -89,6 +89,8 @@ def test_a_text_that_is_not_there_is_put_together_and_empty_nodes_are_no_words()
     bare = "\n".join(line for line in lines if not line.startswith("#"))
     for one, other in zip(read_conllu(PARSES), read_conllu(bare), strict=True):
         assert one.text == other.text and one.words == other.words
+    strange = "a\u2028b"  # a separator of lines elsewhere, and no end of one here
+    assert read_conllu(conllu_of(chain(strange)))[0].text == strange
     row = "\t".join(["1.1", "left", "out", *"_______"])
     more = TEXT.replace("\n2\t", f"\n{row}\n2\t", 1)
     assert [each.words for each in read_conllu(more)] == [each.words for each in read_conllu(TEXT)]
@@ -268,8 +270,13 @@ def test_intervals_draw_sentences_and_differences_are_of_pairs(bridge, tmp_path,
     moved = one.less(two)
     assert float(moved.mean[1]) == pytest.approx(float(one.mean[1] - two.mean[1]))
     assert one.less(one).interval()[1] == (0.0, 0.0)
-    with pytest.raises(InputError, match="different tokens"):
-        one.less(bd3lm.dependency(bridge, TEXT, shuffles=0, deepest=2).nats)
+    order = bd3lm.dependency(bridge, TEXT, shuffles=0, block_size=16).order
+    assert order is not None
+    swapped = bd3lm.dependency(bridge, TEXT.replace("w10", "w8"), shuffles=0).nats
+    shorter = bd3lm.dependency(bridge, TEXT, shuffles=0, deepest=2).nats
+    for stranger in (shorter, swapped, order):
+        with pytest.raises(InputError, match="different tokens"):
+            one.less(stranger)
     single = bd3lm.dependency(bridge, conllu_of(SENTENCES[0]), shuffles=0).nats
     assert set(single.interval()) == {None}
 
@@ -416,6 +423,8 @@ def test_the_baselines_are_measured_too(tmp_path, device, changes):
         ({"order_by": "length"}, InputError, 'give "posterior" or "confidence"'),
         ({"times": (0.0,)}, InputError, "above 0"),
         ({"times": ()}, InputError, "above 0"),
+        ({"times": 1.0}, InputError, "above 0"),
+        ({"shuffles": -1}, InputError, "shuffles=-1"),
         ({"times": (0.01,)}, InputError, "masked tokens: give more"),
         ({"method": "exact", "max_states": 4}, InputError, "max_states is 4"),
         ({"order_by": "posterior", "max_states": 4}, InputError, "max_states is 4"),

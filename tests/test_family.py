@@ -133,6 +133,12 @@ def test_padding_has_no_loss(ar):
     alone = [slow_nll(ar, ar.to_tokens(text)).sum() for text in TEXTS]
     together = ar(TEXTS, return_type="loss", loss_per_token=True).sum(-1)
     assert relative(together, torch.stack(alone)) < 1e-12
+    assert relative(ar(TEXTS, "loss", False, True), torch.stack(alone).sum() / 16) < 1e-12
+    ar.tokenizer.padding_side = "left"
+    for how in ({}, {"padding_side": "left"}):
+        with pytest.raises(InputError, match="pad on the right"):
+            ar(TEXTS, return_type="loss", **how)
+    ar.tokenizer.padding_side = "right"
     tokens = sum(ar.to_tokens(text).shape[1] - 1 for text in TEXTS)
     assert relative(ar(TEXTS, return_type="loss"), torch.stack(alone).sum() / tokens) < 1e-12
 
@@ -143,6 +149,8 @@ def test_a_text_that_holds_the_mask_has_no_loss(ar, mdlm):
     for call in ({}, {"labels": ids}):
         with pytest.raises(InputError, match="hold the mask"):
             ar(IDS if call else ids, return_type="loss", **call)
+    with pytest.raises(InputError, match="one token has no loss"):
+        ar(IDS[:, :1], return_type="loss")
     with pytest.raises(LossError):
         mdlm(IDS, return_type="loss")
     with pytest.raises(InputError, match="labels"):
@@ -192,8 +200,14 @@ def test_prompts_that_padding_would_shift_are_refused(ar):
     how = {"max_new_tokens": 2, "verbose": False, "do_sample": False}
     with pytest.raises(InputError, match="several lengths"):
         ar.generate(["w1 w2", "w3"], **how)
+    for call in (ar.generate, lambda *a, **k: next(ar.generate_stream(*a, **k))):
+        with pytest.raises(InputError, match="prompt of 6 and 12 new tokens.*17.*context is 16"):
+            call(IDS, **(how | {"max_new_tokens": 12}))
+    assert ar.generate(IDS, **(how | {"max_new_tokens": 11, "stop_at_eos": False})).shape == (2, 17)
     one, two = (ar.generate(text, **how) for text in ("w1 w2", "w3 w4"))
     assert ar.generate(["w1 w2", "w3 w4"], **how) == [one, two]
+    with pytest.raises(InputError, match="prompt is tuple"):
+        ar.generate(("w1", "w2"), **how)
     with pytest.raises(NotExactError, match="bridge.generate"):
         ar.hf_generate("w1")
     with pytest.raises(InputError, match="bridge.generate"):
@@ -235,6 +249,14 @@ def test_an_edit_and_a_gradient_of_it_are_those_of_the_loss(ar):
     found, weight.grad = there(weight.grad).clone(), None
     ar(IDS, return_type="loss", loss_per_token=True).sum().backward()
     assert relative(found, there(weight.grad)) < 1e-10
+
+
+def test_a_string_begins_with_bos_whatever_the_bridges_default_is(family):
+    for bridge in family.values():
+        wanted = bd3lm.nelbo(bridge, "w1 w2 w3", method="stratified")
+        bridge.cfg.default_prepend_bos = False
+        found = bd3lm.nelbo(bridge, "w1 w2 w3", method="stratified")
+        assert found.bits_per_character == wanted.bits_per_character and found.total_tokens == 3
 
 
 def orders(bridge, ids):
@@ -299,6 +321,32 @@ def test_one_table_from_autoregressive_to_full_diffusion(family, measured):
     assert "Texts: 4, tokens: 16" in told
 
 
+def test_a_comparison_goes_on_where_it_stopped(family, measured, tmp_path):
+    for _ in range(2):
+        found = bd3lm.compare_models(
+            family, TEXTS, method="stratified", replicates=3, out=tmp_path / "out"
+        )
+        for one, other in zip(found.members, measured.members, strict=True):
+            assert torch.equal(one.measured.nelbo.replicates, other.measured.nelbo.replicates)
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert folders == ["ar", "bd3lm", "mdlm"]
+
+
+def test_a_folder_of_another_kind_of_model_is_not_gone_on_with(tmp_path, device):
+    block = boot(small.save(tmp_path / "block", adaln=False, block_size=1), device)
+    causal = boot(small.save(tmp_path / "causal", block_size=1, **AR), device)
+    bd3lm.likelihood(block, TEXTS, out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"causal=False \(now True\)"):
+        bd3lm.likelihood(causal, TEXTS, out=tmp_path / "out")
+
+
+def test_a_named_baseline_is_verified_and_compared(tmp_path, device):
+    for name in ("AR", "MDLM"):
+        folder = named(tmp_path / name, name)
+        assert bd3lm.verify(str(folder), progress=False).ok
+        assert bd3lm.diff(folder, folder, device=device).weights.whole.relative == 0
+
+
 def test_differences_are_in_pairs(measured):
     value, interval = measured.difference("mdlm", "ar")
     figures = [measured.at(name).measured.nelbo.nats_per_token for name in ("mdlm", "ar")]
@@ -320,6 +368,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path, device, ar, family):
         bd3lm.compare_models({"ar": ar, "moved": moved}, TEXTS)
     with pytest.raises(InputError, match="no checkpoints"):
         bd3lm.compare_models({}, TEXTS)
+    with pytest.raises(InputError, match="by name"):
+        bd3lm.compare_models([ar], TEXTS)
+    silent = boot(small.save(tmp_path / "silent"), device, load_weights=False)
+    silent.tokenizer = None
+    with pytest.raises(InputError, match="silent has no tokenizer"):
+        bd3lm.compare_models({"ar": ar, "silent": silent}, TEXTS)
     with pytest.raises(InputError, match="only once"):
         bd3lm.compare_models(family, iter(TEXTS))
 

@@ -4,6 +4,8 @@ Sentences of one length run together. A token that belongs to no one word has no
 is given (BOS) has no value; neither is counted.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,10 +34,12 @@ class ByDepth:
     Attributes:
         sums: of the quantity over a sentence's tokens ``[depth, sentence]``.
         counts: how many tokens those are ``[depth, sentence]``.
+        about: what the quantity is, and of which tokens at which depths.
     """
 
     sums: Float[Tensor, "depth sentence"] = field(repr=False)
     counts: Float[Tensor, "depth sentence"] = field(repr=False)
+    about: str = ""
 
     @property
     def tokens(self) -> Int[Tensor, " depth"]:
@@ -69,11 +73,14 @@ class ByDepth:
         """The same tokens' difference under two models, so that intervals are of pairs.
 
         Raises:
-            InputError: if it is about other tokens.
+            InputError: if it is another quantity, or about other tokens.
         """
-        if not torch.equal(self.counts, other.counts):
-            raise InputError("these are about different tokens: give both the same parses")
-        return ByDepth(self.sums - other.sums, self.counts)
+        if self.about != other.about:
+            raise InputError(
+                "these are different quantities, or about different tokens: give both models the "
+                "same parses, and compare nats with nats"
+            )
+        return ByDepth(self.sums - other.sums, self.counts, self.about)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,14 @@ class Parsed:
         """Depths of some sentences' tokens; -1 where there is none."""
         return torch.stack([self.tokens[i].depth for i in part]).clamp(max=self.deepest)
 
-    def by_depth(self, values: Iterator[tuple[list[int], Float[Tensor, "batch pos"]]]) -> ByDepth:
+    def mark(self) -> str:
+        """A fingerprint of all tokens and their depths."""
+        rows = [[each.ids.tolist(), each.depth.tolist()] for each in self.tokens]
+        return hashlib.sha256(json.dumps([rows, self.deepest]).encode()).hexdigest()
+
+    def by_depth(
+        self, values: Iterator[tuple[list[int], Float[Tensor, "batch pos"]]], what: str
+    ) -> ByDepth:
         """Values of tokens, NaN where there is none, added up by depth and sentence."""
         shape = (self.deepest + 1, len(self.tokens))
         sums, counts = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
@@ -118,7 +132,7 @@ class Parsed:
             at = (depth[here], sentence[here])
             sums.index_put_(at, value[here].double(), accumulate=True)
             counts.index_put_(at, torch.ones_like(value[here]).double(), accumulate=True)
-        return ByDepth(sums, counts)
+        return ByDepth(sums, counts, f"{what} {self.mark()}")
 
 
 def read_parsed(bridge: Any, parses: Any, deepest: int) -> Parsed:

@@ -173,7 +173,7 @@ def dependency(
     block_size: int | str | None = None,
     method: str | None = None,
     order_by: str | None = None,
-    times: tuple[float, ...] = TIMES,
+    times: Any = TIMES,
     shuffles: int = 5,
     deepest: int = 8,
     max_states: int = 256,
@@ -209,6 +209,8 @@ def dependency(
     parsed = read_parsed(bridge, parses, deepest)
     longest = min(size, max(len(each.ids) for each in parsed.tokens))
     summed = 2**longest <= max_states
+    if bridge.cfg.causal:
+        method = "exact"  # the chain rule has nothing to estimate
     method = ("exact" if summed else "stratified") if method is None else method
     order_by = ("posterior" if summed else "confidence") if order_by is None else order_by
     if order_by not in ("posterior", "confidence"):
@@ -218,7 +220,10 @@ def dependency(
             f"blocks of {longest} have {2**longest} states, max_states is {max_states}: raise it, "
             'or estimate: method="stratified", order_by="confidence"'
         )
-    if not times or not all(0 < time <= 1 for time in times):
+    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 0:
+        raise InputError(f"shuffles={shuffles!r}: give an int >= 0")
+    fine = isinstance(times, tuple | list) and len(times) > 0
+    if not fine or not all(isinstance(time, float | int) and 0 < time <= 1 for time in times):
         raise InputError(f"times={times}: give shares that are masked, above 0 and at most 1")
     causal = bridge.cfg.causal
     times = (1.0,) if causal else tuple(times)
@@ -227,11 +232,13 @@ def dependency(
     with bar(progress, total) as tick:
         if shuffles:
             split_of(parsed, seed)
-        nats = parsed.by_depth(ticking(nats_of(parsed, longest, method, replicates, seed), tick))
+        nats = parsed.by_depth(
+            ticking(nats_of(parsed, longest, method, replicates, seed), tick), "nats"
+        )
         order = None
         if not causal:
             ordered = posterior_order if order_by == "posterior" else confident_order
-            order = parsed.by_depth(ticking(ordered(parsed, longest), tick))
+            order = parsed.by_depth(ticking(ordered(parsed, longest), tick), f"order by {order_by}")
         probe = probes(parsed, longest, times, shuffles, seed, tick) if shuffles else None
     return Dependency(
         model=Path(bridge.cfg.model_name).name if name is None else name,

@@ -13,8 +13,10 @@ difference. Intervals are of pairs: whole texts are drawn again, the same ones f
 It measures checkpoints as they are, and does not train them alike.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,14 +150,21 @@ def kind_of(bridge: Any) -> str:
     return "autoregressive" if config.causal else "full diffusion"
 
 
-def check_alike(bridges: Mapping[str, Any]) -> None:
+def check_alike(bridges: Any) -> None:
     """Refuse checkpoints whose figures a token would be about different tokens.
 
     Raises:
-        InputError: for none, or other vocabularies or contexts.
+        InputError: for none, ones without a tokenizer, or other vocabularies or contexts.
     """
+    if not isinstance(bridges, Mapping):
+        raise InputError(
+            f"bridges is {type(bridges).__name__}: give them by name, {{name: bridge}}"
+        )
     if not bridges:
         raise InputError("there are no checkpoints: give at least one, by name")
+    silent = [name for name, bridge in bridges.items() if bridge.tokenizer is None]
+    if silent:
+        raise InputError(f"{silent[0]} has no tokenizer: which tokens it counts is not known")
     (first, base), *others = bridges.items()
     for name, bridge in others:
         if bridge.cfg.n_ctx != base.cfg.n_ctx:
@@ -182,14 +191,15 @@ def without_estimates(how: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in how.items() if key not in ("method", "strata", "clip")}
 
 
-def compare_models(bridges: Mapping[str, Any], source: Any, **how: Any) -> Family:
+def compare_models(bridges: Any, source: Any, **how: Any) -> Family:
     """One corpus under checkpoints of the family, each at its own block size.
 
     Args:
         bridges: by name: autoregressive, block diffusion (at its dial) or full diffusion.
         source: the corpus, as in :func:`likelihood`; it is read once a checkpoint.
         how: as :func:`likelihood` (method, replicates, stride, split, seed, ...); a method is used
-            where the checkpoint allows it: the autoregressive one is always exact.
+            where the checkpoint allows it: the autoregressive one is always exact. ``out`` has a
+            folder a checkpoint.
 
     Raises:
         InputError: for other vocabularies or contexts, and as :func:`likelihood`.
@@ -201,6 +211,8 @@ def compare_models(bridges: Mapping[str, Any], source: Any, **how: Any) -> Famil
     found = []
     for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
         kind = kind_of(bridge)
-        own = how if kind != "autoregressive" else without_estimates(how)
+        own: dict[str, Any] = how if kind != "autoregressive" else without_estimates(how)
+        if how.get("out") is not None:
+            own = own | {"out": Path(how["out"]) / re.sub(r"[^\w.-]+", "_", name)}
         found.append(Member(name, kind, likelihood(bridge, source, **own)))
     return Family(found)

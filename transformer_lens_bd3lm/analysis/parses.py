@@ -99,7 +99,7 @@ def read_conllu(source: Any) -> list[Sentence]:
 def paragraphs(whole: str) -> Iterator[tuple[int, str]]:
     """Every sentence's lines, and the number of the first; comments alone are none."""
     for match in re.finditer(r"(?:^[^\n]*\S[^\n]*(?:\n|\Z))+", whole, re.MULTILINE):
-        if any(not line.startswith("#") for line in match[0].splitlines()):
+        if any(line.strip() and not line.startswith("#") for line in match[0].split("\n")):
             yield whole.count("\n", 0, match.start()) + 1, match[0]
 
 
@@ -114,8 +114,8 @@ def read_sentence(lines: str, number: int) -> Sentence:
         InputError: if it is no CoNLL-U, no tree, or not about its text.
     """
     where = f"the sentence at line {number}"
-    for offset, line in enumerate(lines.splitlines()):
-        if not line.startswith("#") and line.count("\t") != 9:
+    for offset, line in enumerate(lines.split("\n")):
+        if line.strip() and not line.startswith("#") and line.count("\t") != 9:
             raise InputError(
                 f"line {number + offset} has {line.count(chr(9)) + 1} columns, and CoNLL-U ten, "
                 f"with tabs between them: {line[:60]!r}"

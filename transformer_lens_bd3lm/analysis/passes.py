@@ -280,7 +280,10 @@ def read_noised_text(bridge: Any, tokens: Any, x_t: Any, seed: int) -> NoisedTex
         InputError: for what does not fit.
     """
     config, mask_id = bridge.original_model.config, bridge.cfg.mask_token_id
-    ids = bridge.to_tokens(tokens, truncate=False) if isinstance(tokens, str) else tokens
+    if isinstance(tokens, str):
+        ids = bridge.to_tokens(tokens, prepend_bos=True, truncate=False)
+    else:
+        ids = tokens
     ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(

@@ -10,6 +10,7 @@ Raw logits stay as they are, in ``bridge(ids)`` as in the cache; they are cut wh
 probabilities. ``generate`` runs the whole text anew for every token (no key-value cache).
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
@@ -54,24 +56,39 @@ class WithNextToken:
     ) -> Any:
         """As the host's; without the mask where tokens are drawn from it."""
         if return_type in ("loss", "both") and many(input):
-            kwargs.setdefault("attention_mask", self.real(input, **kwargs))
+            given = inspect.signature(TransformerBridge.forward).bind(
+                self, input, return_type, *args, **kwargs
+            )
+            given.apply_defaults()
+            if given.arguments["attention_mask"] is None:
+                kwargs["attention_mask"] = self.real(
+                    input, given.arguments["prepend_bos"], given.arguments["padding_side"]
+                )
         found = super().forward(input, return_type, *args, **kwargs)
         drawn = _writing.get() is self and return_type == "logits" and isinstance(found, Tensor)
         return self.cut(found) if drawn else found
 
-    def real(self: Any, texts: list[str], prepend_bos: Any = None, **_: Any) -> Tensor:
+    def real(
+        self: Any, texts: list[str], prepend_bos: Any = None, padding_side: Any = None
+    ) -> Tensor:
         """Which positions of some texts are no padding ``[batch, pos]``: the rest has no loss."""
         rows = [self.to_tokens(text, prepend_bos=prepend_bos).shape[1] for text in texts]
-        lengths = torch.tensor(rows, device=self.cfg.device)
-        return (torch.arange(max(rows), device=self.cfg.device) < lengths[:, None]).long()
+        lengths = torch.tensor(rows, device=self.cfg.device)[:, None]
+        at = torch.arange(max(rows), device=self.cfg.device)
+        if (padding_side or self.tokenizer.padding_side) == "left":
+            at = at.flip(0)  # refused in the forward, where it would shift positions
+        return (at < lengths).long()
 
     def loss_fn(self: Any, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the host's (nats a token), over the words alone.
 
         Raises:
-            InputError: if a text holds the mask, which has probability zero.
+            InputError: if a text holds the mask, which has probability zero, or has nothing to
+                predict.
         """
         self.check_finished(tokens)
+        if tokens.shape[-1] < 2:
+            raise InputError("one token has no loss: give BOS and at least one more")
         return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
 
     def _causal_labels_loss(self: Any, logits: Any, labels: Any, *args: Any, **how: Any) -> Tensor:
@@ -92,19 +109,49 @@ class WithNextToken:
         """As the host's; it never writes the mask.
 
         Raises:
-            InputError: for prompts of several lengths, whose positions padding would shift.
+            InputError: for prompts of several lengths, whose positions padding would shift, and for
+                texts that would outgrow the context.
         """
-        prompt = args[0] if args else kwargs.get("input")
-        if many(prompt) and not bool(self.real(prompt, kwargs.get("prepend_bos")).all()):
+        self.check_prompt(TransformerBridge.generate, *args, **kwargs)
+        with writing(self):
+            return super().generate(*args, **kwargs)
+
+    def check_prompt(self: Any, call: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse prompts of several lengths, and texts that would outgrow the context.
+
+        Raises:
+            InputError: if they are that.
+        """
+        given = inspect.signature(call).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        prompt, bos = given.arguments["input"], given.arguments["prepend_bos"]
+        new = given.arguments["max_new_tokens"]
+        if not isinstance(prompt, str | list | Tensor):
+            raise InputError(
+                f"the prompt is {type(prompt).__name__}: give a string, a list of them, or ids"
+            )
+        if many(prompt) and not bool(self.real(prompt, bos).all()):
             raise InputError(
                 "the prompts have several lengths, and padding on the left would shift positions: "
                 "generate from one at a time, or from prompts of one length"
             )
-        with writing(self):
-            return super().generate(*args, **kwargs)
+        if isinstance(prompt, str | list):
+            prompt = self.to_tokens(prompt, prepend_bos=bos, truncate=False)
+        if isinstance(prompt, Tensor) and prompt.ndim > 1:
+            length = prompt.shape[1]
+            if length + new - 1 > self.cfg.n_ctx:
+                raise InputError(
+                    f"a prompt of {length} and {new} new tokens: the last would be predicted from "
+                    f"{length + new - 1}, and the context is {self.cfg.n_ctx}"
+                )
 
     def generate_stream(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As the host's; it never writes the mask."""
+        """As the host's; it never writes the mask.
+
+        Raises:
+            InputError: as ``generate``.
+        """
+        self.check_prompt(TransformerBridge.generate_stream, *args, **kwargs)
         stream = super().generate_stream(*args, **kwargs)
         while True:
             try:

@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.cli.measure import (
     Json,
     MaxStates,
     MethodOption,
+    Out,
     Plot,
     Replicates,
     Rows,
@@ -41,6 +42,7 @@ def compare(
     max_states: MaxStates = 256,
     seed: Seed = 0,
     rows: Rows = 2048,
+    out: Out = None,
     plot: Plot = None,
     json: Json = None,
     device: Device = None,
@@ -50,7 +52,7 @@ def compare(
 
     how = reading(
         method=method, replicates=replicates, split=split, field=field, stride=stride,
-        max_states=max_states, seed=seed, rows=rows,
+        max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     check_writable(plot, (".png", ".svg", ".pdf"))
     check_writable(json)

@@ -76,6 +76,8 @@ class Ledger:
             "format": FORMAT,
             "settings": decides,
             "mask_token_id": bridge.cfg.mask_token_id,
+            "cross_attn": bridge.original_model.config.cross_attn,
+            "causal": bridge.original_model.config.causal,
             "model": str(bridge.cfg.model_name),
             "dtype": str(bridge.embed.weight.dtype),
             "weights_sha256": weights_hash(bridge),

@@ -5,9 +5,9 @@ stream's keys and values are computed once a text, and any number of mask patter
 batches of noisy streams alone over them: half the rows of a dual pass, and only masked positions
 are unembedded.
 
-The baselines have one stream. To full diffusion the text is one block, with nothing before it. To
-the autoregressive model every token is a block, and what it says of a token it says one position
-earlier.
+The baselines have one stream, which hooks see whole, whatever their scope. To full diffusion the
+text is one block, with nothing before it. To the autoregressive model every token is a block, and
+what it says of a token it says one position earlier.
 
 It needs c constant, and it does not say which patterns, or what to do with their probabilities.
 """
@@ -180,7 +180,10 @@ def read_noisy_text(
         raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
     if scope not in ("active", "commit"):
         raise InputError(f'scope={scope!r}: give "active" or "commit"')
-    ids = bridge.to_tokens(tokens, truncate=False) if isinstance(tokens, str) else tokens
+    if isinstance(tokens, str):
+        ids = bridge.to_tokens(tokens, prepend_bos=True, truncate=False)
+    else:
+        ids = tokens
     ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
     size = min(read_dial(bridge, block_size), ids.shape[1])
     if not 2 <= ids.shape[1] <= config.model_length:
