@@ -21,7 +21,7 @@ from tests.repositories import REMOTE, copy_of, edit_config, edit_weights
 from transformer_lens_bd3lm.checkpoint import files
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.checkpoint.saving import config_of, state_of
-from transformer_lens_bd3lm.errors import CheckpointError, InputError
+from transformer_lens_bd3lm.errors import CheckpointError, InputError, NotExactError
 
 CPU = torch.device("cpu")
 DISK = (torch.float32, torch.bfloat16, torch.float16)
@@ -226,7 +226,7 @@ def test_a_weight_beyond_float16_is_refused_there_and_nowhere_else(saved, tmp_pa
 
 
 @torch.no_grad()
-def test_an_activation_beyond_float16_is_nan_and_never_a_number(saved, tmp_path):
+def test_an_activation_beyond_float16_is_nan_and_never_a_likelihood(saved, tmp_path):
     folder = shutil.copytree(saved(torch.float32), tmp_path / "loud")
     edit_config(folder, time_conditioning=False)
 
@@ -241,7 +241,9 @@ def test_an_activation_beyond_float16_is_nan_and_never_a_number(saved, tmp_path)
     assert bd3lm.log_probs(half(ids), ids)[ids == 11].isnan().all()
     text = "w1 w2 w3 w4 w5 w6"
     assert bd3lm.exact(whole, text).nll.isfinite().all()
-    assert bd3lm.exact(half, text).nll.isnan().all()
+    for call in (bd3lm.exact, bd3lm.likelihood):
+        with pytest.raises(NotExactError, match=r"NaN in torch\.float16: boot in a wider dtype"):
+            call(half, text)
     bd3lm.denoise(whole, "w1", max_new_tokens=4)
     with pytest.raises(InputError, match="NaN"):
         bd3lm.denoise(half, "w1", max_new_tokens=4)

@@ -100,6 +100,9 @@ class NoisyText:
         """``log p`` of the true token at each masked position, nats; 0 elsewhere. One pass.
 
         In float64 on the CPU, from a log-softmax in float32 or wider.
+
+        Raises:
+            NotExactError: if one is NaN: activations overflow, or a hook made it so.
         """
         mask_id, hidden = self.bridge.cfg.mask_token_id, masked.flatten(0, 1)
         ids = self.tokens.repeat(len(masked), 1)
@@ -113,8 +116,14 @@ class NoisyText:
             masked_log_probs(at_least_float32(x), mask_id).gather(-1, y[:, None])[:, 0]
             for x, y in parts
         ]
+        values = torch.cat(found).double().cpu()
+        if bool(values.isnan().any()):
+            raise NotExactError(
+                f"predictions are NaN in {logits.dtype}: boot in a wider dtype, or look at what a "
+                "hook returned"
+            )
         full = torch.zeros(hidden.shape, dtype=torch.float64)
-        full = full.index_put(at.unbind(-1), torch.cat(found).double().cpu())
+        full = full.index_put(at.unbind(-1), values)
         return full.unflatten(0, masked.shape[:2])
 
 
