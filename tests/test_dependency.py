@@ -451,7 +451,7 @@ def test_too_few_sentences_and_the_mask_are_refused(bridge, tmp_path, device):
 
 
 def test_without_stanza_the_way_out_is_told():
-    with pytest.raises(InputError, match=r"pip install 'transformer-lens-bd3lm\[parse\]'"):
+    with pytest.raises(InputError, match=r"pip install stanza \(the extra \[parse\]\)"):
         parse("To be or not to be.")
 
 

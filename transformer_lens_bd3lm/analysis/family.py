@@ -24,6 +24,7 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.sweep import interval_cell
 from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.checkpoint.config import kind_of
 from transformer_lens_bd3lm.diffusion.likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
@@ -142,14 +143,6 @@ class Family:
         return family_figure(self)
 
 
-def kind_of(bridge: Any) -> str:
-    """What kind of model a bridge wraps."""
-    config = bridge.original_model.config
-    if config.cross_attn:
-        return "block diffusion"
-    return "autoregressive" if config.causal else "full diffusion"
-
-
 def check_alike(bridges: Any) -> None:
     """Refuse checkpoints whose figures a token would be about different tokens.
 
@@ -210,7 +203,7 @@ def compare_models(bridges: Any, source: Any, **how: Any) -> Family:
     check_alike(bridges)
     found = []
     for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
-        kind = kind_of(bridge)
+        kind = kind_of(bridge.original_model.config)
         own: dict[str, Any] = how if kind != "autoregressive" else without_estimates(how)
         if how.get("out") is not None:
             own = own | {"out": Path(how["out"]) / re.sub(r"[^\w.-]+", "_", name)}

@@ -227,8 +227,8 @@ def parse(text: str, language: str = "en", **how: Any) -> str:
         stanza: Any = importlib.import_module("stanza")
     except ImportError as error:
         raise InputError(
-            "Stanza is not installed: pip install 'transformer-lens-bd3lm[parse]', or give a "
-            "CoNLL-U file"
+            "Stanza is not installed: pip install stanza (the extra [parse]), or give a CoNLL-U "
+            "file"
         ) from error
     processors = {"processors": "tokenize,pos,lemma,depparse"} | how
     return f"{stanza.Pipeline(language, **processors)(text):C}"

@@ -153,6 +153,13 @@ class MDLMConfig(BD3LMConfig):
         return super().from_dict(config_dict | {"architectures": ["MDLM"]}, **kwargs)
 
 
+def kind_of(config: Any) -> str:
+    """Which of the family a config, ours or a repository's own, describes."""
+    if config.cross_attn:
+        return "block diffusion"
+    return "autoregressive" if config.causal else "full diffusion"
+
+
 def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file, completed by what the name of a baseline says.
 

@@ -18,7 +18,7 @@ def info(model: ModelArgument) -> None:
     """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+    from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, kind_of
     from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
 
     name = path_of(model)
@@ -37,13 +37,6 @@ def info(model: ModelArgument) -> None:
     parameters = sum(
         torch.Size(shape).numel() for key, shape in shapes.items() if "inv_freq" not in key
     )
-    kind = (
-        "block diffusion"
-        if config.cross_attn
-        else "autoregressive"
-        if config.causal
-        else "full diffusion"
-    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         mask = tokenizer.mask_token or "added when booted"
@@ -52,7 +45,7 @@ def info(model: ModelArgument) -> None:
         spoken = f"none: {error}"
     table = Table(title=str(model), title_justify="left", show_header=False)
     rows = {
-        "kind": kind,
+        "kind": kind_of(config),
         "parameters": f"{parameters / 1e6:.1f} M, names and shapes as the config calls for",
         "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
         "context": f"{config.model_length} tokens",
