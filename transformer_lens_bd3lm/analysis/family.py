@@ -105,35 +105,31 @@ class Family:
         table = Table(title="one corpus, several checkpoints", title_justify="left")
         table.caption_justify = "left"
         table.caption = (
-            f"Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: standard error "
-            "of an estimate. [ ]: 95% over texts like these, whole texts drawn again. ≤: from the "
-            f"bound. The last two: its distance from that of {first.name}."
+            f"Nats a token. Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: "
+            "standard error of an estimate. [ ]: 95% over texts like these, whole texts drawn "
+            f"again. ≤: from the bound. Last: how far the bound is above that of {first.name}."
         )
         characters = sizes.total_characters is not None
-        columns = ["checkpoint", "writes", "NLL\nnats/token", "NELBO\nnats/token", "[95%]"]
-        columns += ["perplexity", *(["bits/char"] if characters else [])]
-        for name in (*columns, "above\nthe first", "[95%]"):
-            table.add_column(name, justify="left" if name in ("checkpoint", "writes") else "right")
+        per = "perplexity\nbits/char" if characters else "perplexity"
+        for name in ("checkpoint", "NLL", "NELBO", per, "above the first"):
+            table.add_column(name, justify="left" if name == "checkpoint" else "right")
         for each in self.members:
-            table.add_row(*self.cells(each, characters))
+            table.add_row(*self.cells(each, characters), end_section=True)
         return table
 
     def cells(self, member: Member, characters: bool) -> Iterator[str]:
-        """A row of the table."""
+        """A row of the table; an interval is below what it is of."""
         found, bound = member.measured, member.measured.nelbo
         least = "" if member.kind == "autoregressive" else "≤ "
         error = "" if bound.kind == "exact" else f" ± {bound.standard_error_per_token:.4f}"
-        yield from (member.name, member.writes)
+        yield f"{member.name}\n{member.writes}"
         yield "" if found.nll is None else f"{found.nll.nats_per_token:.4f}"
-        yield f"{bound.nats_per_token:.4f}{error}"
-        yield interval_cell(bound, bound.texts)
-        yield f"{least}{bound.perplexity:.2f}"
-        if characters:
-            yield f"{least}{bound.bits_per_character:.4f}"
+        yield f"{bound.nats_per_token:.4f}{error}\n{interval_cell(bound, bound.texts)}"
+        bits = f"\n{least}{bound.bits_per_character:.4f}" if characters else ""
+        yield f"{least}{bound.perplexity:.2f}{bits}"
         more, interval = self.difference(member.name, self.members[0].name)
-        first = member is self.members[0]
-        yield "" if first else f"{more:+.4f}"
-        yield "" if first or interval is None else "[{:+.3f}, {:+.3f}]".format(*interval)
+        spread = "" if interval is None else "\n[{:+.3f}, {:+.3f}]".format(*interval)
+        yield "" if member is self.members[0] else f"{more:+.4f}{spread}"
 
     def plot(self) -> "Figure":
         """Nats a token of every checkpoint, with intervals over texts."""
