@@ -22,8 +22,9 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids
+from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -190,10 +191,8 @@ def read_noisy_text(
     if scope not in ("active", "commit"):
         raise InputError(f'scope={scope!r}: give "active" or "commit"')
     if isinstance(tokens, str):
-        ids = bridge.to_tokens(tokens, prepend_bos=True, truncate=False)
-    else:
-        ids = tokens
-    ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
+        refuse_path(tokens, "tokens")
+    ids = read_ids(bridge, tokens, prepend_bos=True)
     size = min(read_dial(bridge, block_size), ids.shape[1])
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
