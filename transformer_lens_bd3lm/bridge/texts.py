@@ -72,7 +72,7 @@ def bos_of(bridge: Any) -> int:
 
 
 def tokens_of(
-    bridge: Any, texts: Sequence[str], prepend_bos: bool | None = None
+    bridge: Any, texts: Any, prepend_bos: bool | None = None
 ) -> list[Int[Tensor, " pos"]]:
     """Ids of each text ``[pos]``, on the CPU, at any length.
 
@@ -160,7 +160,7 @@ def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "
     return (word.cumsum(1) == 0) | (word.flip(1).cumsum(1) == 0).flip(1)
 
 
-def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " pos"]:
+def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " word"]:
     """The tokens of a row that may be padded on the right."""
     words = (ids != pad_id).nonzero() if pad_id is not None else None
     return ids if words is None or not len(words) else ids[: int(words[-1]) + 1]
@@ -238,7 +238,7 @@ class WithTexts:
 
     def to_tokens(
         self: Any,
-        input: str | Sequence[str],
+        input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         move_to_device: bool = True,
