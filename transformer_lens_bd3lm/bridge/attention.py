@@ -366,7 +366,8 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
             k, v = k[:, :, routing.first_key :], v[:, :, routing.first_key :]
-        if watched(self.hook_attn_scores, self.hook_pattern):
+        # Where queries are given nobody of this pass looks; another thread may have begun to.
+        if queries is None and watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense())
         else:
             tiles = routing.tiles if queries is None else routing.tiles_of(queries)

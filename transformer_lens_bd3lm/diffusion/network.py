@@ -28,6 +28,7 @@ from transformer_lens_bd3lm.diffusion.rows import (
     apply_on_rows,
     attached,
     on_batch_rows,
+    on_bridge,
     resolve,
     row_axis,
 )
@@ -195,7 +196,7 @@ def make_network(
     """
     model = bridge.original_model
     config = model.config
-    made = StepHooks.of(hooks)
+    made = on_bridge(bridge, hooks)
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError(
             f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "

@@ -28,6 +28,7 @@ from transformer_lens_bd3lm.diffusion.denoise import Request
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
+from transformer_lens_bd3lm.diffusion.rows import on_bridge
 from transformer_lens_bd3lm.diffusion.run import Run, Timeline
 from transformer_lens_bd3lm.diffusion.samplers import Ancestral, Confidence, FirstHitting
 from transformer_lens_bd3lm.diffusion.steps import StepHooks
@@ -210,7 +211,8 @@ def load(
     windows = [(start, end) for start, end in x["steps/window"].tolist()]
     block, step, indices = (x[f"steps/{name}"].tolist() for name in ("block", "step", "index"))
     timeline = Timeline(block, step, windows, list(x["steps/t"]), indices)
-    kinds = {"hooks": hooks, "stop": stop, "sampler": sampler}
+    made = None if hooks is None else on_bridge(bridge, hooks)
+    kinds = {"hooks": made, "stop": stop, "sampler": sampler}
     if hooks is None and manifest["hooks"]:
         kinds["hooks"] = None
     rules = manifest["stop"]
