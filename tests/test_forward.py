@@ -443,7 +443,8 @@ def test_no_pass_makes_a_tensor_on_another_device(elsewhere, hooks, flag):
     sampling = [{}, {"block_size": 3}, {"block_size": 1}, {"block_size": "full"}]
     for kwargs in sampling:
         for dual in ({}, {"clean": ids}):
-            with Elsewhere(*FITS, *(FITS if dual else ())) as mode:
+            unpadded = (False, False) if dual else (False,)
+            with Elsewhere(*unpadded, *FITS, *(FITS if dual else ())) as mode:
                 out = elsewhere.run_with_hooks(ids, fwd_hooks=hooks, **kwargs, **dual)
                 out.sum().backward()
             assert out.device.type == "meta" and mode.seen > 100 and not mode.script
@@ -453,7 +454,7 @@ def test_no_pass_makes_a_tensor_on_another_device(elsewhere, hooks, flag):
             ids, fwd_hooks=hooks, timesteps=sigma, attention_mask=padding, pad_block=False
         )
     assert not mode.script
-    with Elsewhere(*FITS, *FITS):
+    with Elsewhere(False, *FITS, *FITS):
         out = elsewhere.run_with_hooks(ids, fwd_hooks=hooks, pad_block=True)
     assert out.shape == (2, 12, 37)
 

@@ -33,8 +33,9 @@ from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import check_ids, read_input
+from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -263,7 +264,7 @@ def read_masked_text(bridge: Any, tokens: Any, clean: Any, block_size: Any) -> M
             "this checkpoint is the autoregressive baseline (causal=True): it has never seen a "
             "mask; transformer_lens.head_detector is for such models"
         )
-    x_t = read_ids(bridge, tokens, "tokens")
+    x_t = read_ids(bridge, tokens)
     x_0 = None if clean is None else read_ids(bridge, clean, "clean")
     if block_size is None and config.cross_attn:
         block_size = bridge.cfg.block_size
@@ -275,16 +276,6 @@ def read_masked_text(bridge: Any, tokens: Any, clean: Any, block_size: Any) -> M
     text = MaskedText(view.ids[:, : view.length], x_0, mask_id, square[: view.length])
     check_masks(text)
     return text
-
-
-def read_ids(bridge: Any, given: Any, name: str) -> Int[Tensor, "batch pos"]:
-    """Ids on the bridge's device, from ids or a string.
-
-    Raises:
-        InputError: for anything else.
-    """
-    ids = bridge.to_tokens(given, truncate=False) if isinstance(given, str) else given
-    return check_ids(ids, bridge.original_model.config.vocab_size, name).to(bridge.cfg.device)
 
 
 def check_masks(text: MaskedText) -> None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
@@ -76,9 +77,7 @@ def read_masked(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
             "this checkpoint is the autoregressive baseline (causal=True): it has never seen a "
             "mask; transformer_lens.tools.analysis.logit_lens is for such models"
         )
-    view = read_input(
-        config, bridge.to_tokens(ids, truncate=False) if isinstance(ids, str) else ids
-    )
+    view = read_input(config, read_ids(bridge, ids, "ids"))
     return view.ids[:, : view.length].cpu()
 
 

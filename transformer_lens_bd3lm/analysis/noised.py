@@ -18,7 +18,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import NoisedText, read_noised_text
-from transformer_lens_bd3lm.checkpoint.views import check_ids
 from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
@@ -80,10 +79,10 @@ def read_rows(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise InputError(f"rows={rows!r}: give how many windows to read, at least 1")
     if isinstance(source, Tensor):
-        ids = check_ids(source, bridge.cfg.d_vocab, "text")
-        text = read_noised_text(bridge, ids, x_t, seed)
-        every, x_0, masked = torch.arange(len(ids)), text.tokens.cpu(), text.masked.cpu()
-        parts = every.split(max(POSITIONS // ids.shape[1], 1))
+        text = read_noised_text(bridge, source, x_t, seed)
+        x_0, masked = text.tokens.cpu(), text.masked.cpu()
+        every = torch.arange(len(x_0))
+        parts = every.split(max(POSITIONS // x_0.shape[1], 1))
         return Rows(tuple(Batch(part, x_0[part], masked[part]) for part in parts), every)
     if x_t is not None:
         raise InputError("x_t is for ids [batch, pos]: give the text as ids, or leave x_t out")

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.views import check_ids
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.replay import divergence
@@ -280,11 +281,7 @@ def read_noised_text(bridge: Any, tokens: Any, x_t: Any, seed: int) -> NoisedTex
         InputError: for what does not fit.
     """
     config, mask_id = bridge.original_model.config, bridge.cfg.mask_token_id
-    if isinstance(tokens, str):
-        ids = bridge.to_tokens(tokens, prepend_bos=True, truncate=False)
-    else:
-        ids = tokens
-    ids = check_ids(ids, config.vocab_size, "tokens").to(bridge.cfg.device)
+    ids = read_ids(bridge, tokens, prepend_bos=True)
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"

@@ -33,10 +33,11 @@ from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
+from transformer_lens_bd3lm.bridge.texts import WithTexts
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
-from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
+from transformer_lens_bd3lm.checkpoint.tokenizer import padding_id, teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
 
@@ -150,11 +151,15 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
         put_in_front(bridge, WithExactTools)
+        put_in_front(bridge, WithTexts)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
         if bridge.tokenizer is not None:
             bridge.cfg.mask_token_id = teach_mask(bridge.tokenizer, model.config.vocab_size)
-        elif getattr(bridge.cfg, "mask_token_id", None) is None:
+            bridge.cfg.pad_token_id = padding_id(bridge.tokenizer, model.config.vocab_size)
+            return
+        bridge.cfg.pad_token_id = None
+        if getattr(bridge.cfg, "mask_token_id", None) is None:
             bridge.cfg.mask_token_id = model.config.vocab_size - 1
 
     @property

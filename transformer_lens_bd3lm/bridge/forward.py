@@ -159,19 +159,6 @@ def stand_ins(
     return torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
 
-def read_text(bridge: Any, text: Any) -> Int[Tensor, "batch pos"]:
-    """Ids of the clean stream, from a string or strings, tokenized as the host does the noisy one.
-
-    Raises:
-        InputError: for a list of anything else.
-    """
-    if isinstance(text, list) and not all(isinstance(part, str) for part in text):
-        raise InputError(
-            "clean is a list of other things than strings: give text, or ids [batch, pos]"
-        )
-    return bridge.to_tokens(text)
-
-
 def scalar(value: Any) -> Float[Tensor, ""]:
     """What ``reduce`` made of the logits.
 
@@ -230,8 +217,6 @@ class HookedForward:
         if inputs_embeds is not None:
             alone = clean is None and not pad_block
             input_ids = stand_ins(inputs_embeds, cfg, alone, sample_mode)
-        if isinstance(clean, str | list):
-            clean = read_text(cfg._bridge_ref(), clean)
         if pad_block:
             input_ids, clean, attention_mask = complete_block(
                 config, input_ids, clean, attention_mask, block_size
@@ -303,7 +288,8 @@ def complete_block(
     Raises:
         InputError: beside ``clean`` or padding, whose streams it would tear apart.
     """
-    if clean is not None or attention_mask is not None:
+    padded = attention_mask is not None and not bool(torch.as_tensor(attention_mask).all())
+    if clean is not None or padded:
         raise InputError(
             "pad_block=True is for one stream of equal lengths: drop clean, and pass rows of one "
             "length"

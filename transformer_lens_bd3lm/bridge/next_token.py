@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.bridge.texts import is_ids, padding
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 _writing: ContextVar[Any] = ContextVar("bd3lm_writing", default=None)
@@ -34,11 +35,6 @@ def writing(bridge: Any) -> Iterator[None]:
         yield
     finally:
         _writing.reset(token)
-
-
-def many(input: Any) -> bool:
-    """Whether these are several texts."""
-    return isinstance(input, list) and all(isinstance(text, str) for text in input)
 
 
 class WithNextToken:
@@ -55,29 +51,9 @@ class WithNextToken:
         self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
         """As the host's; without the mask where tokens are drawn from it."""
-        if return_type in ("loss", "both") and many(input):
-            given = inspect.signature(TransformerBridge.forward).bind(
-                self, input, return_type, *args, **kwargs
-            )
-            given.apply_defaults()
-            if given.arguments["attention_mask"] is None:
-                kwargs["attention_mask"] = self.real(
-                    input, given.arguments["prepend_bos"], given.arguments["padding_side"]
-                )
         found = super().forward(input, return_type, *args, **kwargs)
         drawn = _writing.get() is self and return_type == "logits" and isinstance(found, Tensor)
         return self.cut(found) if drawn else found
-
-    def real(
-        self: Any, texts: list[str], prepend_bos: Any = None, padding_side: Any = None
-    ) -> Tensor:
-        """Which positions of some texts are no padding ``[batch, pos]``: the rest has no loss."""
-        rows = [self.to_tokens(text, prepend_bos=prepend_bos).shape[1] for text in texts]
-        lengths = torch.tensor(rows, device=self.cfg.device)[:, None]
-        at = torch.arange(max(rows), device=self.cfg.device)
-        if (padding_side or self.tokenizer.padding_side) == "left":
-            at = at.flip(0)  # refused in the forward, where it would shift positions
-        return (at < lengths).long()
 
     def loss_fn(self: Any, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the host's (nats a token), over the words alone.
@@ -130,13 +106,13 @@ class WithNextToken:
             raise InputError(
                 f"the prompt is {type(prompt).__name__}: give a string, a list of them, or ids"
             )
-        if many(prompt) and not bool(self.real(prompt, bos).all()):
+        if isinstance(prompt, str | list):
+            prompt = self.to_tokens(prompt, prepend_bos=bos, truncate=False)
+        if is_ids(prompt) and padding(torch.atleast_2d(prompt), self.cfg.pad_token_id) is not None:
             raise InputError(
                 "the prompts have several lengths, and padding on the left would shift positions: "
                 "generate from one at a time, or from prompts of one length"
             )
-        if isinstance(prompt, str | list):
-            prompt = self.to_tokens(prompt, prepend_bos=bos, truncate=False)
         if isinstance(prompt, Tensor) and prompt.ndim > 1:
             length = prompt.shape[1]
             if length + new - 1 > self.cfg.n_ctx:

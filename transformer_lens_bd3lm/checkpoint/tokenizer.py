@@ -129,3 +129,15 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
             "not belong together; pass the checkpoint's own tokenizer=... to boot_transformers"
         )
     return mask_id
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Choose the id that stands for padding: one that no text has.
+
+    It is the tokenizer's own padding token, unless that is a word too: GPT-2's is its end-of-text
+    token, and then nobody could tell padding from a text that ends. In that case it is the first id
+    behind the vocabulary, which is no token and never reaches the network.
+    """
+    words = {x for name, x in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    own = tokenizer.pad_token_id
+    return vocab_size if own is None or tokenizer.pad_token in words else int(cast(Any, own))

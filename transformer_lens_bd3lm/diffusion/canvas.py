@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, tokens_of, without_padding
 from transformer_lens_bd3lm.checkpoint.views import check_ids, read_block_size
 from transformer_lens_bd3lm.errors import InputError
 
@@ -87,6 +88,8 @@ class Canvas:
 def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
     """Ids of each row: from a string, strings, ids ``[batch, pos]``, rows of ids, or None (BOS).
 
+    Padding at a row's end is none of the row.
+
     Raises:
         InputError: for anything else.
     """
@@ -96,16 +99,21 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
             "prompt is None, for BOS alone, but this bridge has no tokenizer: give ids"
         )
     if prompt is None:
-        prompt = torch.tensor([[bridge.tokenizer.bos_token_id]])
+        return [torch.tensor([bos_of(bridge)])]
     if isinstance(prompt, str):
         prompt = [prompt]
     if isinstance(prompt, list) and prompt and all(isinstance(part, str) for part in prompt):
-        return [bridge.to_tokens(text, truncate=False)[0] for text in prompt]
-    if isinstance(prompt, list) and prompt and all(isinstance(p, list | Tensor) for p in prompt):
+        return [check_ids(row[None], size, "prompt")[0] for row in tokens_of(bridge, prompt)]
+    rows: list[Tensor] = []
+    if isinstance(prompt, list) and all(isinstance(part, list | Tensor) for part in prompt):
         rows = [torch.as_tensor(part) for part in prompt]
-        if all(row.ndim == 1 for row in rows):
-            return [check_ids(row[None], size, "prompt")[0] for row in rows]
-    return list(check_ids(prompt, size, "prompt"))
+    elif is_ids(prompt):
+        rows = list(torch.atleast_2d(prompt))
+    if not rows or not all(row.ndim == 1 for row in rows):
+        return list(check_ids(prompt, size, "prompt"))
+    pad_id = bridge.cfg.pad_token_id
+    words = [without_padding(row, pad_id) if is_ids(row) else row for row in rows]
+    return [check_ids(row[None], size, "prompt")[0] for row in words]
 
 
 def padded(length: int, size: int, context: int, pad_block: bool) -> int:

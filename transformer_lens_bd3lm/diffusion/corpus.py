@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, without_padding
 from transformer_lens_bd3lm.checkpoint.views import check_ids
 from transformer_lens_bd3lm.errors import InputError
 
@@ -71,6 +72,7 @@ def read_texts(source: Any, field: str = "text", split: str | None = None) -> It
         )
     for number, item in enumerate(source):
         if isinstance(item, str):
+            refuse_path(item, f"text {number}")
             yield Text(str(number), item)
         elif isinstance(item, Mapping):
             yield Text(str(number), text_of(item, field, f"item {number}"))
@@ -177,15 +179,14 @@ def windows(text: Text, number: int, bridge: Any, stride: int | None = None) -> 
     Raises:
         InputError: if it holds the mask, ids do not begin with BOS, or the stride is none.
     """
-    tokenizer, bos, ids = bridge.tokenizer, bridge.tokenizer.bos_token_id, text.text
-    if isinstance(ids, Tensor):
+    bos = bos_of(bridge)
+    if isinstance(text.text, Tensor):
+        ids = without_padding(text.text, bridge.cfg.pad_token_id)
         ids = check_ids(ids[None], bridge.cfg.d_vocab, "tokens")[0].cpu()
-        if not len(ids) or int(ids[0]) != bos:
+        if int(ids[0]) != bos:
             raise InputError(f"row {text.name} does not begin with BOS ({bos}): put it there")
-        ids = ids[1:]
     else:
-        words = tokenizer(ids, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = torch.tensor(words, dtype=torch.long)
+        (ids,) = tokens_of(bridge, [text.text], prepend_bos=True)
     if bool((ids == bridge.cfg.mask_token_id).any()):
         raise InputError(f"text {text.name} holds the mask token: give finished texts")
-    yield from cut(ids, number, bos, bridge.cfg.n_ctx, stride)
+    yield from cut(ids[1:], number, bos, bridge.cfg.n_ctx, stride)

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run, through_layers
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids
+from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -162,34 +163,6 @@ class CausalText(OpenText):
         return self.single(ids, "causal", where - where.new_tensor([0, 1]))
 
 
-def read_ids(
-    bridge: Any, tokens: Any, name: str = "tokens"
-) -> tuple[Int[Tensor, "batch pos"], tuple[int, ...] | None]:
-    """Ids on the bridge's device, BOS first, and the characters of each text if it was a string.
-
-    Args:
-        bridge: whose tokenizer and vocabulary are used.
-        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``.
-        name: what to call them in an error.
-
-    Raises:
-        InputError: for anything else, and for strings that make rows of unequal length.
-    """
-    texts = [tokens] if isinstance(tokens, str) else tokens
-    several = isinstance(texts, list | tuple) and len(texts) > 0
-    if not several or not all(isinstance(text, str) for text in texts):
-        size = bridge.original_model.config.vocab_size
-        return check_ids(tokens, size, name).to(bridge.cfg.device), None
-    rows = [bridge.to_tokens(text, prepend_bos=True, truncate=False)[0] for text in texts]
-    shortest, longest = (f(len(row) for row in rows) for f in (min, max))
-    if shortest != longest:
-        raise InputError(
-            f"{name} are strings of {shortest} to {longest} tokens: give texts of one length, or "
-            "one after another; bd3lm.likelihood reads texts of any length"
-        )
-    return torch.stack(rows).to(bridge.cfg.device), tuple(map(len, texts))
-
-
 def read_noisy_text(
     bridge: Any,
     tokens: Any,
@@ -214,7 +187,11 @@ def read_noisy_text(
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
     pass_hooks = read_pass_hooks(bridge, hooks, scope)
-    ids, characters = read_ids(bridge, tokens)
+    several = tokens if isinstance(tokens, list | tuple) else [tokens]
+    texts = [text for text in several if isinstance(text, str)]
+    for text in texts:
+        refuse_path(text, "tokens")
+    ids = read_ids(bridge, tokens, prepend_bos=True)
     size = min(read_dial(bridge, block_size), ids.shape[1])
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
@@ -228,4 +205,5 @@ def read_noisy_text(
             "count"
         )
     kind = NoisyText if config.cross_attn else CausalText if config.causal else OpenText
-    return kind(bridge, ids, size, pass_hooks, rows, given, characters if given == 1 else None)
+    characters = tuple(map(len, texts)) if texts and given == 1 else None
+    return kind(bridge, ids, size, pass_hooks, rows, given, characters)

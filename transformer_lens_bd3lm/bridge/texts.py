@@ -1,0 +1,311 @@
+"""What the tokens of a text are: one rule, at every door that takes text or ids.
+
+::
+
+    tokens of a text  = [BOS] + tokenizer(text, add_special_tokens=False)
+    rows of a batch   = tokens, then bridge.cfg.pad_token_id up to the longest row
+
+Nothing is appended, and what a text spells stays, an end-of-text token or ``[SEP]`` at its end
+included. Padding has an id that no text has (see ``tokenizer.padding_id``), so ids tell padding
+from text by themselves: a run of it at the end of a row is hidden, and no position reads it. So a
+text has the same tokens, and the same logits, alone, in a batch, and as padded ids.
+
+Attention itself, and what a mask hides, is in ``forward``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.checkpoint.views import check_ids
+from transformer_lens_bd3lm.errors import InputError
+
+TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
+
+
+def words_of(tokenizer: Any, texts: Sequence[str], pad_id: int) -> list[list[int]]:
+    """Tokens of each text, without BOS.
+
+    Raises:
+        InputError: if the tokenizer cannot read a text, or a text spells the padding token.
+    """
+    try:
+        rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # the tokenizers' own, in Rust, have no class of theirs
+        raise InputError(
+            f"the tokenizer cannot read {shown(texts)}: {error}. A tokenizer without an unknown "
+            "token reads the words of its vocabulary and no others"
+        ) from error
+    for text, ids in zip(texts, rows, strict=True):
+        if pad_id in ids:
+            raise InputError(
+                f"{shown([text])} spells {tokenizer.decode([pad_id])!r}, which stands for padding "
+                f"(id {pad_id}) and would be hidden, not read: take it out of the text"
+            )
+    return rows
+
+
+def shown(texts: Sequence[str]) -> str:
+    """The beginning of some texts, for a message."""
+    told = ", ".join(repr(text[:40] + "..." if len(text) > 40 else text) for text in texts[:2])
+    return told + (", ..." if len(texts) > 2 else "")
+
+
+def bos_of(bridge: Any) -> int:
+    """The id of BOS.
+
+    Raises:
+        InputError: if the bridge's tokenizer has none that its checkpoint knows.
+    """
+    bos, size = bridge.tokenizer.bos_token_id, bridge.original_model.config.vocab_size
+    if bos is None or bos >= size:
+        raise InputError(
+            f"the tokenizer has no BOS among the checkpoint's {size} tokens (bos_token_id={bos}): "
+            "set tokenizer.bos_token to the token that its texts begin with, or pass "
+            "prepend_bos=False"
+        )
+    return bos
+
+
+def tokens_of(
+    bridge: Any, texts: Sequence[str], prepend_bos: bool | None = None
+) -> list[Int[Tensor, " pos"]]:
+    """Ids of each text ``[pos]``, on the CPU, at any length.
+
+    Args:
+        bridge: whose tokenizer reads them.
+        texts: strings.
+        prepend_bos: begin with BOS; ``bridge.cfg.default_prepend_bos`` by default.
+
+    Raises:
+        InputError: for anything but strings, or what the tokenizer cannot read.
+    """
+    if bridge.tokenizer is None:
+        raise InputError("this bridge has no tokenizer: give ids [batch, pos]")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        kinds = sorted({type(text).__name__ for text in texts}) or ["nothing"]
+        raise InputError(
+            f"a list of {', '.join(kinds)}: give a string, a list of strings, or integer ids "
+            "[batch, pos] as one tensor"
+        )
+    if prepend_bos is None:
+        prepend_bos = getattr(bridge.cfg, "default_prepend_bos", True)
+    first = [bos_of(bridge)] if prepend_bos else []
+    rows = words_of(bridge.tokenizer, texts, bridge.cfg.pad_token_id)
+    return [torch.tensor([*first, *ids], dtype=torch.long) for ids in rows]
+
+
+def read_ids(
+    bridge: Any, given: Any, name: str = "tokens", prepend_bos: bool | None = None
+) -> Int[Tensor, "batch pos"]:
+    """Ids of texts of one length, on the bridge's device, from strings or ids.
+
+    Args:
+        bridge: whose tokenizer reads strings.
+        given: a string, a list of strings of one length in tokens, or ids ``[batch, pos]``.
+        name: of the argument, for a message.
+        prepend_bos: begin strings with BOS; ``bridge.cfg.default_prepend_bos`` by default.
+
+    Raises:
+        InputError: for anything else, and for padded ids, whose rows are of several lengths.
+    """
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, list | tuple):
+        rows = tokens_of(bridge, given, prepend_bos)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise InputError(
+                f"{name} are texts of {lengths[0]} to {lengths[-1]} tokens: give one at a time, or "
+                "texts of one length (bd3lm.likelihood takes texts of any length)"
+            )
+        given = torch.stack(rows)
+    if is_ids(given) and padding(torch.atleast_2d(given), bridge.cfg.pad_token_id) is not None:
+        raise InputError(
+            f"{name} are padded (id {bridge.cfg.pad_token_id}), rows of several lengths: give one "
+            "at a time, without padding, or rows of one length"
+        )
+    return check_ids(given, bridge.original_model.config.vocab_size, name).to(bridge.cfg.device)
+
+
+def refuse_path(text: str, name: str) -> None:
+    """Refuse a string that names a file where a text is asked for.
+
+    Raises:
+        InputError: if such a file exists, or the string looks like the path of a text file.
+    """
+    if len(text) > 4096 or "\n" in text:
+        return
+    try:
+        there = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return
+    if there or (not any(c.isspace() for c in text) and text.lower().endswith(TEXT_FILES)):
+        kind = "a file" if there else "what looks like the path of a file"
+        raise InputError(
+            f"{name} is {text!r}, {kind}, and a string is a text: give Path({text!r}) to read the "
+            "file, or bridge.to_tokens(...) to measure these characters"
+        )
+
+
+def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "batch pos"] | None:
+    """Where rows ``[batch, pos]`` are padded, on either side; None where nothing is."""
+    if pad_id is None or not bool(((ids[:, 0] == pad_id) | (ids[:, -1] == pad_id)).any()):
+        return None
+    word = ids != pad_id
+    return (word.cumsum(1) == 0) | (word.flip(1).cumsum(1) == 0).flip(1)
+
+
+def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " pos"]:
+    """The tokens of a row that may be padded on the right."""
+    words = (ids != pad_id).nonzero() if pad_id is not None else None
+    return ids if words is None or not len(words) else ids[: int(words[-1]) + 1]
+
+
+def hide_padding(
+    bridge: Any, ids: Tensor, clean: Any, attention_mask: Any, sample_mode: bool | None
+) -> tuple[Tensor, Any, Any]:
+    """Ids of a pass as the network takes them, and the mask that hides their padding.
+
+    In the dual view the clean stream tells where texts end: what the noisy one has behind that end
+    is hidden. A mask that is given decides in place of the padding's id. What fits no view is left
+    as it is, and refused where views are read.
+
+    Args:
+        bridge: whose padding it is.
+        ids: the noisy or only stream ``[batch, pos]``, or both joined; a single row is promoted.
+        clean: the clean stream, if it comes apart.
+        attention_mask: True at real tokens ``[batch, pos]``, or None.
+        sample_mode: the forward's keyword.
+
+    Returns:
+        ids, clean and mask, with hidden ids inside the vocabulary.
+
+    Raises:
+        InputError: if a noisy row ends before its clean one.
+    """
+    ids, cfg = torch.atleast_2d(ids).long(), bridge.cfg
+    streams = [ids]
+    if is_ids(clean):
+        streams.append(torch.atleast_2d(clean).long())
+    elif clean is None and ids.shape[1] % 2 == 0 and cfg.cross_attn:
+        twice = sample_mode is None and ids.shape[1] == 2 * cfg.n_ctx
+        streams = list(ids.chunk(2, dim=1)) if sample_mode is False or twice else streams
+    if any(stream.shape != streams[0].shape for stream in streams):
+        return ids, clean, attention_mask
+    if attention_mask is None:
+        padded = [padding(stream, cfg.pad_token_id) for stream in streams]
+        if len(streams) == 2:
+            refuse_early_end(*padded)
+        if padded[-1] is None:
+            return ids, clean, None
+        hidden = padded[-1].to(ids.device)
+        attention_mask = ~hidden
+    else:
+        hidden = ~torch.as_tensor(attention_mask).to(ids.device).bool()
+        if hidden.shape != streams[0].shape:
+            return ids, clean, attention_mask
+    size, filler = bridge.original_model.config.vocab_size, int(cfg.mask_token_id == 0)
+    filled = [x.masked_fill(hidden.to(x.device) & ((x < 0) | (x >= size)), filler) for x in streams]
+    if clean is None:
+        return torch.cat(filled, dim=1), None, attention_mask
+    return filled[0], filled[-1], attention_mask
+
+
+def refuse_early_end(noisy: Tensor | None, clean: Tensor | None) -> None:
+    """Refuse noisy texts that are padded where their clean ones go on.
+
+    Raises:
+        InputError: naming the first such row.
+    """
+    if noisy is None:
+        return
+    early = noisy if clean is None else noisy & ~clean.to(noisy.device)
+    if bool(early.any()):
+        row = int(early.any(-1).nonzero()[0, 0])
+        raise InputError(
+            f"row {row}: the noisy text is padded where the clean one goes on; both streams are "
+            "[batch, pos] of the same tokens"
+        )
+
+
+class WithTexts:
+    """Mixed in front of the bridge's class: text and padding become ids and a mask here."""
+
+    def to_tokens(
+        self: Any,
+        input: str | Sequence[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
+        """Turn texts into ids ``[batch, pos]``: BOS and each text's own tokens, nothing appended.
+
+        Args:
+            input: a string, or several, padded to the longest with ``cfg.pad_token_id``.
+            prepend_bos: begin with BOS; ``cfg.default_prepend_bos`` by default.
+            padding_side: ``"right"``, or ``"left"``, which no pass takes; the tokenizer's by
+                default.
+            move_to_device: put the ids on the bridge's device.
+            truncate: cut each text to the context.
+
+        Raises:
+            InputError: for anything but strings, or what the tokenizer cannot read.
+        """
+        texts = [input] if isinstance(input, str) else input
+        if not isinstance(texts, list | tuple):
+            raise InputError(f"{type(input).__name__}: give a string, or a list of strings")
+        rows = tokens_of(self, texts, prepend_bos)
+        if truncate:
+            rows = [row[: self.cfg.n_ctx] for row in rows]
+        side = padding_side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise InputError(f'padding_side={side!r}: give "right" or "left"')
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.cfg.pad_token_id)
+        for place, row in zip(ids, rows, strict=True):
+            if len(row):
+                place[slice(None, len(row)) if side == "right" else slice(-len(row), None)] = row
+        return ids.to(self.cfg.device) if move_to_device else ids
+
+    def forward(
+        self: Any,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As TransformerLens's; strings, ``clean`` among them, and padded ids by one rule."""
+        clean = kwargs.pop("clean", None)
+        if isinstance(input, str | list | tuple):
+            input = self.to_tokens(input, prepend_bos, padding_side)
+        if isinstance(clean, str | list | tuple):
+            clean = self.to_tokens(clean, prepend_bos, padding_side)
+        if attention_mask is None:
+            attention_mask = kwargs.pop("one_zero_attention_mask", None)
+        if is_ids(input) and not torch.compiler.is_compiling():
+            input, clean, attention_mask = hide_padding(
+                self, input, clean, attention_mask, kwargs.get("sample_mode")
+            )
+        if clean is not None:
+            kwargs["clean"] = clean
+        return super().forward(
+            input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask,
+            *args, **kwargs,
+        )  # fmt: skip
+
+
+def is_ids(x: Any) -> bool:
+    """Whether these are ids of one row or several, whatever they hold."""
+    if not isinstance(x, Tensor) or x.ndim not in (1, 2) or not x.numel():
+        return False
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
