@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, make_network
@@ -250,6 +251,7 @@ def denoise_steps(
     Everything is checked before the first step. Between steps nothing is held: no hook, no grad
     mode.
     """
+    bridge = read_bridge(bridge)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     return Request(sampler, noise, kv_cache, hooks, None, stop, force).loop(bridge, canvas).steps()
 
@@ -274,7 +276,7 @@ def denoise(
     """Write text block by block (Arriola et al., algorithm 2), with hooks at chosen steps.
 
     Args:
-        bridge: a BD3LM bridge.
+        bridge: a BD3LM bridge, or a checkpoint's name.
         prompt: a string, strings, ids ``[batch, pos]``, rows of ids of unequal length, or None for
             BOS alone. Masks in it are filled in, block by block from the left.
         max_new_tokens: masks appended to each.
@@ -285,8 +287,8 @@ def denoise(
             changes nothing; past it (``run.slid``) what is stored still encodes what slid out of
             view, and False reads the last context alone.
         hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``, which fire at
-            every step. Both see the active block's rows; hooks set on the bridge itself see every row of a
-            pass.
+            every step. Both see the active block's rows; hooks set on the bridge itself see every
+            row of a pass.
         record: which activations to keep: a ``Record``, or its names alone.
         stop: ``EndOfText()``, ``LowEntropy()``, a function ``rule(step) -> Bool[batch]`` asked
             after every block, or several of them.
@@ -302,6 +304,7 @@ def denoise(
         HookNameError: for an unknown hook name, before anything has run.
         HookReturnError: for a hook that returns another shape, dtype or device.
     """
+    bridge = read_bridge(bridge)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     made = on_bridge(bridge, hooks)  # a copy: the run keeps the hooks that it was made with
     kept = Record.of(record, bridge)

@@ -1,11 +1,11 @@
-"""What a caller gives as a hook: names of hook points, and a function of some arguments.
+"""Hooks as a caller gives them: functions of TransformerLens's two arguments, or with the step.
 
-TransformerLens names hook points by a name or by a function of names, and calls a hook function as
-``fn(activation, hook=hook)``. A function of the denoising loop is also told the step.
+TransformerLens calls a hook function as ``fn(activation, hook=hook)``. One of the denoising loop is
+also told the step.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.errors import InputError
-
-NameFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -77,19 +75,6 @@ def as_step_fn(fn: Any, name: Any, unclear: bool) -> Callable[..., Tensor | None
     return fn if with_step else WithoutStep(fn)
 
 
-def read_names(names: Any) -> list[str] | NameFilter:
-    """Read which hook points are meant, once: a name, several names, or a function of names.
-
-    Raises:
-        InputError: for anything else.
-    """
-    if isinstance(names, str):
-        return [names]
-    if callable(names):
-        return names
-    several = list(names) if isinstance(names, Iterable) else None
-    if several is None or not all(isinstance(name, str) for name in several):
-        raise InputError(
-            f"names={names!r}: give a hook name, several of them, or a function of names"
-        )
-    return several
+def read_once(hooks: Any) -> Any:
+    """Hooks that can be read several times: pairs as a list, whatever iterable they came in."""
+    return list(hooks) if isinstance(hooks, Iterator) else hooks

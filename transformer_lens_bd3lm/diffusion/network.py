@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
@@ -29,7 +30,6 @@ from transformer_lens_bd3lm.diffusion.rows import (
     attached,
     on_batch_rows,
     on_bridge,
-    resolve,
     row_axis,
 )
 from transformer_lens_bd3lm.diffusion.steps import Step, StepHook, StepHooks, with_scope

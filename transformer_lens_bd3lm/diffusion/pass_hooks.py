@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.diffusion.hook_arguments import WithoutStep
-from transformer_lens_bd3lm.diffusion.rows import attached, check_return, on_bridge, resolve
+from transformer_lens_bd3lm.diffusion.rows import attached, check_return, on_bridge
 from transformer_lens_bd3lm.diffusion.steps import StepHooks, selectors_of
 from transformer_lens_bd3lm.errors import InputError
 

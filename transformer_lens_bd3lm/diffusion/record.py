@@ -14,9 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
-from transformer_lens_bd3lm.diffusion.hook_arguments import read_names
-from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS, matching
+from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Span, Step, Which, check_which, matches
 from transformer_lens_bd3lm.errors import InputError
 

@@ -10,8 +10,7 @@ context that runs it alone: another thread's pass meets them and they are silent
 Nothing here knows which rows those are; see ``network.py``.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -24,9 +23,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
-from transformer_lens_bd3lm.diffusion.hook_arguments import NameFilter
+from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
 from transformer_lens_bd3lm.diffusion.steps import Step, StepFn, StepHook, StepHooks
-from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
+from transformer_lens_bd3lm.errors import HookReturnError, InputError
 
 HAS_KEYS = ("hook_pattern", "hook_attn_scores")
 READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
@@ -45,50 +44,6 @@ def row_axis(name: str) -> int | None:
     if name.startswith(READ_OUT):
         return None
     return 2 if name.endswith(HAS_KEYS) else 1
-
-
-def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
-    """The hook points behind names, each checked.
-
-    Raises:
-        HookNameError: for a name that the bridge does not have (the nearest are listed), or that
-            would never fire: its flag is off, or a flag takes it off the path.
-    """
-    known = bridge.hook_dict
-    found = {}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            told = f"; the nearest are {', '.join(near)}" if near else ""
-            raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
-        reason = silent(bridge, known[name].name or name)
-        if reason is not None:
-            raise HookNameError(f"{name!r} would never fire: {reason}")
-        found[name] = known[name]
-    return found
-
-
-def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
-    """The hook points that fire and whose name passes a filter, by every such name.
-
-    Raises:
-        HookNameError: if there is none.
-    """
-    passed = {name: point for name, point in bridge.hook_dict.items() if names(name)}
-    reasons = {name: silent(bridge, point.name or name) for name, point in passed.items()}
-    found = {name: point for name, point in passed.items() if reasons[name] is None}
-    if not found:
-        why = next((f"{name!r} would never fire: {reasons[name]}" for name in passed), None)
-        raise HookNameError(
-            f"the function of names {getattr(names, '__name__', names)!r} matches no hook point of "
-            f"this bridge{'' if why is None else f' that fires: {why}'}"
-        )
-    return found
-
-
-def silent(bridge: Any, point: str) -> str | None:
-    """The flag for which a hook point never fires, if there is one."""
-    return bridge._gated_hook_reason(point) or bypassed(bridge, point)
 
 
 def on_bridge(bridge: Any, hooks: Any) -> StepHooks:

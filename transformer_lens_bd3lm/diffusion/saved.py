@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.denoise import Request
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
@@ -182,7 +183,8 @@ def load(
 
     Args:
         path: the folder.
-        bridge: the model; its weights must be those of the run, to the bit.
+        bridge: the model, or its checkpoint's name; its weights must be those of the run, to the
+            bit.
         hooks: the step hooks the run was made with, if it is to be replayed or forked.
         stop: its stop rules, where they were functions.
         sampler: its sampler, where it was a class of the user's.
@@ -190,7 +192,7 @@ def load(
     Raises:
         InputError: for a folder that is no run, is damaged, or belongs to other weights.
     """
-    path = Path(path)
+    path, bridge = Path(path), read_bridge(bridge)
     manifest = read_manifest(path)
     if manifest["weights_sha256"] != weights_hash(bridge):
         raise InputError(

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.diffusion.hook_arguments import NameFilter, as_step_fn, read_names
+from transformer_lens_bd3lm.bridge.hook_names import NameFilter, read_names
+from transformer_lens_bd3lm.diffusion.hook_arguments import as_step_fn
 from transformer_lens_bd3lm.diffusion.subs import log_probs
 from transformer_lens_bd3lm.errors import HookNameError, InputError
 
