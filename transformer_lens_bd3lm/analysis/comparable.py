@@ -7,8 +7,7 @@ activation has a counterpart.
 It compares nothing.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from transformer_lens_bd3lm.checkpoint.config import ARCHITECTURES, BD3LMConfig
-from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
+from transformer_lens_bd3lm.checkpoint.naming import loading
+from transformer_lens_bd3lm.errors import InputError
 
 # Of the largest value; what rounding was seen to make is a third of it, in bfloat16 two thirds.
 ALLOWED = {
@@ -77,22 +77,6 @@ def check_device(device: Any) -> None:
             f"device={device!r} cannot be computed on: {str(error).splitlines()[0]}. Give one that "
             'this machine has, "cpu" say'
         ) from error
-
-
-@contextlib.contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Tell of a checkpoint that cannot be loaded, whatever the library below says.
-
-    Raises:
-        CheckpointError: with its reason; an error of ours stays what it is.
-    """
-    try:
-        yield
-    except BD3LMError:
-        raise
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} could not be loaded: {why}") from error
 
 
 def read_length(length: Any, context: int) -> int:

@@ -36,6 +36,7 @@ from transformer_lens_bd3lm.analysis.by_depth import (
 )
 from transformer_lens_bd3lm.analysis.depth_probe import Probe, probes, split_of
 from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def dependency(
     """Likelihood, order of reveal and a linear probe by dependency depth.
 
     Args:
-        bridge: a BD3LM bridge with a fast tokenizer.
+        bridge: a BD3LM bridge with a fast tokenizer, or a checkpoint's name.
         parses: a CoNLL-U file as a ``Path``, its text, or sentences of ``read_conllu``.
         block_size: the dial; the bridge's by default.
         method: of the nats, as in :func:`nelbo`; by default exact where a block has at most
@@ -205,6 +206,7 @@ def dependency(
         InputError: for what does not fit; for parses that are none.
         NotExactError: with time conditioning, or in training with dropout.
     """
+    bridge = read_bridge(bridge)
     size = read_dial(bridge, block_size)
     parsed = read_parsed(bridge, parses, deepest)
     longest = min(size, max(len(each.ids) for each in parsed.tokens))

@@ -26,8 +26,9 @@ from transformer_lens_bd3lm.analysis.passes import (
     prediction_change,
     read_noised_text,
 )
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
-from transformer_lens_bd3lm.diffusion.rows import resolve
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import NotExactError
 
 if TYPE_CHECKING:
@@ -153,34 +154,36 @@ def compare_block_sizes(
     masked queries' attention, are kept until the second has been compared with them.
 
     Args:
-        bridge: a BD3LM bridge.
-        tokens: a string, or ids ``[batch, pos]``; position 0 is BOS. A finished text.
+        bridge: a BD3LM bridge, or a checkpoint's name.
+        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``; position 0 is
+            BOS. Finished texts.
         a: a block size in tokens, or ``"full"``.
         b: another. A checkpoint at a block size that it was not trained at is off-distribution.
         x_t: the ids under masks of your choice ``[batch, pos]``. By default each position but BOS
             is masked with probability 1/2: as a run under ``Noise(seed)`` is at time 1/2.
         seed: of those masks.
-        hooks: TransformerLens's ``[(name, fn), ...]``, in both passes; they see ``[noisy |
-            clean]``. Hooks that are set on the bridge fire too.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]``, in both passes; they see
+            ``[noisy | clean]``. Hooks that are set on the bridge fire too.
         timesteps: sigma of the forward, for checkpoints that see it.
 
     Raises:
         InputError: for what does not fit; a ``BlockSizeError`` also without blocks
             (``cross_attn=False``), where there is no dial.
         HookNameError: for a hook name that the bridge does not have.
+        HookReturnError: for a hook that returns another shape, dtype or device.
         NotExactError: in training with dropout, which would change more than the dial does.
     """
+    bridge = read_bridge(bridge)
     config = bridge.original_model.config
     for size in (a, b):
         read_block_size(size, config.model_length, config.cross_attn)
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
     text = read_noised_text(bridge, tokens, x_t, seed)
-    pairs = list(hooks or [])
-    resolve(bridge, [name for name, _ in pairs])
+    pass_hooks = read_pass_hooks(bridge, hooks)
 
     def pass_at(size: Any) -> Any:
-        return partial(text.pass_at, size, timesteps, pairs)
+        return partial(text.pass_at, size, timesteps, pass_hooks)
 
     found = compare_passes(pass_at(a), pass_at(b), text)
     masked = text.masked.cpu()

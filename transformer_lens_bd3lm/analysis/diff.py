@@ -36,7 +36,7 @@ from transformer_lens_bd3lm.analysis.predictions import (
     compare_predictions,
 )
 from transformer_lens_bd3lm.analysis.weights import WeightDiff, check_finite, compare_weights
-from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.nelbo import check_choices, nelbo
 from transformer_lens_bd3lm.diffusion.units import Nats
@@ -157,7 +157,7 @@ def read_model(model: Any, how: dict[str, Any]) -> Any:
     Raises:
         InputError: if it is no BD3LM bridge that computes what its weights say.
     """
-    bridge = boot_checkpoint(model, **how) if isinstance(model, str | Path) else model
+    bridge = read_bridge(model, **how if isinstance(model, str | Path) else {})
     check_bridge(bridge)
     if bridge._weights_processed:
         raise InputError(
@@ -313,14 +313,17 @@ def side_by_side(
 ) -> dict[str, Any]:
     """Predictions and activations: a batch through one, then through the other."""
     gathered = Gathered(models[0])
+    nobody = [read_pass_hooks(bridge, None) for bridge in models]
     found: list[dict[str, Tensor]] = []
     for batch in read.batches:
         if not bool(batch.masked.any()):
             continue
         texts = [batch.on(bridge) for bridge in models]
         logits = [
-            text.pass_at(size, timesteps, [], see, gathered.stream_names)
-            for text, see in zip(texts, (gathered.keep, gathered.compare), strict=True)
+            text.pass_at(size, timesteps, hooks, see, gathered.stream_names)
+            for text, hooks, see in zip(
+                texts, nobody, (gathered.keep, gathered.compare), strict=True
+            )
         ]
         each = compare_predictions(*logits, texts[0])
         found.append(each | {"row": batch.rows[each["row"]]})

@@ -25,6 +25,8 @@ from rich.table import Table
 from transformer_lens_bd3lm.analysis.sweep import interval_cell
 from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.checkpoint.config import kind_of
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
+from transformer_lens_bd3lm.diffusion.hook_arguments import read_once
 from transformer_lens_bd3lm.diffusion.likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
@@ -139,11 +141,11 @@ class Family:
         return family_figure(self)
 
 
-def check_alike(bridges: Any) -> None:
-    """Refuse checkpoints whose figures a token would be about different tokens.
+def check_mapping(bridges: Any) -> None:
+    """Refuse checkpoints that are not given by name.
 
     Raises:
-        InputError: for none, ones without a tokenizer, or other vocabularies or contexts.
+        InputError: for these, and for none.
     """
     if not isinstance(bridges, Mapping):
         raise InputError(
@@ -151,6 +153,14 @@ def check_alike(bridges: Any) -> None:
         )
     if not bridges:
         raise InputError("there are no checkpoints: give at least one, by name")
+
+
+def check_alike(bridges: Mapping[str, Any]) -> None:
+    """Refuse checkpoints whose figures a token would be about different tokens.
+
+    Raises:
+        InputError: for ones without a tokenizer, or other vocabularies or contexts.
+    """
     silent = [name for name, bridge in bridges.items() if bridge.tokenizer is None]
     if silent:
         raise InputError(f"{silent[0]} has no tokenizer: which tokens it counts is not known")
@@ -184,7 +194,8 @@ def compare_models(bridges: Any, source: Any, **how: Any) -> Family:
     """One corpus under checkpoints of the family, each at its own block size.
 
     Args:
-        bridges: by name: autoregressive, block diffusion (at its dial) or full diffusion.
+        bridges: by name: autoregressive, block diffusion (at its dial) or full diffusion; each a
+            bridge, or a checkpoint's name.
         source: the corpus, as in :func:`likelihood`; it is read once a checkpoint.
         how: as :func:`likelihood` (method, replicates, stride, split, seed, ...); a method is used
             where the checkpoint allows it: the autoregressive one is always exact. ``out`` has a
@@ -196,7 +207,10 @@ def compare_models(bridges: Any, source: Any, **how: Any) -> Family:
     """
     if isinstance(source, Iterator):
         raise InputError("the corpus can be read only once: give a list, a Path or a dataset")
+    check_mapping(bridges)
+    bridges = {name: read_bridge(bridge) for name, bridge in bridges.items()}
     check_alike(bridges)
+    how["hooks"] = read_once(how.get("hooks"))
     found = []
     for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
         kind = kind_of(bridge.original_model.config)

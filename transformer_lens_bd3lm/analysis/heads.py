@@ -35,8 +35,9 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_input
-from transformer_lens_bd3lm.diffusion.rows import resolve
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
@@ -392,28 +393,30 @@ def detect_heads(
     Other occurrences may lie on either side, wherever the query reads a token.
 
     Args:
-        bridge: a BD3LM bridge.
-        tokens: a string, or ids ``[batch, pos]``, with masks; position 0 is BOS.
+        bridge: a BD3LM bridge, or a checkpoint's name.
+        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``, with masks;
+            position 0 is BOS.
         pattern: a name; or a function of a :class:`MaskedText` to booleans ``[batch, query, key]``
             that are nowhere True where ``text.legal`` is not; or such booleans.
         clean: the finished text; makes the view dual, where earlier blocks are read clean. Without
             it masks in more than one block are off-distribution.
         block_size: the dial, in tokens or ``"full"``; the bridge's by default.
-        hooks: TransformerLens's ``[(name, fn), ...]``; scores are of what they leave. Hooks that
-            are set on the bridge fire too.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]``; scores are of what they
+            leave. Hooks that are set on the bridge fire too.
         timesteps: sigma of the forward, for checkpoints that see it.
 
     Raises:
         InputError: for what does not fit: clean queries above all, which are untrained.
         HookNameError: for a hook name that the bridge does not have.
+        HookReturnError: for a hook that returns another shape, dtype or device.
         NotExactError: in training with dropout.
     """
+    bridge = read_bridge(bridge)
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
     text = read_masked_text(bridge, tokens, clean, block_size)
     name, keys = read_pattern(text, pattern)
-    pairs = list(hooks or [])
-    resolve(bridge, [point for point, _ in pairs])
+    pass_hooks = read_pass_hooks(bridge, hooks)
 
     row, query = text.masked.nonzero().unbind(-1)
     named, legal = keys[row, query], text.legal[row, query]
@@ -428,7 +431,7 @@ def detect_heads(
         found[layer] = torch.stack([on_keys, beyond])[:, counted].cpu().double()
 
     own = [(f"blocks.{i}.attn.hook_pattern", partial(reduce, layer=i)) for i in range(layers)]
-    with bridge.hooks(fwd_hooks=[*pairs, *own]):
+    with read_pass_hooks(bridge, [*pass_hooks.fns, *own]).on():
         bridge(text.x_t, clean=text.clean, block_size=block_size, timesteps=timesteps)
 
     of_text = row[counted].cpu()
@@ -481,7 +484,7 @@ def repeated_tokens(
     well, and its content would be NaN.
 
     Args:
-        bridge: a BD3LM bridge.
+        bridge: a BD3LM bridge, or a checkpoint's name.
         rows: texts.
         length: tokens of a copy.
         gap: tokens that are said once.
@@ -492,6 +495,7 @@ def repeated_tokens(
     Raises:
         InputError: for counts or a rate that are none, or a text that is too long.
     """
+    bridge = read_bridge(bridge)
     config, tokenizer = bridge.original_model.config, bridge.tokenizer
     total = 1 + 2 * length + gap
     if min(rows, length) < 1 or gap < 0 or not 0 < rate <= 1:

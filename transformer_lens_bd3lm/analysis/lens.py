@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import read_ids
+from transformer_lens_bd3lm.checkpoint.naming import require_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
@@ -48,7 +49,7 @@ def logit_lens(
         InputError: for clean positions, which are not trained to predict, and for a cache that is
             not of these ids, not of this bridge as it is now, or lacks something.
     """
-    x_t = read_masked(bridge, ids)
+    x_t = read_masked(require_bridge(bridge), ids)
     row, at = read_positions(x_t, position, bridge.cfg.mask_token_id)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
     names = ["blocks.0.hook_resid_pre", *names]

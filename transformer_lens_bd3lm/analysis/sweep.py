@@ -13,7 +13,7 @@ setting: the settings are compared in pairs.
 It does not train: a checkpoint is on-distribution only at the settings it was trained at.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
@@ -24,6 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import read_noised_text
+from transformer_lens_bd3lm.bridge.hook_names import read_names, resolve
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
 from transformer_lens_bd3lm.diffusion.likelihood import (
@@ -32,7 +34,8 @@ from transformer_lens_bd3lm.diffusion.likelihood import (
     likelihood,
     read_settings,
 )
-from transformer_lens_bd3lm.diffusion.rows import resolve
+from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
+from transformer_lens_bd3lm.diffusion.steps import StepHooks
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
 
@@ -233,7 +236,7 @@ def sweep_block_sizes(
     source: Any,
     block_sizes: Sequence[int | str] | None = None,
     *,
-    look: Callable[[Any], Any] | Sequence[str] | None = None,
+    look: Any = None,
     x_t: Any = None,
     seed: int = 0,
     out: str | Path | None = None,
@@ -242,7 +245,7 @@ def sweep_block_sizes(
     """One corpus over the dial, and at will what the inside looks like at each setting.
 
     Args:
-        bridge: a BD3LM bridge with a tokenizer.
+        bridge: a BD3LM bridge with a tokenizer, or a checkpoint's name.
         source: the corpus, as in :func:`likelihood`; it is read once a setting.
         block_sizes: settings of the dial; by default the powers of 2, and ``"full"``.
         look: hook names to cache, or a function of the ``ActivationCache``, of a dual forward
@@ -252,30 +255,40 @@ def sweep_block_sizes(
             ``seed``.
         seed: of all draws.
         out: a folder that keeps finished jobs, one folder a setting.
-        how: as :func:`likelihood` (method, replicates, stride, split, ...).
+        how: as :func:`likelihood` (method, replicates, stride, split, hooks, ...).
 
     Raises:
-        InputError: for what does not fit.
+        InputError: for what does not fit; for ``StepHooks`` beside ``look``, where they have no
+            scope.
         NotExactError: with time conditioning, without blocks.
     """
+    bridge = read_bridge(bridge)
+    hooks = how.get("hooks")
+    if look is not None and isinstance(hooks, StepHooks):
+        raise InputError(
+            "hooks are StepHooks beside look, whose forward has no scopes: give TransformerLens's "
+            "[(name, fn), ...], or leave look out"
+        )
+    how["hooks"] = pass_hooks = read_pass_hooks(bridge, hooks, how.get("scope", "active"))
     if look is not None and not callable(look):
+        look = read_names(look)
         resolve(bridge, look)
     noised, looked = None, {}
     if look is not None:
         noised = read_noised_text(bridge, first_window(bridge, source, how), x_t, seed)
     settings = list(over_the_dial(bridge, source, block_sizes, seed=seed, out=out, **how))
     if look is not None:
-        with bridge.hooks(fwd_hooks=list(how.get("hooks") or [])):
-            for each in settings:
-                looked[each.block_size] = looked_at(bridge, noised, each.block_size, look)
+        for each in settings:
+            looked[each.block_size] = looked_at(bridge, noised, each.block_size, look, pass_hooks)
     return Sweep(Path(bridge.cfg.model_name).name, settings, looked)
 
 
 @torch.no_grad()
-def looked_at(bridge: Any, noised: Any, block_size: int, look: Any) -> Any:
+def looked_at(bridge: Any, noised: Any, block_size: int, look: Any, hooks: PassHooks) -> Any:
     """A function of the cache of one dual forward, or the activations of some names."""
     ids = noised.tokens
     x_t = ids.masked_fill(noised.masked, bridge.cfg.mask_token_id)
     names = None if callable(look) else list(look)
-    _, cache = bridge.run_with_cache(x_t, clean=ids, block_size=block_size, names_filter=names)
+    with hooks.on():
+        _, cache = bridge.run_with_cache(x_t, clean=ids, block_size=block_size, names_filter=names)
     return look(cache) if callable(look) else {name: cache[name] for name in look}

@@ -44,7 +44,6 @@ from transformer_lens_bd3lm.analysis.comparable import (
     check_asked,
     check_bridge,
     check_same_shape,
-    loading,
     plain_modules,
     read_allowed,
     read_length,
@@ -52,6 +51,7 @@ from transformer_lens_bd3lm.analysis.comparable import (
 from transformer_lens_bd3lm.analysis.meaning import Point, Seen, passed, points
 from transformer_lens_bd3lm.bridge.folding import require_foldable
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
+from transformer_lens_bd3lm.checkpoint.naming import loading, path_of
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -630,7 +630,8 @@ def verify(
         how = {"trust_remote_code": trust_remote_code, "dtype": dtype or torch.float32}
         check_asked(against, block_sizes, seed, dtype, device)
         with loading(str(model)):
-            bridge: Any = TransformerBridge.boot_transformers(str(model), device=device, **how)
+            path = path_of(str(model))
+            bridge: Any = TransformerBridge.boot_transformers(path, device=device, **how)
     elif dtype is not None or device is not None or trust_remote_code or host:
         raise InputError(
             "dtype, device, trust_remote_code and host are for a checkpoint that is booted here: "
@@ -641,7 +642,7 @@ def verify(
         bridge = model
     check_bridge(bridge)
     path = str(bridge.cfg.model_name)
-    other = path if against is None else str(against)
+    other = path if against is None else path_of(str(against))
     names = name_of(path), name_of(other)
     revision = getattr(bridge.cfg, "revision", None) if against is None else None
     pair = beside(bridge, other, names, allowed, seed, revision)

@@ -30,6 +30,7 @@ from transformer_lens_bd3lm.bridge.conditioning import (
 from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
+from transformer_lens_bd3lm.bridge.hook_point import own_hook_points
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
@@ -154,6 +155,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         put_in_front(bridge, WithTexts)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
+        own_hook_points(bridge)
         if bridge.tokenizer is not None:
             bridge.cfg.mask_token_id = teach_mask(bridge.tokenizer, model.config.vocab_size)
             bridge.cfg.pad_token_id = padding_id(bridge.tokenizer, model.config.vocab_size)

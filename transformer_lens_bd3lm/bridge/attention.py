@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 
+from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.masks import dual_mask, sampling_mask
 from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables
@@ -35,29 +36,17 @@ from transformer_lens_bd3lm.errors import InputError
 TILE = 128
 
 
-def watched(*modules: nn.Module) -> bool:
-    """Whether anybody looks at these, through the host's hooks or through plain torch hooks."""
-    return any(
-        module._forward_hooks
-        or module._backward_hooks
-        or module._forward_pre_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
-
-
 def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
     """Fire a hook that may look and must not edit; an edit is refused, not lost.
 
     Raises:
-        InputError: if the hook wrote into what it was shown, or returned anything else.
+        InputError: if the hook wrote into what it was shown, or returned other values.
     """
     if not watched(hook):
         return
-    shown = x.detach().clone()
     with torch.no_grad():
-        untouched = hook(shown) is shown
-    if not untouched or not bool((shown == x).all()):
+        shown = hook(x.detach())
+    if not isinstance(shown, Tensor) or not torch.equal(shown, x):
         raise InputError(f"an edit at {hook.name} is refused: {why}")
 
 
@@ -366,7 +355,8 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
             k, v = k[:, :, routing.first_key :], v[:, :, routing.first_key :]
-        if watched(self.hook_attn_scores, self.hook_pattern):
+        # Where queries are given nobody of this pass looks; another thread may have begun to.
+        if queries is None and watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense())
         else:
             tiles = routing.tiles if queries is None else routing.tiles_of(queries)
@@ -394,13 +384,13 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         w_o = einops.rearrange(self.o.weight, "d (h e) -> h e d", h=n_heads)
         per_head = torch.einsum("bphe,hed->bphd", z.unflatten(-1, (n_heads, -1)), w_o)
         result = per_head if gate is None else per_head * gate[:, :, None]
-        write = self.hook_result(result).sum(dim=2)
-        if self.o.original_component.bias is not None:
-            bias = self.o.original_component.bias
+        write, bias = self.hook_result(result).sum(dim=2), self.o.original_component.bias
+        if bias is not None:
             write = write + (bias if gate is None else gate * bias)
         if watched(self.hook_out):
             ungated = per_head.sum(dim=2)
-            edit = self.hook_out(ungated.clone()) - ungated
+            ungated = ungated if bias is None else ungated + bias
+            edit = self.hook_out(ungated) - ungated
             write = write + (edit if gate is None else gate * edit)
         return write
 

@@ -20,7 +20,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from transformer_lens_bd3lm.bridge.attention import read_only, watched
+from transformer_lens_bd3lm.bridge.attention import read_only
+from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timestep_features
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")

@@ -29,6 +29,7 @@ from transformer_lens.utilities import Slice
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
+from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names
 from transformer_lens_bd3lm.bridge.predictions import Predicted
 from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -282,7 +283,16 @@ class WithExactTools:
         pos_slice: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the host's; with ``pos_slice``, what has no positions is left out."""
+        """As the host's; with ``pos_slice``, what has no positions is left out.
+
+        Raises:
+            HookNameError: if one of the names is no hook point, and not only if all are.
+        """
+        if names_filter is not None:
+            names_filter = read_names(names_filter)
+        if isinstance(names_filter, list):
+            for name in names_filter:
+                known_point(self, name)
         if Slice.unwrap(pos_slice).mode != "identity":
             names_filter = with_positions(self, input, names_filter, **kwargs)
         seen: list[Tensor] = []
@@ -365,8 +375,7 @@ def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) ->
     if names_filter is None:
         fires = {name for name in points if bridge._gated_hook_reason(points[name].name) is None}
         return lambda name: name in fires and not is_conditioning(name)
-    asked = [names_filter] if isinstance(names_filter, str) else names_filter
-    for name in asked if isinstance(asked, list) else filter(asked, points):
+    for name in names_filter if isinstance(names_filter, list) else filter(names_filter, points):
         if is_conditioning(name):
             raise InputError(f"pos_slice: {name} has no positions, leave it out of names_filter")
     return names_filter

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from transformer_lens_bd3lm.bridge.attention import Routing, watched
+from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
@@ -71,13 +72,9 @@ def run(
     With ``predicted``, pairs of (batch row, row of the readout), logits of those alone
     ``[token, d_vocab]``; nothing else is unembedded unless somebody looks there.
     """
-    backbone = model.backbone
-    adaln = hasattr(backbone, "sigma_map")
-    c = F.silu(backbone.sigma_map(sigma)) if adaln else None
-    width, last = x.shape[1], len(backbone.blocks) - 1
-    for layer, block in enumerate(backbone.blocks):
-        x = block(x, c, routing, readout if layer == last else None)
-    output = backbone.output_layer
+    width = x.shape[1]
+    x, c = through_layers(model, x, sigma, routing, readout)
+    output = model.backbone.output_layer
     h = output.norm_final(x[:, readout] if x.shape[1] == width else x)
     if c is not None and c.ndim == 3:
         c = c[:, readout]
@@ -90,6 +87,25 @@ def run(
     if watched(*output.linear.modules()):
         return output.linear(h)[where]
     return output.linear(h[where][None])[0]
+
+
+def through_layers(
+    model: Any,
+    x: Float[Tensor, "batch row d_model"],
+    sigma: Float[Tensor, " batch"],
+    routing: Routing,
+    readout: slice,
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch *row cond"] | None]:
+    """The residual stream after the last layer, and c; nothing is read out of it.
+
+    Behind the last layer only the rows ``readout`` are wanted; see :class:`BD3LMBlockBridge`.
+    """
+    backbone = model.backbone
+    c = F.silu(backbone.sigma_map(sigma)) if hasattr(backbone, "sigma_map") else None
+    last = len(backbone.blocks) - 1
+    for layer, block in enumerate(backbone.blocks):
+        x = block(x, c, routing, readout if layer == last else None)
+    return x, c
 
 
 def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:

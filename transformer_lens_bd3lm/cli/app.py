@@ -28,14 +28,14 @@ ModelArgument = Annotated[
         help='Hub id, folder, .ckpt file or REPOSITORY::FILE.ckpt; "tiny", "grammar": embedded.'
     ),
 ]
-EMBEDDED = ("tiny", "grammar")
 
 
 def path_of(model: str) -> str:
     """The folder of an embedded model; any other name as it is."""
-    import transformer_lens_bd3lm as bd3lm
+    # Torch comes with it, so imported when a model is named.
+    from transformer_lens_bd3lm.checkpoint import naming
 
-    return getattr(bd3lm, model.upper()) if model in EMBEDDED else model
+    return naming.path_of(model)
 
 
 def boot(model: str | None, device: str | None = None, **how: Any) -> Any:

@@ -23,14 +23,16 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, make_network
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
+from transformer_lens_bd3lm.diffusion.rows import on_bridge
 from transformer_lens_bd3lm.diffusion.run import Run, Timeline, gather
 from transformer_lens_bd3lm.diffusion.samplers import Drawing, FirstHitting, Sampler
-from transformer_lens_bd3lm.diffusion.steps import Step, StepHooks
+from transformer_lens_bd3lm.diffusion.steps import Step
 from transformer_lens_bd3lm.diffusion.stop import Stop
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
@@ -249,6 +251,7 @@ def denoise_steps(
     Everything is checked before the first step. Between steps nothing is held: no hook, no grad
     mode.
     """
+    bridge = read_bridge(bridge)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     return Request(sampler, noise, kv_cache, hooks, None, stop, force).loop(bridge, canvas).steps()
 
@@ -263,7 +266,7 @@ def denoise(
     noise: Noise | None = None,
     kv_cache: bool | None = None,
     hooks: Any = None,
-    record: Record | None = None,
+    record: Any = None,
     stop: Any = None,
     force: Force | None = None,
     pad_block: bool = True,
@@ -273,7 +276,7 @@ def denoise(
     """Write text block by block (Arriola et al., algorithm 2), with hooks at chosen steps.
 
     Args:
-        bridge: a BD3LM bridge.
+        bridge: a BD3LM bridge, or a checkpoint's name.
         prompt: a string, strings, ids ``[batch, pos]``, rows of ids of unequal length, or None for
             BOS alone. Masks in it are filled in, block by block from the left.
         max_new_tokens: masks appended to each.
@@ -283,10 +286,10 @@ def denoise(
         kv_cache: store finished blocks; by default wherever that is exact. Within the context it
             changes nothing; past it (``run.slid``) what is stored still encodes what slid out of
             view, and False reads the last context alone.
-        hooks: ``StepHooks``, or TransformerLens's ``[(name, fn), ...]``, which fire at every step.
-            Both see the active block's rows; hooks set on the bridge itself see every row of a
-            pass.
-        record: which activations to keep.
+        hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``, which fire at
+            every step. Both see the active block's rows; hooks set on the bridge itself see every
+            row of a pass.
+        record: which activations to keep: a ``Record``, or its names alone.
         stop: ``EndOfText()``, ``LowEntropy()``, a function ``rule(step) -> Bool[batch]`` asked
             after every block, or several of them.
         force: tokens or an order of reveals that are decided beforehand.
@@ -299,11 +302,13 @@ def denoise(
         InputError: for a prompt, length or selector that does not fit.
         NotExactError: for a cache or scope that would not be exact.
         HookNameError: for an unknown hook name, before anything has run.
-        HookReturnError: for a hook that returns another shape.
+        HookReturnError: for a hook that returns another shape, dtype or device.
     """
+    bridge = read_bridge(bridge)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
-    made = StepHooks.of(hooks)  # a copy: the run keeps the hooks that it was made with
-    request = Request(sampler, noise, kv_cache, made, record, stop, force)
+    made = on_bridge(bridge, hooks)  # a copy: the run keeps the hooks that it was made with
+    kept = Record.of(record, bridge)
+    request = Request(sampler, noise, kv_cache, made, kept, stop, force)
     return finish(bridge, canvas, request.loop(bridge, canvas), request, progress, on_step)
 
 

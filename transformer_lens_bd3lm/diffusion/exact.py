@@ -31,13 +31,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge, require_bridge
 from transformer_lens_bd3lm.diffusion.noisy import NoisyText, read_noisy_text
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.samplers import FirstHitting
-from transformer_lens_bd3lm.diffusion.units import PerToken
+from transformer_lens_bd3lm.diffusion.units import PerToken, of_tokens
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exact(PerToken):
     """Sums over every masked state of every block of some texts, in nats.
 
@@ -53,7 +55,7 @@ class Exact(PerToken):
             its block ``[batch, pos, rank]``; sums over ranks and a block's tokens to the NELBO.
         order_posterior: probability, given the text, that the token was revealed as number ``rank``
             ``[batch, pos, rank]``; over a block's tokens each rank sums to 1.
-        characters: of the text; None where ids were given.
+        characters: of all texts; None where ids were given.
     """
 
     tokens: Int[Tensor, "batch pos"] = field(repr=False)
@@ -97,8 +99,14 @@ class Exact(PerToken):
 
     @property
     def total_characters(self) -> int | None:
-        """Characters of the text, if it was given as one."""
+        """Characters of the texts, if they were given as strings."""
         return self.characters
+
+    def __repr__(self) -> str:
+        return (
+            f"Exact(block_size={self.block_size}, nll={self.total_nats:.4f} nats, "
+            f"nelbo={float(self.nelbo.sum()):.4f} nats, {of_tokens(self)})"
+        )
 
 
 @dataclass(frozen=True)
@@ -278,11 +286,12 @@ def exact(
     """Exact NLL, NELBO and order posterior of finished texts, with no sampling error.
 
     Args:
-        bridge: a BD3LM bridge.
-        tokens: a string, or ids ``[batch, pos]``; position 0 is BOS, given and not counted.
+        bridge: a BD3LM bridge, or a checkpoint's name.
+        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``; position 0 is
+            BOS, given and not counted.
         block_size: the dial; the bridge's by default.
-        hooks: TransformerLens's ``[(name, fn), ...]``; they see the noisy stream's rows, all blocks
-            at once.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]``; they see the noisy stream's rows,
+            all blocks at once. Or ``StepHooks`` that select no steps, each with its own scope.
         scope: ``"active"`` edits the noisy stream alone, as an active step hook at every step
             would; ``"commit"`` also the clean stream, whose keys and values later blocks read.
         sampler: only ``FirstHitting()`` has this likelihood.
@@ -293,8 +302,11 @@ def exact(
 
     Raises:
         InputError: for what does not fit, or too many states.
+        HookNameError: for a hook name that the bridge does not have.
+        HookReturnError: for a hook that returns another shape, dtype or device.
         NotExactError: with time conditioning, or for another sampler.
     """
+    bridge = read_bridge(bridge)
     limits = (max_states, rows, given)
     states = read_states(bridge, tokens, block_size, hooks, scope, sampler, *limits)
     return summed(states, states.table(states.text.clean()))
@@ -313,10 +325,11 @@ def summed(states: States, table: Float[Tensor, "pattern batch pos"]) -> Exact:
         for kept, terms in zip(by_rank, (bound, orders.by_rank(orders.gamma())), strict=True):
             kept[:, at, : orders.k] = terms.view(*shape, orders.k, orders.k)
     text = states.text
-    return Exact(text.tokens, size, text.counted, *by_block, *by_rank, text.characters)
+    characters = None if text.characters is None else sum(text.characters)
+    return Exact(text.tokens, size, text.counted, *by_block, *by_rank, characters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExactEffect:
     """What an edit does to the likelihood of texts, over every order, with no sampling error.
 
@@ -338,11 +351,20 @@ class ExactEffect:
         """The same for each block given the blocks before, nats."""
         return self.base.nll_by_block - self.edited.nll_by_block
 
+    def __repr__(self) -> str:
+        return (
+            f"ExactEffect(log_p={float(self.log_p.sum()):+.4f} nats, nll "
+            f"{self.base.total_nats:.4f} to {self.edited.total_nats:.4f} nats, "
+            f"{of_tokens(self.base)})"
+        )
+
 
 def exact_effect(bridge: Any, tokens: Any, hooks: Any, **how: Any) -> ExactEffect:
     """The causal effect of an edit on log p(text); arguments and errors as :func:`exact`."""
+    bridge = read_bridge(bridge)
+    pass_hooks = read_pass_hooks(bridge, hooks, how.pop("scope", "active"))
     return ExactEffect(
-        exact(bridge, tokens, hooks=None, **how), exact(bridge, tokens, hooks=hooks, **how)
+        exact(bridge, tokens, hooks=None, **how), exact(bridge, tokens, hooks=pass_hooks, **how)
     )
 
 
@@ -361,9 +383,18 @@ def exact_backward(
 
     ``grad log p(x) = sum gamma(R, i) grad log p(x_i | R)``: the weights come from one enumeration
     without gradients, then each pass is run again and let go, so memory does not grow with the
-    number of states. Arguments and errors as :func:`exact`; gradients also flow into what the hooks
-    close over.
+    number of states. Arguments and errors as :func:`exact`, of a bridge that was booted before;
+    gradients also flow into what the hooks close over.
+
+    Raises:
+        InputError: under ``torch.inference_mode``, where there are no gradients.
     """
+    require_bridge(bridge)
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "exact_backward was called under torch.inference_mode, where no gradient can be "
+            "computed: call it outside"
+        )
     limits = (max_states, rows, given)
     states = read_states(bridge, tokens, block_size, hooks, scope, None, *limits)
     with torch.no_grad():

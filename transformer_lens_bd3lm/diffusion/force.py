@@ -3,7 +3,7 @@
 Everything else stays as it is: same noise, same network, same cache.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ class Force:
 
     tokens: Mapping[int, int | str] | Tensor | None = None
     order: Mapping[int, int | Collection[int]] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, Mapping):  # read again by a fork, and when the run is saved
+            once = {i: list(x) if isinstance(x, Iterator) else x for i, x in self.order.items()}
+            object.__setattr__(self, "order", once)
 
 
 @dataclass(frozen=True)

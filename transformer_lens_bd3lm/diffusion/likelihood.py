@@ -31,10 +31,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.corpus import Text, Window, read_texts, windows
 from transformer_lens_bd3lm.diffusion.exact import exact
 from transformer_lens_bd3lm.diffusion.ledger import Job, Ledger, fingerprint
 from transformer_lens_bd3lm.diffusion.nelbo import Clip, check_choices, nelbo
+from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
 from transformer_lens_bd3lm.errors import InputError
 
@@ -42,7 +44,7 @@ JOB = 32
 TIMEOUT = timedelta(days=30)  # a process may wait long for another's jobs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Likelihood:
     """What a checkpoint makes of a corpus at one setting of the dial, text by text.
 
@@ -66,6 +68,14 @@ class Likelihood:
     def best(self) -> Nats:
         """The NLL where it is known, else the bound."""
         return self.nelbo if self.nll is None else self.nll
+
+    def __repr__(self) -> str:
+        nll = "" if self.nll is None else f"nll={self.nll.total_nats:.4f} nats, "
+        texts = f"{self.nelbo.texts} text{'s' if self.nelbo.texts != 1 else ''}"
+        return (
+            f"Likelihood(block_size={self.block_size}, {self.method}: {texts}, {nll}"
+            f"nelbo: {self.nelbo.figures()})"
+        )
 
     def gap_interval(
         self, level: float = 0.95, resamples: int = 2000, seed: int = 0
@@ -151,7 +161,7 @@ def likelihood(
     """NLL and NELBO of a corpus at one setting of the dial (Arriola et al., sections 3 and 6).
 
     Args:
-        bridge: a BD3LM bridge with a tokenizer.
+        bridge: a BD3LM bridge with a tokenizer, or a checkpoint's name.
         source: the corpus: a string, a ``Path``, ids, or texts; see ``corpus.read_texts``.
         block_size: the dial; the bridge's by default.
         method: ``"exact"`` (NLL and NELBO), ``"stratified"`` or ``"monte_carlo"`` (NELBO); by
@@ -163,7 +173,8 @@ def likelihood(
         stride: slide by so many tokens; wrapped by default.
         field: where mappings and ``.jsonl`` lines have their text.
         split: a regular expression that plain files are cut before.
-        hooks: TransformerLens's ``[(name, fn), ...]``, as in :func:`exact`.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]`` or ``StepHooks``, as in
+            :func:`exact`.
         scope: how far they reach, as in :func:`exact`.
         max_states: for the exact sum, as in :func:`exact`.
         rows: rows of a pass; memory grows with it.
@@ -177,11 +188,13 @@ def likelihood(
 
     Where a process group exists, every process of it must call this.
     """
+    bridge = read_bridge(bridge)
     settings = read_settings(
         bridge, block_size, method, replicates=replicates, seed=seed, strata=strata, clip=clip,
         scope=scope, stride=stride, max_states=max_states, rows=rows,
     )  # fmt: skip
-    hooked = hooks or any(point.fwd_hooks for point in bridge.hook_dict.values())
+    pass_hooks = read_pass_hooks(bridge, hooks, scope)
+    hooked = pass_hooks.fns or any(point.fwd_hooks for point in bridge.hook_dict.values())
     if out is not None and hooked:
         raise InputError("out= cannot tell hooks apart when a run goes on: give one or the other")
     state = processes()
@@ -198,7 +211,7 @@ def likelihood(
             if (done := ledger.done(number, mark)) is not None:
                 found[number] = done
             elif number % state.num_processes == state.process_index:
-                found[number] = measured(bridge, job, number, mark, settings, hooks)
+                found[number] = measured(bridge, job, number, mark, settings, pass_hooks)
                 ledger.keep(found[number])
             advance(len(job))
     shared = gather_object([(read.hexdigest(), found)])
@@ -264,7 +277,7 @@ def bar(
 
 
 def measured(
-    bridge: Any, job: list[Window], number: int, mark: str, settings: Settings, hooks: Any
+    bridge: Any, job: list[Window], number: int, mark: str, settings: Settings, hooks: PassHooks
 ) -> Job:
     """NELBO replicates, and the NLL where it is summed, of each window of a job, nats."""
     bound: list[list[float]] = [[] for _ in job]

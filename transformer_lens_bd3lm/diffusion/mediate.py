@@ -32,6 +32,7 @@ from transformer_lens_bd3lm.diffusion.replay import (
     with_ends,
     write_log_p,
 )
+from transformer_lens_bd3lm.diffusion.rows import on_bridge
 from transformer_lens_bd3lm.diffusion.run import Run
 from transformer_lens_bd3lm.diffusion.steps import StepHooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -102,7 +103,8 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
             without blocks.
     """
     run.request.need("hooks", "sampler", "stop")
-    if any(hook.scope == "prefix" for hook in StepHooks.of(hooks).hooks):
+    given = on_bridge(run.bridge, hooks).hooks
+    if any(hook.scope == "prefix" for hook in given):
         raise NotExactError('scope="prefix" edits no cache: give hooks of scope active or commit')
     later = [(step, last) for step, last in with_ends(run) if step.block > block]
     if block < 0 or not later:
@@ -111,7 +113,7 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
             f"{run.timeline.block[0]}..{run.timeline.block[-1]}"
         )
     own = StepHooks.of(run.request.hooks)
-    edit = [limited(hook, lambda step: step.block <= block) for hook in StepHooks.of(hooks).hooks]
+    edit = [limited(hook, lambda step: step.block <= block) for hook in given]
     both = StepHooks([*own.hooks, *edit])
     edited = replay(run, both, "coupled")
     boundary = later[0][0].window[0]

@@ -28,7 +28,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.diffusion.exact import Exact, exact
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
+from transformer_lens_bd3lm.diffusion.exact import read_states, summed
 from transformer_lens_bd3lm.diffusion.noisy import NoisyText, read_noisy_text
 from transformer_lens_bd3lm.diffusion.units import Nats
 from transformer_lens_bd3lm.errors import InputError
@@ -55,7 +56,7 @@ class Clip:
             raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Nelbo(Nats):
     """The NELBO of some texts, or an estimate of it, in nats.
 
@@ -72,6 +73,9 @@ class Nelbo(Nats):
     block_size: int
     counted: Bool[Tensor, "batch pos"] = field(repr=False)
     by_token: Float[Tensor, "batch pos"] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"Nelbo(block_size={self.block_size}, {self.method}: {self.figures()})"
 
 
 @dataclass(frozen=True)
@@ -209,15 +213,17 @@ def nelbo(
     """The NELBO of finished texts (Arriola et al., section 3), exactly or by an estimate.
 
     Args:
-        bridge: a BD3LM bridge.
-        tokens: a string, or ids ``[batch, pos]``; position 0 is BOS, given and not counted.
+        bridge: a BD3LM bridge, or a checkpoint's name.
+        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``; position 0 is
+            BOS, given and not counted.
         block_size: the dial; the bridge's by default.
         method: ``"exact"``, ``"stratified"`` or ``"monte_carlo"``; see the module.
         replicates: independent estimates, at least 2.
         seed: of all the draws.
         strata: for Monte Carlo: ``"permuted"`` over blocks, ``"none"``, or ``"public"``: biased.
         clip: for Monte Carlo: a named clipping; biased.
-        hooks: TransformerLens's ``[(name, fn), ...]``, as in :func:`exact`.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]`` or ``StepHooks``, as in
+            :func:`exact`.
         scope: how far they reach, as in :func:`exact`.
         given: leading positions that are given, as in :func:`exact`.
         max_states: for the exact sum, as in :func:`exact`.
@@ -228,11 +234,13 @@ def nelbo(
         NotExactError: with time conditioning.
     """
     check_choices(method, strata, clip, replicates, seed)
-    how = {"hooks": hooks, "scope": scope, "given": given, "rows": rows}
+    bridge = read_bridge(bridge)
     if method == "exact":
-        found = exact(bridge, tokens, block_size, max_states=max_states, **how)
-        return told(found, method, "exact", found.nelbo_by_token, found.nelbo[None])
-    text = read_noisy_text(bridge, tokens, block_size, **how)
+        limits = (max_states, rows, given)
+        states = read_states(bridge, tokens, block_size, hooks, scope, None, *limits)
+        found = summed(states, states.table(states.text.clean()))
+        return told(states.text, method, "exact", found.nelbo_by_token, found.nelbo[None])
+    text = read_noisy_text(bridge, tokens, block_size, hooks, scope, rows, given)
     generator = torch.Generator().manual_seed(seed)
     stream = text.clean()
     if method == "stratified":
@@ -252,14 +260,14 @@ def nelbo(
 
 
 def told(
-    about: NoisyText | Exact,
+    about: NoisyText,
     method: str,
     kind: Literal["exact", "estimate", "biased"],
     by_token: Float[Tensor, "batch pos"],
     replicates: Float[Tensor, "replicate batch"],
 ) -> Nelbo:
     """The result, about these texts."""
-    characters = None if about.characters is None else torch.tensor([about.characters])
+    characters = None if about.characters is None else torch.tensor(about.characters)
     return Nelbo(
         kind=kind,
         replicates=replicates,

@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.attention import Routing, watched
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
@@ -28,7 +29,7 @@ from transformer_lens_bd3lm.diffusion.rows import (
     apply_on_rows,
     attached,
     on_batch_rows,
-    resolve,
+    on_bridge,
     row_axis,
 )
 from transformer_lens_bd3lm.diffusion.steps import Step, StepHook, StepHooks, with_scope
@@ -195,7 +196,7 @@ def make_network(
     """
     model = bridge.original_model
     config = model.config
-    made = StepHooks.of(hooks)
+    made = on_bridge(bridge, hooks)
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError(
             f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "

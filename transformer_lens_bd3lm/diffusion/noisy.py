@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.attention import Routing
-from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run
+from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run, through_layers
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import View
-from transformer_lens_bd3lm.diffusion.rows import resolve
+from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
@@ -40,21 +40,20 @@ class NoisyText:
         bridge: a BD3LM bridge.
         tokens: the texts ``[batch, pos]``.
         block_size: the dial.
-        hooks: the host's ``[(name, fn), ...]``, on the noisy stream.
-        clean_hooks: the same on the clean stream, whose keys and values later blocks read.
+        hooks: on the noisy stream, and some also on the clean one, whose keys and values later
+            blocks read.
         rows: rows of a pass, at most, unless one pattern has more.
         given: leading positions that are given: never masked, not counted; 1 is BOS alone.
-        characters: characters of the text, if it was given as one and counts whole.
+        characters: characters of each text, if they were given as strings and count whole.
     """
 
     bridge: Any
     tokens: Int[Tensor, "batch pos"]
     block_size: int
-    hooks: list[tuple[str, Any]]
-    clean_hooks: list[tuple[str, Any]]
+    hooks: PassHooks
     rows: int
     given: int = 1
-    characters: int | None = None
+    characters: tuple[int, ...] | None = None
 
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
@@ -73,15 +72,14 @@ class NoisyText:
         return torch.zeros(len(x), device=x.device, dtype=wide)
 
     def clean(self) -> CleanStream:
-        """Keys and values of the clean stream, from one pass."""
+        """Keys and values of the clean stream, from one pass; nothing is read out of it."""
         model, stream = self.bridge.original_model, CleanStream()
         view = View(self.tokens, self.tokens.shape[1], self.block_size, "block", dual=False)
-        nobody = torch.zeros(0, 2, dtype=torch.long, device=self.tokens.device)
-        with self.bridge.hooks(fwd_hooks=self.clean_hooks):
+        with self.hooks.on_clean():
             x = model.backbone.vocab_embed(self.tokens)
             routing = Routing.of_view(view, frequencies(model, x.device), x.dtype)
             routing.cache = stream
-            run(model, x, self.sigma(x), routing, slice(0, 1), nobody)
+            through_layers(model, x, self.sigma(x), routing, slice(0, 1))
         return stream
 
     def logits(
@@ -109,7 +107,7 @@ class NoisyText:
         ids = self.tokens.repeat(len(masked), 1)
         at = hidden.nonzero()
         where = at.to(ids.device)
-        with self.bridge.hooks(fwd_hooks=self.hooks):
+        with self.hooks.on():
             logits = self.logits(stream, ids, where)
         true = ids[where.unbind(-1)]
         parts = zip(logits.split(CHUNK), true.split(CHUNK), strict=True)
@@ -188,10 +186,11 @@ def read_noisy_text(
         )
     if bridge.training and bridge.cfg.dropout:
         raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
-    if scope not in ("active", "commit"):
-        raise InputError(f'scope={scope!r}: give "active" or "commit"')
-    if isinstance(tokens, str):
-        refuse_path(tokens, "tokens")
+    pass_hooks = read_pass_hooks(bridge, hooks, scope)
+    several = tokens if isinstance(tokens, list | tuple) else [tokens]
+    texts = [text for text in several if isinstance(text, str)]
+    for text in texts:
+        refuse_path(text, "tokens")
     ids = read_ids(bridge, tokens, prepend_bos=True)
     size = min(read_dial(bridge, block_size), ids.shape[1])
     if not 2 <= ids.shape[1] <= config.model_length:
@@ -205,9 +204,6 @@ def read_noisy_text(
             f"given={given} of {ids.shape[1]} positions: give at least 1 (BOS), and leave one to "
             "count"
         )
-    pairs = list(hooks or [])
-    resolve(bridge, [name for name, _ in pairs])
-    characters = len(tokens) if isinstance(tokens, str) and given == 1 else None
-    clean_hooks = pairs if scope == "commit" else []
     kind = NoisyText if config.cross_attn else CausalText if config.causal else OpenText
-    return kind(bridge, ids, size, pairs, clean_hooks, rows, given, characters)
+    characters = tuple(map(len, texts)) if texts and given == 1 else None
+    return kind(bridge, ids, size, pass_hooks, rows, given, characters)

@@ -4,8 +4,8 @@ Only the active block's rows are kept, so memory grows as steps x active positio
 steps x length. A pattern's keys are the exception: each row has as many as it can read.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Span, Step, Which, check_which, matches
@@ -28,7 +29,7 @@ class Record:
     """Which activations a run keeps, of the active block's rows.
 
     Attributes:
-        names: hook names.
+        names: a hook name, several of them, or a function of names, for all that fire and pass.
         block: which blocks; all by default.
         step: which steps within a block; all by default.
         index: which steps of the whole run.
@@ -41,7 +42,7 @@ class Record:
         max_bytes: a run that could need more is refused before it starts.
     """
 
-    names: Collection[str]
+    names: Any
     block: Which = None
     step: Which = None
     index: Which = None
@@ -55,11 +56,32 @@ class Record:
     chosen: Chosen = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str):
-            raise InputError(f"names={self.names!r}: give a list of hook names")
+        object.__setattr__(self, "names", read_names(self.names))
         check_which("positions", self.positions)
         chosen = Chosen(self.block, self.step, self.index, self.t, self.masks_left, self.when)
         object.__setattr__(self, "chosen", chosen)
+
+    @classmethod
+    def of(cls, record: Any, bridge: Any) -> "Record | None":
+        """Read what a run is to keep: a ``Record``, or the names alone; None keeps nothing.
+
+        Raises:
+            InputError: for anything else.
+            HookNameError: for a filter that matches no hook point of the bridge.
+        """
+        if record is None:
+            return None
+        return (record if isinstance(record, Record) else cls(record)).on(bridge)
+
+    def on(self, bridge: Any) -> "Record":
+        """The same with the names of a bridge in place of a function of names.
+
+        Raises:
+            HookNameError: if it matches none.
+        """
+        if not callable(self.names):
+            return self
+        return replace(self, names=list(matching(bridge, self.names)))
 
     def wants(self, step: Step) -> bool:
         """Whether this step is kept."""
@@ -112,7 +134,7 @@ class Record:
                     rows = max(rows, len(self.offsets(end - start)))
                     keys = max(keys, end - canvas.first_visible(start))
             index += steps
-        names = dict.fromkeys(self.names)
+        names = dict.fromkeys(self.on(bridge).names)
         return total * sum(batch * self.width(bridge, name, rows, keys) for name in names)
 
     def width(self, bridge: Any, name: str, rows: int, keys: int) -> int:

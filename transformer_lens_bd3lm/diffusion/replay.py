@@ -22,6 +22,7 @@ from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, committed
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
+from transformer_lens_bd3lm.diffusion.rows import on_bridge
 from transformer_lens_bd3lm.diffusion.run import Run, gather
 from transformer_lens_bd3lm.diffusion.steps import Chosen, Step, StepHook, StepHooks
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
@@ -89,7 +90,7 @@ def replay(
     mode: str = "coupled",
     *,
     noise: Noise | None = None,
-    record: Record | None = None,
+    record: Any = None,
     progress: bool | None = None,
 ) -> Replay:
     """Run a run again under other hooks; see the module for the three modes.
@@ -99,7 +100,7 @@ def replay(
         hooks: as in :func:`denoise`; they replace the run's own, None is without any.
         mode: what is held fixed.
         noise: for ``"fresh"`` alone; the next seed by default.
-        record: what to keep of the replay.
+        record: what to keep of the replay, as in :func:`denoise`.
         progress: as in :func:`denoise`.
 
     Raises:
@@ -110,7 +111,7 @@ def replay(
         raise InputError(f'mode={mode!r}: give "pinned", "coupled" or "fresh"')
     if noise is not None and mode != "fresh":
         raise InputError(f'noise was given, but mode={mode!r} keeps the run\'s: use mode="fresh"')
-    made = StepHooks.of(hooks)
+    made, record = on_bridge(run.bridge, hooks), Record.of(record, run.bridge)
     prefix = any(hook.scope == "prefix" for hook in made.hooks)
     if prefix and run.kv_cache and run.slid:
         raise NotExactError(
@@ -244,7 +245,7 @@ def fork(
     *,
     noise: Noise | None = None,
     hooks: Any = "the run's own",
-    record: Record | None = None,
+    record: Any = None,
     force: Force | None = None,
     progress: bool | None = None,
 ) -> Run:
@@ -261,7 +262,7 @@ def fork(
         noise: ``Noise(seed + 1)`` by default. A row whose noise row is the run's own goes on as
             the run did.
         hooks: of the future; the run's own by default, None for none.
-        record: what to keep.
+        record: what to keep, as in :func:`denoise`.
         force: tokens or an order decided beforehand; what is left of the run's own by default.
         progress: as in :func:`denoise`.
 
@@ -297,7 +298,7 @@ def fork(
         before = run.steps[indices.index(step) - 1]
         begun = run.sampler.end_of(before.t)[source]
     own = StepHooks.of(run.request.hooks)
-    future = own if isinstance(hooks, str) else StepHooks.of(hooks)
+    future = own if isinstance(hooks, str) else on_bridge(run.bridge, hooks)
     past = [limited(h, lambda s: s.index < step) for h in own.hooks if h.scope == "commit"]
     new = [limited(hook, lambda s: s.index >= step) for hook in future.hooks]
     request = replace(
@@ -306,7 +307,7 @@ def fork(
         noise=noise,
         kv_cache=run.kv_cache and not any(hook.scope == "prefix" for hook in future.hooks),
         hooks=StepHooks([*past, *new]),
-        record=record,
+        record=Record.of(record, run.bridge),
         force=force,
         finished=[on_rows(done, source) for done in commits(run, at.block)],
         start=start,

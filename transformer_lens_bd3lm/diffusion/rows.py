@@ -4,13 +4,16 @@ A pass of the denoising loop runs the active block's rows, and maybe others: the
 finished, or the whole prefix. A step hook is shown the rows that its scope names, under
 TransformerLens's own hook names, and what it returns is put back there and nowhere else.
 
+Hooks that belong to a pass are on the bridge, which threads share, while it runs, and fire in the
+context that runs it alone: another thread's pass meets them and they are silent.
+
 Nothing here knows which rows those are; see ``network.py``.
 """
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,14 +23,15 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
-from transformer_lens_bd3lm.diffusion.steps import Step, StepFn
-from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
+from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
+from transformer_lens_bd3lm.diffusion.steps import Step, StepFn, StepHook, StepHooks
+from transformer_lens_bd3lm.errors import HookReturnError, InputError
 
 HAS_KEYS = ("hook_pattern", "hook_attn_scores")
 READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
 
 _current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
-_looking: ContextVar[Step | None] = ContextVar("bd3lm_looking", default=None)
+_running: ContextVar[object | None] = ContextVar("bd3lm_running", default=None)
 
 
 def current_step() -> Step | None:
@@ -42,26 +46,22 @@ def row_axis(name: str) -> int | None:
     return 2 if name.endswith(HAS_KEYS) else 1
 
 
-def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
-    """The hook points behind names, each checked.
+def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
+    """Read step hooks once, and lay each on the hook points of a bridge that it names.
 
     Raises:
-        HookNameError: for a name that the bridge does not have (the nearest are listed), or that
-            would never fire: its flag is off, or a flag takes it off the path.
+        InputError: for what are no hooks.
+        HookNameError: for a name that the bridge does not have, or a filter that matches none.
     """
-    known = bridge.hook_dict
-    found = {}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            told = f"; the nearest are {', '.join(near)}" if near else ""
-            raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
-        point = known[name].name or name
-        reason = bridge._gated_hook_reason(point) or bypassed(bridge, point)
-        if reason is not None:
-            raise HookNameError(f"{name!r} would never fire: {reason}")
-        found[name] = known[name]
-    return found
+    laid: list[StepHook] = []
+    for hook in StepHooks.of(hooks).hooks:
+        if isinstance(hook.name, str):
+            resolve(bridge, [hook.name])
+            laid.append(hook)
+        else:  # a hook point with several names is hooked once
+            points = {id(point): name for name, point in matching(bridge, hook.name).items()}
+            laid += [replace(hook, name=name) for name in points.values()]
+    return StepHooks(laid)
 
 
 def bypassed(bridge: Any, point: str) -> str | None:
@@ -91,7 +91,7 @@ def apply_on_rows(
     A conditioning vector that all rows share is spread over them when an edit names only some.
 
     Raises:
-        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
+        HookReturnError: if it returned neither None nor a tensor like the one it was shown.
     """
     axis = row_axis(name)
     whole = axis is None or (part == slice(0, width) and not unseen)
@@ -104,12 +104,7 @@ def apply_on_rows(
         shown = rows_of(activation, axis or 0, part, unseen)
     before = shown.clone() if conditioning else shown
     edited = fn(shown, hook, step)
-    if edited is not None and (not isinstance(edited, Tensor) or edited.shape != shown.shape):
-        got = tuple(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise HookReturnError(
-            f"the hook at {name} returned {got}: return None, or a tensor of shape "
-            f"{tuple(shown.shape)}"
-        )
+    check_return(name, edited, shown)
     if edited is None and conditioning and not torch.equal(shown, before):
         edited = shown
     if edited is None or whole:
@@ -119,6 +114,28 @@ def apply_on_rows(
     out = activation.clone()
     rows_of(out, axis or 0, part, unseen).copy_(edited)
     return out
+
+
+def check_return(name: str, edited: Any, shown: Tensor) -> None:
+    """Refuse what cannot take the place of an activation; it would be broadcast or cast in silence.
+
+    Raises:
+        HookReturnError: for anything but None, or a tensor of the same shape, dtype and device.
+    """
+    if edited is None:
+        return
+    if not isinstance(edited, Tensor):
+        got = type(edited).__name__
+    elif edited.shape != shown.shape:
+        got = f"{tuple(edited.shape)}"
+    elif edited.dtype != shown.dtype or edited.device != shown.device:
+        got = f"{edited.dtype} on {edited.device}"
+    else:
+        return
+    raise HookReturnError(
+        f"the hook at {name} returned {got}: return None, or a tensor of shape "
+        f"{tuple(shown.shape)}, {shown.dtype} on {shown.device}"
+    )
 
 
 def rows_of(activation: Tensor, axis: int, part: slice, unseen: int) -> Tensor:
@@ -162,29 +179,34 @@ def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -
 def attached(
     points: dict[str, HookPoint],
     fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
-    step: Step,
+    step: Step | None = None,
 ) -> Iterator[None]:
-    """Hooks on and the current step set for one forward; both gone afterwards, come what may."""
+    """Hooks on for one forward of this context, and in the loop the current step set.
+
+    All of it is gone afterwards, come what may.
+    """
+    running = object()
     with ExitStack() as stack:
         for name, fn in fns:
             point = points[name]
-            handle = point.add_hook(cast(Any, partial(_named, step, fn)))
+            handle = point.add_hook(cast(Any, partial(_in_pass, running, fn)))
             stack.callback(point.fwd_hooks.remove, handle)
             stack.callback(handle.hook.remove)
-        stack.callback(_current_step.reset, _current_step.set(step))
-        stack.callback(_looking.reset, _looking.set(step))
+        if step is not None:
+            stack.callback(_current_step.reset, _current_step.set(step))
+        stack.callback(_running.reset, _running.set(running))
         yield
 
 
-def _named(step: Step, fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
-    """A step hook in its own step's pass; silent in passes that are started from within a hook."""
-    if _looking.get() is not step:
+def _in_pass(running: object, fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
+    """A hook in its own pass; silent in other threads' and in those started from within a hook."""
+    if _running.get() is not running:
         return None
-    token = _looking.set(None)
+    token = _running.set(None)
     try:
         return fn(activation, hook)
     finally:
-        _looking.reset(token)
+        _running.reset(token)
 
 
 def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:

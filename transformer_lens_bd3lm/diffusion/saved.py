@@ -23,11 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.denoise import Request
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
+from transformer_lens_bd3lm.diffusion.rows import on_bridge
 from transformer_lens_bd3lm.diffusion.run import Run, Timeline
 from transformer_lens_bd3lm.diffusion.samplers import Ancestral, Confidence, FirstHitting
 from transformer_lens_bd3lm.diffusion.steps import StepHooks
@@ -181,7 +183,8 @@ def load(
 
     Args:
         path: the folder.
-        bridge: the model; its weights must be those of the run, to the bit.
+        bridge: the model, or its checkpoint's name; its weights must be those of the run, to the
+            bit.
         hooks: the step hooks the run was made with, if it is to be replayed or forked.
         stop: its stop rules, where they were functions.
         sampler: its sampler, where it was a class of the user's.
@@ -189,7 +192,7 @@ def load(
     Raises:
         InputError: for a folder that is no run, is damaged, or belongs to other weights.
     """
-    path = Path(path)
+    path, bridge = Path(path), read_bridge(bridge)
     manifest = read_manifest(path)
     if manifest["weights_sha256"] != weights_hash(bridge):
         raise InputError(
@@ -210,7 +213,8 @@ def load(
     windows = [(start, end) for start, end in x["steps/window"].tolist()]
     block, step, indices = (x[f"steps/{name}"].tolist() for name in ("block", "step", "index"))
     timeline = Timeline(block, step, windows, list(x["steps/t"]), indices)
-    kinds = {"hooks": hooks, "stop": stop, "sampler": sampler}
+    made = None if hooks is None else on_bridge(bridge, hooks)
+    kinds = {"hooks": made, "stop": stop, "sampler": sampler}
     if hooks is None and manifest["hooks"]:
         kinds["hooks"] = None
     rules = manifest["stop"]

@@ -1,8 +1,8 @@
 """A denoising step as something to look at and to aim at: ``Step`` and ``StepHooks``.
 
-A step hook is ``fn(activation, hook, step)``. None keeps the activation, a tensor of the same shape
-replaces it, anything else raises. It sees only the rows that its scope names, whatever else the
-pass computes:
+A step hook is ``fn(activation, hook, step)``, or TransformerLens's ``fn(activation, hook)``. None
+keeps the activation, a tensor like it (shape, dtype, device) replaces it, anything else raises. It
+sees only the rows that its scope names, whatever else the pass computes:
 
 - ``"active"``: the active block's rows. The finished block's stored keys and values stay
   untouched, so an edit reaches later blocks only through the tokens that it changed.
@@ -15,8 +15,7 @@ Hook names are TransformerLens's own, and never change with the step.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -24,8 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from transformer_lens_bd3lm.bridge.hook_names import NameFilter, read_names
+from transformer_lens_bd3lm.diffusion.hook_arguments import as_step_fn
 from transformer_lens_bd3lm.diffusion.subs import log_probs
-from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.errors import HookNameError, InputError
 
 Scope = Literal["active", "commit", "prefix"]
 Which = int | slice | Collection[int] | None
@@ -221,9 +222,16 @@ class Chosen:
 
 @dataclass(frozen=True)
 class StepHook:
-    """One function at one hook point, at chosen steps, over the rows of one scope."""
+    """One function at one hook point, at chosen steps, over the rows of one scope.
 
-    name: str
+    Attributes:
+        name: a hook name, or a function of names that stands for several until a bridge is known.
+        fn: the function.
+        chosen: the steps.
+        scope: how far it reaches; see the module.
+    """
+
+    name: str | NameFilter
     fn: StepFn
     chosen: Chosen = Chosen()
     scope: Scope = "active"
@@ -231,14 +239,28 @@ class StepHook:
 
 @dataclass
 class StepHooks:
-    """An ordered collection of step hooks; ``add`` returns the collection, so calls chain."""
+    """An ordered collection of step hooks; ``add`` returns the collection, so calls chain.
 
-    hooks: list[StepHook] = field(default_factory=list)
+    Attributes:
+        hooks: each a :class:`StepHook`; may be given as TransformerLens's ``(name, fn)``.
+    """
+
+    hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        given, self.hooks = self.hooks, []
+        for each in given:
+            if isinstance(each, StepHook):
+                self.hooks.append(each)
+            elif isinstance(each, tuple | list) and len(each) == 2:
+                self._add(*each, Chosen(), "active", unclear=False)
+            else:
+                raise InputError(f"hooks holds {each!r}: give (name, fn) pairs, or StepHooks")
 
     def add(
         self,
-        name: str,
-        fn: StepFn,
+        name: Any,
+        fn: Any,
         *,
         block: Which = None,
         step: Which = None,
@@ -248,11 +270,12 @@ class StepHooks:
         when: Callable[[Step], bool] | None = None,
         scope: Scope = "active",
     ) -> "StepHooks":
-        """Add ``fn(activation, hook, step)`` at a hook point.
+        """Add ``fn(activation, hook, step)``, or ``fn(activation, hook)``, at hook points.
 
         Args:
-            name: a hook name of the bridge, an alias or canonical.
-            fn: None keeps, a tensor of the same shape replaces.
+            name: a hook name of the bridge, an alias or canonical; several of them; or a function
+                of names, for all hook points whose name passes.
+            fn: None keeps, a tensor like the one it is shown replaces.
             block: which blocks (int, slice, ints); all by default. Block 0 is the first denoised.
             step: which steps within a block; all by default. Not asked at a commit, which is none.
             index: which steps of the whole run.
@@ -263,17 +286,26 @@ class StepHooks:
             scope: how far it reaches; see the module.
 
         Raises:
-            InputError: for a scope or a selector that is none.
+            InputError: for a scope, a selector or a function that is none.
+            HookNameError: for no names at all.
         """
         if scope not in ("active", "commit", "prefix"):
             raise InputError(f'scope={scope!r}: give "active", "commit" or "prefix"')
         chosen = Chosen(block, step, index, t, masks_left, when)
-        self.hooks.append(StepHook(name, fn, chosen, scope))
+        return self._add(name, fn, chosen, scope, unclear=True)
+
+    def _add(self, name: Any, fn: Any, chosen: Chosen, scope: Scope, unclear: bool) -> "StepHooks":
+        names = read_names(name)
+        if names == []:
+            raise HookNameError("a hook was given for no names: give a hook name at least")
+        step_fn = as_step_fn(fn, name, unclear)
+        each = [names] if callable(names) else names
+        self.hooks += [StepHook(name, step_fn, chosen, scope) for name in each]
         return self
 
     @classmethod
     def of(cls, hooks: Any) -> "StepHooks":
-        """From a ``StepHooks``, TransformerLens's own ``[(name, fn), ...]``, or None.
+        """Read hooks once: a ``StepHooks``, TransformerLens's own ``[(name, fn), ...]``, or None.
 
         Raises:
             InputError: for anything else.
@@ -281,18 +313,14 @@ class StepHooks:
         if hooks is None:
             return cls()
         if isinstance(hooks, StepHooks):
-            return cls(list(hooks.hooks))
-        made = cls()
-        if not isinstance(hooks, Iterable):
+            return cls(hooks.hooks)
+        if not isinstance(hooks, Iterable) or isinstance(hooks, str):
             raise InputError(
                 f"hooks is {type(hooks).__name__}: give StepHooks or a list of (name, fn)"
             )
-        for pair in hooks:
-            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise InputError(f"hooks holds {pair!r}: give (name, fn) pairs, or StepHooks")
-            made.add(pair[0], partial(_without_step, pair[1]))
-        return made
+        return cls(list(hooks))
 
 
-def _without_step(fn: Any, activation: Tensor, hook: HookPoint, step: Step) -> Tensor | None:
-    return fn(activation, hook=hook)
+def selectors_of(chosen: Chosen) -> list[str]:
+    """Names of the selectors that are set."""
+    return [each.name for each in fields(Chosen) if getattr(chosen, each.name) is not None]

@@ -64,7 +64,14 @@ class PerToken:
         return self.total_nats / math.log(2) / self.total_characters
 
 
-@dataclass(frozen=True, kw_only=True)
+def of_tokens(figures: PerToken) -> str:
+    """How many tokens a result is of, and nats a token, in its one-line form."""
+    tokens = figures.total_tokens
+    each = f", {figures.nats_per_token:.4f} nats/token" if tokens else ""
+    return f"{tokens} token{'s' if tokens != 1 else ''}{each}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Nats(PerToken):
     """Nats of some texts, exact or from independent replicates.
 
@@ -119,6 +126,15 @@ class Nats(PerToken):
             return 0.0
         means = self.replicates.sum(-1) / self.total_tokens
         return float(means.std()) / math.sqrt(len(means))
+
+    def __repr__(self) -> str:
+        return f"Nats({self.figures()})"
+
+    def figures(self) -> str:
+        """What they are, how many, and of how many tokens, in a line."""
+        error = self.standard_error_per_token * self.total_tokens if self.total_tokens else 0.0
+        spread = "" if self.kind == "exact" else f" ± {error:.4f}"
+        return f"{self.kind}, {self.total_nats:.4f}{spread} nats, {of_tokens(self)}"
 
     def interval(
         self, level: float = 0.95, resamples: int = 2000, seed: int = 0

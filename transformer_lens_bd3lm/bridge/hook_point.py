@@ -1,0 +1,76 @@
+"""Hook points whose hooks own what they are shown, so that an edit in place is an edit returned.
+
+One tensor has several readers: the stream goes on beside the norm that reads it, one h is read by
+q, k and v, and in the backward pass a sum hands one gradient to both its terms. A hook that writes
+into such a tensor would edit them all::
+
+    def halve(x, hook):        # at ln1.hook_in: the norm's input, and not the stream
+        x *= 0.5
+
+So while somebody looks at a hook point, it hands on a copy, and the gradient that its hooks are
+shown is a copy too. What was cached at an earlier point, and what the caller gave, stay as they
+were. A point that nobody looks at copies nothing.
+
+Two hooks at one point share that copy, as TransformerLens's do.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether anything looks at these modules: a hook of either library, or a wrapped ``forward``.
+
+    Tracing tools set a ``forward`` on the instance and register nothing.
+    """
+    return any(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._forward_pre_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        for module in modules
+    )
+
+
+class OwningHookPoint(HookPoint):
+    """A hook point that hands on a copy while it is watched."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The activation after its hooks."""
+        if not watched(self):
+            return super().__call__(x)
+        y = super().__call__(x.clone())
+        if (self._backward_hooks or self._backward_pre_hooks) and y.requires_grad:
+            y.register_hook(Tensor.clone)
+        return y
+
+    def add_hook(
+        self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
+    ) -> LensHandle:
+        """As TransformerLens's; a backward hook may return ``(grad,)`` where heads are split too."""
+        handle = super().add_hook(unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
+        handle.user_hook = hook
+        return handle
+
+
+def unpacked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The same backward hook, its gradient taken out of a tuple of one."""
+
+    @wraps(hook, assigned=())
+    def unpacking(grad: Any, hook: Any, *, fn: Callable[..., Any] = hook) -> Any:
+        found = fn(grad, hook=hook)
+        return found[0] if isinstance(found, tuple) and len(found) == 1 else found
+
+    return unpacking
+
+
+def own_hook_points(bridge: nn.Module) -> None:
+    """Make every hook point of a bridge one that owns what it shows."""
+    for module in bridge.modules():
+        if type(module) is HookPoint:
+            module.__class__ = OwningHookPoint
