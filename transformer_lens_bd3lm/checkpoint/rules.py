@@ -31,7 +31,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), "model_length"),
 }
 # Parts of other kinds of models, which TransformerLens and transformers would take for the model.
-OTHER_MODELS = ("text_config", "encoder", "decoder", "per_layer_config")
+OTHER_MODELS = ("text_config", "encoder", "decoder", "per_layer_config", "original_architecture")
 
 
 class Rules(BaseModel):
