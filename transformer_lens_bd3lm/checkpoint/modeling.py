@@ -89,11 +89,6 @@ class Embedding(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The table under the name that other libraries ask for."""
-        return self.embedding
-
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Rows of the table."""
         return F.embedding(ids, self.embedding)
