@@ -40,7 +40,7 @@ from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.rules import shown
-from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
+from transformer_lens_bd3lm.checkpoint.tokenizer import check_files, teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
@@ -117,11 +117,13 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             CheckpointError: if the weights would not fill the model that the config describes, or
                 the config has settings of TransformerLens's own.
             InputError: if they are to be spread over devices.
+            TokenizerError: if the tokenizer's files cannot be read, or not without risk.
         """
         check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
         refuse_host_settings(config, self.cfg)
         self._config = config
+        check_files(model_name, revision=model_kwargs.get("revision"))
         self.cfg.time_conditioning = config.time_conditioning
         self.cfg.revision = model_kwargs.get("revision")
         auto_map = getattr(config, "auto_map", None) or {}
