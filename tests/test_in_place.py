@@ -253,7 +253,9 @@ def test_in_place_is_returned_in_exact_sums(kind, scope):
         found = []
         for fn in (returned(name), in_place(name)):
             sums = outcome(lambda fn=fn: bd3lm.exact(bridge, text, 2, [(name, fn)], scope=scope))
-            found.append(sums if isinstance(sums, tuple) else {"nll": sums.nll, "bound": sums.nelbo})
+            found.append(
+                sums if isinstance(sums, tuple) else {"nll": sums.nll, "bound": sums.nelbo}
+            )
         assert same(*found), name
         assert torch.equal(text, IDS[:1])
 

@@ -26,9 +26,10 @@ from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
-    View,
+    check_keywords,
     read_block_size,
     read_input,
+    read_padding,
     read_sigma,
 )
 from transformer_lens_bd3lm.errors import InputError
@@ -108,33 +109,6 @@ def through_layers(
     return x, c
 
 
-def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
-    """Which positions are real, ``[batch, pos]``; None where all are.
-
-    Raises:
-        InputError: if the mask does not fit, or pads on the left, where positions would shift.
-    """
-    if attention_mask is None:
-        return None
-    attention_mask = torch.as_tensor(attention_mask)
-    shape = (view.ids.shape[0], view.length)
-    if attention_mask.shape != shape:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = "
-            f"{list(shape)}"
-        )
-    real = attention_mask.to(view.ids.device).bool()
-    if bool(real.all()):
-        return None
-    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
-        raise InputError(
-            "attention_mask hides a token before a visible one: positions would shift, and blocks "
-            "with "
-            'them; pad on the right (padding_side="right")'
-        )
-    return real
-
-
 def stand_ins(
     embeds: Tensor, cfg: Any, alone: bool, sample_mode: bool | None
 ) -> Int[Tensor, "batch pos"]:
@@ -187,6 +161,9 @@ class HookedForward:
         inputs_embeds: Float[Tensor, "batch row d_model"] | None = None,
         reduce: Any = None,
         labels: Any = None,
+        token_type_ids: Any = None,
+        output_hidden_states: bool | None = None,
+        store_kv: bool | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, ""]:
         """Raw logits: every position of the sampling view, or the dual view's noisy half.
 
@@ -205,12 +182,21 @@ class HookedForward:
             reduce: called with the logits; the scalar that it returns is returned in their place,
                 as ``run_with_cache(..., incl_bwd=True)`` needs.
             labels: of the host's causal loss, which it computes itself: allowed where there is one.
+            token_type_ids: zeros, which a tokenizer may add; the model has no token types.
+            output_hidden_states: refused where it is True: every stream has hook points.
+            store_kv: refused where it is True: the denoising loop keeps keys and values.
 
         Raises:
             InputError: for anything that does not fit; nothing has been run then.
         """
         if reduce is not None and not callable(reduce):
             raise InputError(f"reduce={reduce!r}: give a function of the logits")
+        check_keywords(token_type_ids, store_kv)
+        if output_hidden_states:
+            raise InputError(
+                "output_hidden_states=True: a bridge returns logits alone. Its residual streams "
+                'are in run_with_cache: "hook_embed" and "blocks.{i}.hook_resid_post"'
+            )
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
         if labels is not None and not config.causal:

@@ -64,7 +64,10 @@ def save(bridge: Any, folder: str | Path) -> None:
 
 
 def config_of(bridge: Any) -> BD3LMConfig:
-    """The checkpoint's config, with the dial and the dtype as they are now."""
+    """Make the checkpoint's config, with the bridge's block size and dtype.
+
+    The block sizes that it was trained at stay those of the checkpoint that was booted.
+    """
     settings = bridge.original_model.config.to_dict()
     config = BD3LMConfig(**{key: x for key, x in settings.items() if key not in NOT_KEPT})
     config.block_size = bridge.cfg.block_size

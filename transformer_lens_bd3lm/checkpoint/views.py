@@ -203,3 +203,48 @@ def read_sigma(
             "finite and not negative"
         )
     return sigma.to(wide) if config.time_conditioning else torch.zeros_like(sigma, dtype=wide)
+
+
+def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
+    """Which positions are real, ``[batch, pos]``; None where all are.
+
+    Raises:
+        InputError: if the mask does not fit, or pads on the left, where positions would shift.
+    """
+    if attention_mask is None:
+        return None
+    attention_mask = torch.as_tensor(attention_mask)
+    shape = (view.ids.shape[0], view.length)
+    if attention_mask.shape != shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = "
+            f"{list(shape)}"
+        )
+    real = attention_mask.to(view.ids.device).bool()
+    if bool(real.all()):
+        return None
+    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
+        raise InputError(
+            "attention_mask hides a token before a visible one: positions would shift, and blocks "
+            "with "
+            'them; pad on the right (padding_side="right")'
+        )
+    return real
+
+
+def check_keywords(token_type_ids: Any, store_kv: Any) -> None:
+    """Refuse keywords that tokenizers and the public code pass and that would change nothing here.
+
+    Raises:
+        InputError: for token types other than 0, and for a cache of keys and values.
+    """
+    if token_type_ids is not None and bool(torch.as_tensor(token_type_ids).any()):
+        raise InputError(
+            "token_type_ids holds other types than 0: the model has no token types; leave it out, "
+            "and pass one text a row"
+        )
+    if store_kv:
+        raise InputError(
+            "store_kv=True: a forward pass keeps no keys and values here; "
+            "bd3lm.denoise(bridge, ..., kv_cache=True) does"
+        )

@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.forward import read_padding
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids
+from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_padding
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 
