@@ -26,9 +26,9 @@ from transformer_lens_bd3lm.analysis.passes import (
     prediction_change,
     read_noised_text,
 )
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.rows import resolve
-from transformer_lens_bd3lm.errors import NotExactError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,8 +173,7 @@ def compare_block_sizes(
     config = bridge.original_model.config
     for size in (a, b):
         read_block_size(size, config.model_length, config.cross_attn)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_noised_text(bridge, tokens, x_t, seed)
     pairs = list(hooks or [])
     resolve(bridge, [name for name, _ in pairs])

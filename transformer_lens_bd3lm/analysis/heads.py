@@ -33,11 +33,12 @@ from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import check_ids, read_input
 from transformer_lens_bd3lm.diffusion.rows import resolve
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
-from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -417,8 +418,7 @@ def detect_heads(
         HookNameError: for a hook name that the bridge does not have.
         NotExactError: in training with dropout.
     """
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_masked_text(bridge, tokens, clean, block_size)
     name, keys = read_pattern(text, pattern)
     pairs = list(hooks or [])

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
@@ -185,8 +186,7 @@ def read_noisy_text(
             "this checkpoint sees t (time_conditioning=True): what it says of a masked state "
             "depends on when it is met, so no finite sum over states is exact"
         )
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     if scope not in ("active", "commit"):
         raise InputError(f'scope={scope!r}: give "active" or "commit"')
     if isinstance(tokens, str):
