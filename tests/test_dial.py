@@ -535,7 +535,7 @@ def test_dropout_is_refused(tmp_path, device):
     bridge = boot(small.save(tmp_path, dropout=0.1), device, torch.float64)
     compare_block_sizes(bridge, texts(), 1, 4)
     bridge.train()
-    with pytest.raises(NotExactError, match=r"dropout: call bridge.eval\(\)"):
+    with pytest.raises(NotExactError, match=r"dropout=0.1: call bridge.eval\(\)"):
         compare_block_sizes(bridge, texts(), 1, 4)
 
 

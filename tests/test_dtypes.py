@@ -108,6 +108,29 @@ def test_weights_are_the_files_cast_and_logits_as_exact_as_the_type(saved, there
         assert relative(looked, wanted) <= within(here)
 
 
+CASTS = {
+    "half": (lambda m: m.half(), torch.float16),
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "double": (lambda m: m.double(), torch.float64),
+    "float": (lambda m: m.double().float(), torch.float32),
+    "type": (lambda m: m.type(torch.float64), torch.float64),
+    "to": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    "to a tensor's": (lambda m: m.to(torch.zeros(1, dtype=torch.float16)), torch.float16),
+    "to a device": (lambda m: m.to("cpu"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["bridge", "wrapped model"])
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_config_says_what_the_weights_are_cast_to(saved, cast, whole):
+    bridge = boot(saved(torch.float32), CPU)
+    fn, dtype = CASTS[cast]
+    fn(bridge if whole else bridge.original_model)
+    assert bridge.cfg.dtype == bridge.embed.weight.dtype == dtype
+    copied = copy.deepcopy(bridge).double()
+    assert (copied.cfg.dtype, bridge.cfg.dtype) == (torch.float64, dtype)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", BOOT, ids=name_of)
 def test_two_heads_that_are_swapped_would_be_seen(saved, dtype):

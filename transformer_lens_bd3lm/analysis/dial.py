@@ -26,10 +26,10 @@ from transformer_lens_bd3lm.analysis.passes import (
     prediction_change,
     read_noised_text,
 )
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
-from transformer_lens_bd3lm.errors import NotExactError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,8 +177,7 @@ def compare_block_sizes(
     config = bridge.original_model.config
     for size in (a, b):
         read_block_size(size, config.model_length, config.cross_attn)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_noised_text(bridge, tokens, x_t, seed)
     pass_hooks = read_pass_hooks(bridge, hooks)
 

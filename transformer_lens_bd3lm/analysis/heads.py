@@ -33,13 +33,14 @@ from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
-from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -412,8 +413,7 @@ def detect_heads(
         NotExactError: in training with dropout.
     """
     bridge = read_bridge(bridge)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_masked_text(bridge, tokens, clean, block_size)
     name, keys = read_pattern(text, pattern)
     pass_hooks = read_pass_hooks(bridge, hooks)

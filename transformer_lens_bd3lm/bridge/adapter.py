@@ -31,7 +31,8 @@ from transformer_lens_bd3lm.bridge.conditioning import (
 )
 from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
-from transformer_lens_bd3lm.bridge.forward import install
+from transformer_lens_bd3lm.bridge.forward import FollowsCasts, install
+from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
 from transformer_lens_bd3lm.bridge.hook_point import own_hook_points
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
@@ -171,6 +172,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
         put_in_front(bridge, WithExactTools)
+        put_in_front(bridge, WithForwardKeywords)
+        put_in_front(bridge, FollowsCasts)
         put_in_front(bridge, WithTexts)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)

@@ -47,10 +47,11 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
         """``input W^T + bias``."""
         rows = input.shape[:-1].numel()
-        few = input.dtype == torch.bfloat16 and 0 < rows <= FEW_ROWS
-        if not few or input.device.type != "cpu":
-            return super().forward(input)
         weight, bias = self.weight, self.bias
+        # Under autocast weights and inputs have dtypes of their own, which the linear casts.
+        few = 0 < rows <= FEW_ROWS and input.dtype == weight.dtype == torch.bfloat16
+        if not few or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
         if rows == 1:
             x = input.flatten()
             y = weight @ x if bias is None else bias.addmv(weight, x)
@@ -146,7 +147,17 @@ def scalar(value: Any) -> Float[Tensor, ""]:
     return value
 
 
-class HookedForward:
+class FollowsCasts:
+    """Mixed in front of a bridge's class and its model's: ``cfg.dtype`` follows every cast."""
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        cfg = self.__dict__.get("tl_cfg") or self.cfg
+        cfg.dtype = next(self.parameters()).dtype
+        return self
+
+
+class HookedForward(FollowsCasts):
     """Mixed in front of the wrapped model's class; every pass of a bridge goes through here."""
 
     def forward(
