@@ -7,6 +7,7 @@ the repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*`
 It does not decide anything at run time: the dial lives on ``bridge.cfg.block_size``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -43,6 +44,8 @@ class BD3LMConfig(PretrainedConfig):
         var_min: whether the learned clipping interval is among the weights.
         sampling_eps_min: lower end of that interval.
         sampling_eps_max: upper end of that interval.
+        trained_block_sizes: every block size that it was trained at, if it was more than
+            ``block_size``; released files do not have it.
         **kwargs: what transformers' own config takes.
 
     Raises:
@@ -75,6 +78,7 @@ class BD3LMConfig(PretrainedConfig):
         var_min: bool = True,
         sampling_eps_min: float = 1e-3,
         sampling_eps_max: float = 0.999,
+        trained_block_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ):
         self.block_size = block_size
@@ -93,6 +97,8 @@ class BD3LMConfig(PretrainedConfig):
         self.var_min = var_min
         self.sampling_eps_min = sampling_eps_min
         self.sampling_eps_max = sampling_eps_max
+        if trained_block_sizes is not None:
+            self.trained_block_sizes = list(trained_block_sizes)
         # A library default that some released files carry; the embeddings are never tied.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
@@ -158,6 +164,22 @@ def kind_of(config: Any) -> str:
     if config.cross_attn:
         return "block diffusion"
     return "autoregressive" if config.causal else "full diffusion"
+
+
+def trained_block_sizes(config: Any) -> tuple[int, ...]:
+    """List the block sizes that a checkpoint was trained at, in tokens, smallest first.
+
+    Any other block size is off-distribution. The config's own ``trained_block_sizes`` come first,
+    then its ``block_size``. A model without blocks was trained at one: the whole context, or one
+    token where it is autoregressive.
+
+    Args:
+        config: the checkpoint's, ``bridge.original_model.config`` of a bridge. The block size that
+            is set on a bridge does not change it.
+    """
+    if not config.cross_attn:
+        return (1,) if config.causal else (config.model_length,)
+    return tuple(sorted(set(getattr(config, "trained_block_sizes", None) or [config.block_size])))
 
 
 def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,11 @@ def info(model: ModelArgument) -> None:
     """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, kind_of
+    from transformer_lens_bd3lm.checkpoint.config import (
+        BD3LMConfig,
+        kind_of,
+        trained_block_sizes,
+    )
     from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
 
     name = path_of(model)
@@ -49,7 +53,8 @@ def info(model: ModelArgument) -> None:
         "parameters": f"{parameters / 1e6:.1f} M, names and shapes as the config calls for",
         "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
         "context": f"{config.model_length} tokens",
-        "block size": f"{config.block_size} (trained); the dial goes from 1 to "
+        "block size": f"{config.block_size}, trained at "
+        f"{', '.join(map(str, trained_block_sizes(config)))}; the dial goes from 1 to "
         f"{config.model_length}"
         if config.cross_attn
         else "no blocks",

@@ -96,7 +96,7 @@ class Recipe:
             hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
             n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
             architectures=["BD3LM"], dtype="float32", bos_token_id=0,
-            eos_token_id=0,
+            eos_token_id=0, trained_block_sizes=sorted(set(self.block_sizes)),
         )  # fmt: skip
 
 
