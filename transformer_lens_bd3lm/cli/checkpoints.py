@@ -90,7 +90,8 @@ def train(
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=recipe.steps)
-        for report in run(recipe, train_file.read_text(), valid_file.read_text(), out):
+        texts = (file.read_text(encoding="utf-8") for file in (train_file, valid_file))
+        for report in run(recipe, *texts, out):
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
             progress.update(task, completed=report["step"])
             progress.console.print(told)
