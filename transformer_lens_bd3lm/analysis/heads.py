@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import check_ids, read_input
 from transformer_lens_bd3lm.diffusion.rows import resolve
@@ -437,7 +438,7 @@ def detect_heads(
         found[layer] = torch.stack([on_keys, beyond])[:, counted].cpu().double()
 
     own = [(f"blocks.{i}.attn.hook_pattern", partial(reduce, layer=i)) for i in range(layers)]
-    with bridge.hooks(fwd_hooks=[*pairs, *own]):
+    with bridge.hooks(fwd_hooks=[*pairs, *own]), masks_anywhere(bridge):
         bridge(text.x_t, clean=text.clean, block_size=block_size, timesteps=timesteps)
 
     of_text = row[counted].cpu()

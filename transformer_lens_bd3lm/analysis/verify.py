@@ -50,6 +50,7 @@ from transformer_lens_bd3lm.analysis.comparable import (
     read_length,
 )
 from transformer_lens_bd3lm.analysis.meaning import Point, Seen, passed, points
+from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.folding import require_foldable
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
@@ -649,7 +650,7 @@ def verify(
     where = passes(pair.plain.config, block_sizes)
     rows = list(settings(bridge, pair.plain))
     left_out: list[str] = []
-    with bar(progress, pair.comparisons(where)) as advance:
+    with bar(progress, pair.comparisons(where)) as advance, masks_anywhere(bridge):
         for row in compared(pair, where, text, left_out):
             rows.append(row)
             advance()
