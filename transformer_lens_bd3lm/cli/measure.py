@@ -73,7 +73,7 @@ def exact(
         console.print(
             f"NLL {float(found.nll[0]):.4f} nats ({found.bits_per_token:.4f} bits a token, "
             f"{found.bits_per_character:.4f} a character); NELBO {float(found.nelbo[0]):.4f}; "
-            f"gap {float(found.gap[0]):.4f}. BOS is given."
+            f"gap {float(found.gap[0]):.4f}. BOS is given.{untrained(bridge, dial)}"
         )
     write_json(
         {
@@ -169,8 +169,21 @@ def likelihood(
     if not is_main():
         return
     if str(json) != "-":
-        console.print(figures_table(Path(bridge.cfg.model_name).name, found))
+        table = figures_table(Path(bridge.cfg.model_name).name, found)
+        table.caption += "." + untrained(bridge, dial)
+        console.print(table)
     write_json(figures(found), json)
+
+
+def untrained(bridge: Any, block_size: int | str | None) -> str:
+    """A sentence about a block size that the checkpoint was not trained at; nothing for others."""
+    from transformer_lens_bd3lm.bridge import forward
+    from transformer_lens_bd3lm.checkpoint.config import trained_block_sizes
+
+    sizes = trained_block_sizes(bridge.original_model.config)
+    if forward.read_dial(bridge, block_size) in sizes:
+        return ""
+    return f" Not trained at this block size but at {', '.join(map(str, sizes))}: off-distribution."
 
 
 def measures(found: Any) -> dict[str, Any]:
