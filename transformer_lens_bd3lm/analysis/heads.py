@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
@@ -234,7 +235,7 @@ class HeadScores:
 
     def table(self, k: int = 10) -> Table:
         """A row a head, the best ``k``: its score, an interval over texts, and its content."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title, "table.title"), title_justify="left")
         table.caption, table.caption_justify = self.caption(), "left"
         for name in ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces"):
             table.add_column(name, justify="left" if name == "head" else "right")

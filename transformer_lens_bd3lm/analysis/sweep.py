@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import read_noised_text
@@ -145,7 +146,8 @@ class Sweep:
     def table(self) -> Table:
         """A row a setting: NLL, NELBO, and how much of the price is looseness."""
         one = self.settings[0].nelbo
-        table = Table(title=f"{self.model} over the dial", title_justify="left")
+        title = Text(f"{self.model} over the dial", "table.title")
+        table = Table(title=title, title_justify="left")
         table.caption_justify = "left"
         table.caption = (
             f"Texts: {self.texts:,}, tokens: {one.total_tokens:,} (no BOS). ±: standard "

@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of
+from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import console
 
@@ -80,7 +80,7 @@ def train(
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run goes on.")],
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, other than the recipe's.")
+        int | None, typer.Option(help="Optimizer steps, other than the recipe's.", min=1, max=MOST)
     ] = None,
 ) -> None:
     """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
