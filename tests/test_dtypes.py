@@ -261,7 +261,7 @@ def test_an_activation_beyond_float16_is_nan_and_never_a_likelihood(saved, tmp_p
     ids = ids_of()
     half, whole = (boot(folder, CPU, dtype) for dtype in (torch.float16, torch.float32))
     assert whole(ids).isfinite().all() and half(ids).isnan().all()
-    assert bd3lm.log_probs(half(ids), ids)[ids == 11].isnan().all()
+    assert bd3lm.log_probs(half(ids), ids, 11)[ids == 11].isnan().all()
     text = "w1 w2 w3 w4 w5 w6"
     assert bd3lm.exact(whole, text).nll.isfinite().all()
     for call in (bd3lm.exact, bd3lm.likelihood):
@@ -285,7 +285,7 @@ def test_in_half_precision_a_hidden_key_has_no_weight_at_all(saved, dtype):
     assert torch.allclose(
         pattern.float().sum(-1), torch.tensor(1.0), atol=4 * torch.finfo(dtype).eps
     )
-    log_p = bd3lm.log_probs(logits, ids)
+    log_p = bd3lm.log_probs(logits, ids, bridge.cfg.mask_token_id)
     assert (log_p[..., -1] == -torch.inf).all() and not log_p.isnan().any()
     for run in (
         bd3lm.denoise(bridge, "w1 w2", max_new_tokens=6),
@@ -586,7 +586,7 @@ def test_a_device_map_of_one_device_is_that_device(golden, tmp_path, device_map)
         one, two = (bd3lm.denoise(b, "w1", max_new_tokens=6) for b in (bridge, ours))
         assert torch.equal(one.final, two.final)
         bridge.enable_compatibility_mode()
-        log_p = [bd3lm.log_probs(b(ids), ids) for b in (bridge, ours)]
+        log_p = [bd3lm.log_probs(b(ids), ids, b.cfg.mask_token_id) for b in (bridge, ours)]
         assert relative(*log_p) < 1e-5
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import (
@@ -81,7 +82,7 @@ class DialComparison:
 
     def table(self) -> Table:
         """A row a depth: what is left of the residuals, and how far attention moved."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title, "table.title"), title_justify="left")
         table.caption, table.caption_justify = self.caption(), "left"
         for name in (
             "after",

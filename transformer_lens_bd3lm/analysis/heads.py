@@ -31,9 +31,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.block import require_eval
+from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
@@ -236,7 +238,7 @@ class HeadScores:
 
     def table(self, k: int = 10) -> Table:
         """A row a head, the best ``k``: its score, an interval over texts, and its content."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title, "table.title"), title_justify="left")
         table.caption, table.caption_justify = self.caption(), "left"
         for name in ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces"):
             table.add_column(name, justify="left" if name == "head" else "right")
@@ -431,7 +433,7 @@ def detect_heads(
         found[layer] = torch.stack([on_keys, beyond])[:, counted].cpu().double()
 
     own = [(f"blocks.{i}.attn.hook_pattern", partial(reduce, layer=i)) for i in range(layers)]
-    with read_pass_hooks(bridge, [*pass_hooks.fns, *own]).on():
+    with read_pass_hooks(bridge, [*pass_hooks.fns, *own]).on(), masks_anywhere(bridge):
         bridge(text.x_t, clean=text.clean, block_size=block_size, timesteps=timesteps)
 
     of_text = row[counted].cpu()

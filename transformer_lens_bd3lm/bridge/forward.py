@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.bridge.distribution import warn_once
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
@@ -199,6 +200,9 @@ class HookedForward(FollowsCasts):
 
         Raises:
             InputError: for anything that does not fit; nothing has been run then.
+
+        Warns:
+            OffDistributionWarning: once a bridge, where a block reads masks in an earlier one.
         """
         if reduce is not None and not callable(reduce):
             raise InputError(f"reduce={reduce!r}: give a function of the logits")
@@ -226,6 +230,8 @@ class HookedForward(FollowsCasts):
         wide = torch.promote_types(x.dtype, torch.float32)
         sigma = read_sigma(config, timesteps, view.ids, wide)
         padding = read_padding(view, attention_mask)
+        if inputs_embeds is None:
+            warn_once(self, view, cfg.mask_token_id, padding)
         routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
         logits = run(self, x, sigma, routing, slice(0, view.length))
         return logits if reduce is None else scalar(reduce(logits))
@@ -317,6 +323,7 @@ def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
 def install(model: Any, cfg: Any) -> None:
     """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
     model.tl_cfg = cfg
+    model.warned_off_distribution = False
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

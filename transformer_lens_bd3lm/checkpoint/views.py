@@ -96,8 +96,8 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
         raise InputError(
             f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
         )
-    low, high = (int(end) for end in ids.aminmax())
-    if low < 0 or high >= vocab_size:
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):
+        low, high = (int(end) for end in ids.aminmax())
         raise InputError(
             f"{name} holds id {low if low < 0 else high}: the vocabulary is 0..{vocab_size - 1}"
         )

@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of
+from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import console
 
@@ -80,7 +80,7 @@ def train(
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run goes on.")],
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, other than the recipe's.")
+        int | None, typer.Option(help="Optimizer steps, other than the recipe's.", min=1, max=MOST)
     ] = None,
 ) -> None:
     """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
@@ -90,7 +90,8 @@ def train(
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=recipe.steps)
-        for report in run(recipe, train_file.read_text(), valid_file.read_text(), out):
+        texts = (file.read_text(encoding="utf-8") for file in (train_file, valid_file))
+        for report in run(recipe, *texts, out):
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
             progress.update(task, completed=report["step"])
             progress.console.print(told)

@@ -7,10 +7,12 @@ import typer
 
 from transformer_lens_bd3lm.analysis.diff import finite
 from transformer_lens_bd3lm.cli.app import (
+    MOST,
     app,
     boot,
     check_writable,
     read_dial,
+    save_figure,
     short_names,
     write_json,
 )
@@ -37,8 +39,12 @@ def dependency(
     block_size: Annotated[
         str | None, typer.Option(help='The dial: tokens a block, or "full".')
     ] = None,
-    deepest: Annotated[int, typer.Option(help="Depths from here on are counted as one.")] = 8,
-    shuffles: Annotated[int, typer.Option(help="Of the probe's labels; 0: no probe.", min=0)] = 5,
+    deepest: Annotated[
+        int, typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST)
+    ] = 8,
+    shuffles: Annotated[
+        int, typer.Option(help="Of the probe's labels; 0: no probe.", min=0, max=MOST)
+    ] = 5,
     max_states: MaxStates = 256,
     replicates: Replicates = 4,
     weights: Annotated[
@@ -65,14 +71,15 @@ def dependency(
         how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
         how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
         found.append(measure(bridge, sentences, **how))
-        if str(json) != "-":
-            console.print(found[-1].table())
     write_json([figures(each) for each in found], json)
     if plot is not None:
         from transformer_lens_bd3lm.plots_checkpoints import dependency_figure
 
-        dependency_figure(found).savefig(plot, dpi=160)
-        if str(json) != "-":
+        save_figure(lambda: dependency_figure(found), plot)
+    if str(json) != "-":
+        for each in found:
+            console.print(each.table())
+        if plot is not None:
             console.print(f"figure in {plot}")
 
 

@@ -93,7 +93,7 @@ def nucleus(
 
 
 def ancestral_update(
-    log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int | None = None
+    log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int
 ) -> Float[Tensor, "*dims d_vocab"]:
     """``q(x_s | x_t)`` of a masked token: probability s/t that it stays the mask, else p.
 
@@ -103,7 +103,7 @@ def ancestral_update(
         log_p: what a revealed token is drawn from, in nats; the mask has probability 0 in it.
         t: time before the update, in (0, 1].
         s: time after it.
-        mask_id: the mask token's id; the last id by default.
+        mask_id: the mask token's id.
 
     Raises:
         InputError: unless 0 <= s < t <= 1.
@@ -111,7 +111,7 @@ def ancestral_update(
     if not 0.0 <= s < t <= 1.0:
         raise InputError(f"t={t}, s={s}: an update goes from t to s, with 0 <= s < t <= 1")
     q = log_p.exp() * (1 - s / t)
-    q[..., -1 if mask_id is None else mask_id] = s / t
+    q[..., mask_id] = s / t
     return q
 
 
