@@ -247,9 +247,7 @@ def test_in_place_is_returned_in_the_loop(kind, scope, kv_cache):
         assert torch.equal(prompt, IDS[:, :4])
 
 
-@pytest.mark.parametrize(
-    ("kind", "scope"), [("as booted", "active"), ("processed", "commit")]
-)
+@pytest.mark.parametrize(("kind", "scope"), [("as booted", "active"), ("processed", "commit")])
 def test_in_place_is_returned_in_exact_sums(kind, scope):
     bridge = bridge_of(kind)
     text = IDS[:1].clone()

@@ -116,6 +116,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore::transformer_lens_bd3lm.errors.OffDistributionWarning")
 @pytest.mark.parametrize("member", FAMILY)
 @bounded
 @given(st.data())

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.distribution import hidden
 from transformer_lens_bd3lm.checkpoint.views import check_ids
 from transformer_lens_bd3lm.errors import InputError
 
@@ -203,14 +204,14 @@ def hide_padding(
             refuse_early_end(*padded)
         if padded[-1] is None:
             return ids, clean, None
-        hidden = padded[-1].to(ids.device)
-        attention_mask = ~hidden
+        behind = padded[-1].to(ids.device)
+        attention_mask = ~behind
     else:
-        hidden = ~torch.as_tensor(attention_mask).to(ids.device).bool()
-        if hidden.shape != streams[0].shape:
+        behind = ~torch.as_tensor(attention_mask).to(ids.device).bool()
+        if behind.shape != streams[0].shape:
             return ids, clean, attention_mask
     size, filler = bridge.original_model.config.vocab_size, int(cfg.mask_token_id == 0)
-    filled = [x.masked_fill(hidden.to(x.device) & ((x < 0) | (x >= size)), filler) for x in streams]
+    filled = [x.masked_fill(behind.to(x.device) & ((x < 0) | (x >= size)), filler) for x in streams]
     if clean is None:
         return torch.cat(filled, dim=1), None, attention_mask
     return filled[0], filled[-1], attention_mask
@@ -292,7 +293,7 @@ class WithTexts:
             clean = self.to_tokens(clean, prepend_bos, padding_side)
         if attention_mask is None:
             attention_mask = kwargs.pop("one_zero_attention_mask", None)
-        if is_ids(input) and not torch.compiler.is_compiling():
+        if is_ids(input) and not hidden(input):
             input, clean, attention_mask = hide_padding(
                 self, input, clean, attention_mask, kwargs.get("sample_mode")
             )
