@@ -239,6 +239,24 @@ def test_a_mask_that_is_given_decides_in_place_of_the_padding(bridge):
                 close(found[real], wanted[real])
 
 
+def test_the_training_loss_of_padded_texts_is_that_of_each(bridge):
+    texts = ["to be or not", "to be"]
+    x_0 = bridge.to_tokens(texts)
+    x_t = x_0.clone()
+    x_t[:, -2:] = bridge.cfg.mask_token_id  # of padding too
+    x_t[1, 2] = bridge.cfg.mask_token_id
+    real = x_0 != bridge.cfg.pad_token_id
+    logits = bridge(x_t, clean=x_0)
+    settings = {"mask_id": bridge.cfg.mask_token_id, "per_token": True}
+    each = bd3lm.diffusion_loss(logits, x_t, x_0, 0.5, attention_mask=real, **settings)
+    for row, text in enumerate(texts):
+        alone, n = bridge.to_tokens(text), int(real[row].sum())
+        noisy = x_t[row : row + 1, :n]
+        wanted = bd3lm.diffusion_loss(bridge(noisy, clean=alone), noisy, alone, 0.5, **settings)
+        close(each[row, :n], wanted[0])
+        assert not bool(each[row, n:].any())
+
+
 def test_padding_on_the_left_or_of_the_noisy_text_alone_is_refused(bridge):
     left = bridge.to_tokens(["to be or", "to"], padding_side="left")
     with pytest.raises(InputError, match="pad on the right"):

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.distribution import hidden
-from transformer_lens_bd3lm.checkpoint.views import check_ids
+from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden
 from transformer_lens_bd3lm.errors import InputError
 
 TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
@@ -211,7 +211,7 @@ def hide_padding(
         if behind.shape != streams[0].shape:
             return ids, clean, attention_mask
     size, filler = bridge.original_model.config.vocab_size, int(cfg.mask_token_id == 0)
-    filled = [x.masked_fill(behind.to(x.device) & ((x < 0) | (x >= size)), filler) for x in streams]
+    filled = [fill_hidden(stream, behind, size, filler) for stream in streams]
     if clean is None:
         return torch.cat(filled, dim=1), None, attention_mask
     return filled[0], filled[-1], attention_mask

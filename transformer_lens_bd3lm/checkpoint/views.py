@@ -104,6 +104,14 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
     return ids
 
 
+def fill_hidden(
+    ids: Int[Tensor, "batch pos"], hidden: Bool[Tensor, "batch pos"], vocab_size: int, filler: int
+) -> Int[Tensor, "batch pos"]:
+    """Replace ids that no token has where nobody reads them: padding may be any number."""
+    outside = (ids < 0) | (ids >= vocab_size)
+    return ids.masked_fill(hidden.to(ids.device) & outside, filler)
+
+
 def read_input(
     config: Any,
     input_ids: Any,

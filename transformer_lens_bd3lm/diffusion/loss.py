@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids, read_padding
+from transformer_lens_bd3lm.checkpoint.views import View, check_ids, fill_hidden, read_padding
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs, read_mask_id
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 
@@ -71,7 +71,7 @@ def diffusion_loss(
     """
     logits, mask_id = read_logits(logits, mask_id)
     x_t, x_0 = (
-        check_ids(ids, logits.shape[-1], name).to(logits.device)
+        read_stream(ids, logits.shape[-1], name, attention_mask).to(logits.device)
         for ids, name in ((x_t, "x_t"), (x_0, "x_0"))
     )
     for ids, name in ((x_t, "x_t"), (x_0, "x_0")):
@@ -107,6 +107,19 @@ def read_logits(logits: Any, mask_id: Any) -> tuple[Float[Tensor, "batch pos d_v
         raise InputError(f"logits is {came}: give raw logits [batch, pos, d_vocab]")
     d_vocab = logits.shape[-1]
     return logits, read_mask_id(d_vocab - 1 if mask_id is None else mask_id, d_vocab)
+
+
+def read_stream(ids: Any, d_vocab: int, name: str, attention_mask: Any) -> Int[Tensor, "batch pos"]:
+    """Ids of one stream, whatever the padding is.
+
+    Raises:
+        InputError: for what are no ids of the vocabulary.
+    """
+    if isinstance(ids, Tensor) and attention_mask is not None and not ids.is_floating_point():
+        hidden = ~torch.as_tensor(attention_mask).bool()
+        if hidden.shape == ids.shape:
+            ids = fill_hidden(ids.long(), hidden, d_vocab, 0)
+    return check_ids(ids, d_vocab, name)
 
 
 def read_counted(x_0: Int[Tensor, "batch pos"], attention_mask: Any) -> Bool[Tensor, "batch pos"]:
