@@ -27,6 +27,7 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
+from transformer_lens_bd3lm.bridge.diffusion_generate import WithDenoising
 from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
@@ -39,6 +40,7 @@ from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
+from transformer_lens_bd3lm.errors import InputError
 
 logger = logging.getLogger("transformer_lens_bd3lm")
 
@@ -139,16 +141,14 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             self.native_sampler = None
             self.supports_causal_loss = self.supports_generation = True
 
-    def native_sampler_kwargs(self, max_new_tokens: int, prompt_len: int) -> dict[str, Any]:
-        """What ``bridge.diffusion_generate`` hands to the denoising loop."""
-        return {"max_new_tokens": max_new_tokens}
-
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
         mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
+        if not self.cfg.causal:
+            put_in_front(bridge, WithDenoising)
         put_in_front(bridge, WithExactTools)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
@@ -185,6 +185,24 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """What the host's hand-over leaves out."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
+
+
+def require_bd3lm(bridge: Any) -> None:
+    """Refuse a bridge of another architecture, and what is no bridge.
+
+    Raises:
+        InputError: for either.
+    """
+    adapter = getattr(bridge, "adapter", None)
+    if isinstance(adapter, BD3LMArchitectureAdapter):
+        return
+    came = type(bridge).__name__
+    if adapter is not None:
+        came = f"a bridge of {getattr(bridge.cfg, 'architecture', None) or type(adapter).__name__}"
+    raise InputError(
+        f"bridge is {came}: give a BD3LM bridge, as TransformerBridge.boot_transformers(...) makes "
+        "it of a BD3LM or MDLM checkpoint"
+    )
 
 
 def mount_frequencies(bridge: Any, backbone: Any) -> None:

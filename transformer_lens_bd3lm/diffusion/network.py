@@ -72,6 +72,7 @@ class Network:
     @torch.no_grad()
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Raw logits of the step's masked positions, in row-major order."""
+        require_eval(self.bridge)
         model, (start, end) = self.bridge.original_model, step.window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
         ids = step.tokens[:, first:end]
@@ -179,6 +180,19 @@ def committed(step: Step) -> Step:
     )
 
 
+def require_eval(bridge: Any) -> None:
+    """Refuse dropout, in any part of the bridge.
+
+    Raises:
+        NotExactError: if a module is in training and the checkpoint has dropout.
+    """
+    if bridge.cfg.dropout and any(module.training for module in bridge.modules()):
+        raise NotExactError(
+            f"the bridge, or a part of it, is in training, with dropout={bridge.cfg.dropout}: two "
+            "runs under one noise would differ. Call bridge.eval()"
+        )
+
+
 def make_network(
     bridge: Any,
     canvas: Canvas,
@@ -196,11 +210,7 @@ def make_network(
     model = bridge.original_model
     config = model.config
     made = StepHooks.of(hooks)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError(
-            f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "
-            "noise would differ. Call bridge.eval()"
-        )
+    require_eval(bridge)
     exact = config.cross_attn and not config.time_conditioning
     if kv_cache and not exact:
         why = (
