@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
+from transformer_lens_bd3lm.bridge.diffusion_generate import WithDenoising
 from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import FollowsCasts, install
@@ -161,16 +162,14 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             self.native_sampler = None
             self.supports_causal_loss = self.supports_generation = True
 
-    def native_sampler_kwargs(self, max_new_tokens: int, prompt_len: int) -> dict[str, Any]:
-        """What ``bridge.diffusion_generate`` hands to the denoising loop."""
-        return {"max_new_tokens": max_new_tokens}
-
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
         mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
+        if not self.cfg.causal:
+            put_in_front(bridge, WithDenoising)
         put_in_front(bridge, WithExactTools)
         put_in_front(bridge, WithForwardKeywords)
         put_in_front(bridge, FollowsCasts)

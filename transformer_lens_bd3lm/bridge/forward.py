@@ -236,36 +236,6 @@ class HookedForward(FollowsCasts):
         logits = run(self, x, sigma, routing, slice(0, view.length))
         return logits if reduce is None else scalar(reduce(logits))
 
-    def diffusion_generate(
-        self: Any,
-        input_ids: Int[Tensor, "batch pos"],
-        temperature: float = 1.0,
-        nucleus_p: float = 1.0,
-        seed: int = 0,
-        **how: Any,
-    ) -> Int[Tensor, "batch length"]:
-        """The finished ids of :func:`denoise`, which ``bridge.diffusion_generate`` calls.
-
-        Args:
-            input_ids: prompts of one length.
-            temperature: of first hitting; give ``sampler`` for another.
-            nucleus_p: of first hitting; likewise.
-            seed: of the noise; give ``noise`` for more.
-            how: the keywords of :func:`denoise`.
-        """
-        # A floor above this one, so imported when it is there.
-        from transformer_lens_bd3lm.diffusion.denoise import denoise
-        from transformer_lens_bd3lm.diffusion.noise import Noise
-        from transformer_lens_bd3lm.diffusion.samplers import FirstHitting
-
-        plain = FirstHitting(temperature=temperature, nucleus_p=nucleus_p)
-        if plain != FirstHitting() and "sampler" in how:
-            raise InputError("sampler was given beside temperature or nucleus_p: set them on it")
-        if seed != 0 and "noise" in how:
-            raise InputError(f"noise was given beside seed={seed}: give one of the two")
-        how = {"sampler": plain, "noise": Noise(seed)} | how
-        return denoise(self.tl_cfg._bridge_ref(), input_ids, **how).tokens
-
     def save_pretrained(self: Any, save_directory: Any) -> None:
         """As ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
         save(self.tl_cfg._bridge_ref(), save_directory)

@@ -75,6 +75,7 @@ class Network:
     @torch.no_grad()
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Raw logits of the step's masked positions, in row-major order."""
+        require_eval(self.bridge)
         model, (start, end) = self.bridge.original_model, step.window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
         ids = step.tokens[:, first:end]
