@@ -36,6 +36,7 @@ from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
+from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
@@ -128,10 +129,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Record what cfg could not know before the model was there.
 
         Raises:
-            CheckpointError: if a weight is too large for the dtype.
+            CheckpointError: if a weight is too large for the dtype, or a module computes more than
+                its weights say.
             InputError: if the weights are spread over devices.
         """
         check_placement(getattr(hf_model, "hf_device_map", None))
+        check_plain(hf_model)
         check_range(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
