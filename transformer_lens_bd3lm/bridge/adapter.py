@@ -41,6 +41,7 @@ from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.texts import WithTexts
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
+from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.rules import shown
@@ -142,7 +143,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Record what cfg could not know before the model was there.
 
         Raises:
-            CheckpointError: if a weight is too large for the dtype.
+            CheckpointError: if a weight is too large for the dtype, or a module computes more than
+                its weights say.
             InputError: if the weights are spread over devices, if the model is in a bridge already,
                 or if it is not as ``n_ctx`` or ``hf_config_overrides`` ask.
         """
@@ -153,6 +155,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             )
         refuse_late_overrides(getattr(self, "_config", hf_model.config), hf_model.config)
         check_placement(getattr(hf_model, "hf_device_map", None))
+        check_plain(hf_model)
         check_range(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal

@@ -7,8 +7,9 @@ models, so every one of these doors asks the same :class:`MadeWith`, and so does
 
 A finished run compares a hash of all weights (0.15 s at 170 M parameters, on a CPU). So a move to
 another device, or the same values loaded again, changes nothing; a cast, an edit through ``.data``
-and weight processing do. Between two steps that would cost too much: there :class:`Unchanged` compares
-tensors and their version counters, which do not see ``.data``, and the hash once more at the end.
+and weight processing do. Between two steps that would cost too much: there :class:`Unchanged`
+compares tensors and their version counters, which do not see ``.data``, and the hash once more at
+the end.
 
 What may change: the bridge's block size and device, since a run keeps its own of the first and
 depends on no other than rounding of the second, and the flags that add hook points.
