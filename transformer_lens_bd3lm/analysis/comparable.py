@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from transformer_lens_bd3lm.checkpoint.config import ARCHITECTURES, BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.rules import ARCHITECTURES
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 
 # Of the largest value; what rounding was seen to make is a third of it, in bfloat16 two thirds.
