@@ -81,15 +81,17 @@ WRONG = [
     ("hidden_dim", 10**400, "bits"), ("n_heads", 0, "from 1"), ("n_heads", [2], "a list"),
     ("model_length", 0, "from 1"), ("vocab_size", 2**40, "from 2"), ("cond_dim", {}, "a dict"),
     ("dropout", float("nan"), "a number"), ("dropout", float("inf"), "a number"),
-    ("dropout", "0.1", "a number"), ("dropout", -0.1, "from 0"), ("adaln", "false", "true or false"),
+    ("dropout", "0.1", "a number"), ("dropout", -0.1, "from 0"), ("dropout", 2, "from 0"),
+    ("adaln", "false", "true or false"),
     ("cross_attn", 1, "true or false"), ("causal", "no", "true or false"),
     ("time_conditioning", None, "true or false"), ("var_min", "x" * 10**6, "true or false"),
     ("attn_backend", 3, "text"), ("sampling_eps_max", True, "a number"),
     ("trained_block_sizes", [1, "4"], "whole numbers"), ("trained_block_sizes", [0], "from 1"),
-    ("architectures", "BD3LM", "a list of names"), ("architectures", [["BD3LM"]], "a list of names"),
+    ("architectures", "BD3LM", "list of names"), ("architectures", [["BD3LM"]], "list of names"),
     ("head_dim", 3, "n_heads = 8"), ("n_layer", 5, "two values"), ("hidden_size", 99, "two values"),
     ("text_config", {"hidden_size": 4}, "remove"), ("original_architecture", "Other", "remove"),
-    ("parameterization", "sedd", "no log-probabilities"), ("dtype", "float33", "cannot take"),
+    ("parameterization", "sedd", "no log-probabilities"), ("dtype", "float33", "such as"),
+    ("dtype", "int8", "such as"), ("architectures", ["GPT2LMHeadModel"], "none of its names"),
     ("tokenizer_name", "else/where", "setting of TransformerLens"),
     ("attn_scale", 3.0, "setting of TransformerLens"),
 ]  # fmt: skip
@@ -118,6 +120,11 @@ def test_a_config_made_or_changed_in_python_keeps_the_same_rules(folder):
         BD3LMConfig(**(small.DEFAULTS | {"hidden_dim": 15}))
     with pytest.raises(CheckpointError, match="n_heads=-2"):
         AutoModelForMaskedLM.from_pretrained(folder, n_heads=-2)
+
+
+def test_a_config_without_an_architecture_is_a_bd3lm(folder):
+    edit_config(folder, drop=["architectures"])
+    assert boot(folder, CPU).cfg.architecture == "BD3LM"
 
 
 def test_what_says_the_same_and_what_nobody_knows_is_let_be(folder):
@@ -268,7 +275,7 @@ def test_a_repository_that_calls_itself_sedd_must_say_what_its_logits_are(golden
     made = tmp_path / "sedd-noeos-owt"
     shutil.copytree(copy_of(golden("full_diffusion"), tmp_path), made)
     edit_config(made, time_conditioning=True, adaln=True)
-    with pytest.raises(CheckpointError, match="calls itself SEDD .* scores"):
+    with pytest.raises(CheckpointError, match="calls itself SEDD, whose logits are scores"):
         boot(made, CPU)
     edit_config(made, parameterization="subs")
     assert boot(made, CPU).cfg.time_conditioning

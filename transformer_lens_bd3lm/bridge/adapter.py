@@ -41,8 +41,8 @@ from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.texts import WithTexts
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
-from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.rules import shown
 from transformer_lens_bd3lm.checkpoint.tokenizer import check_files, padding_id, teach_mask

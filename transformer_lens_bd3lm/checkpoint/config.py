@@ -22,7 +22,6 @@ BASELINES: dict[str, dict[str, Any]] = {
     "MDLM": {"cross_attn": False, "causal": False},
     "AR": {"cross_attn": False, "causal": True, "adaln": False},
 }
-ARCHITECTURES = ("BD3LM", "BAMDLM", *BASELINES)
 REQUIRED = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
 
 
@@ -71,15 +70,15 @@ class BD3LMConfig(PretrainedConfig):
         cond_dim: int = 129,
         n_blocks: int = 12,
         n_heads: int = 12,
-        dropout: float = 0.1,
+        dropout: int | float = 0.1,
         adaln: bool = True,
         cross_attn: bool = True,
         causal: bool = False,
         time_conditioning: bool = False,
         attn_backend: str = "flex",
         var_min: bool = True,
-        sampling_eps_min: float = 1e-3,
-        sampling_eps_max: float = 0.999,
+        sampling_eps_min: int | float = 1e-3,
+        sampling_eps_max: int | float = 0.999,
         trained_block_sizes: list[int] | None = None,
         **kwargs: Any,
     ):
@@ -108,6 +107,7 @@ class BD3LMConfig(PretrainedConfig):
                 f"the checkpoint's config has a value that transformers cannot take: {error}. "
                 "Correct it in config.json"
             ) from error
+        self.architectures = self.architectures or ["BD3LM"]
         # Kept apart from block_size, which an override at boot or a bridge's block size changes.
         self.trained_block_sizes = trained_block_sizes or [_own_block_size(self)]
         self.check()
@@ -174,6 +174,10 @@ class BAMDLMConfig(BD3LMConfig):
     """The same under the ``model_type`` of released repositories' first revisions."""
 
     model_type = "bamdlm"
+
+    # transformers makes an __init__ of its own for a config class without one.
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
 
 
 class MDLMConfig(BD3LMConfig):

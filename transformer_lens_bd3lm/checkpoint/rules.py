@@ -11,6 +11,7 @@ Keys that are not here are not looked at.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -20,6 +21,7 @@ MAX_LAYERS = 1000
 MAX_WIDTH = 2**17
 MAX_LENGTH = 2**20
 MAX_VOCABULARY = 2**22
+ARCHITECTURES = ("BD3LM", "BAMDLM", "MDLM", "AR")
 # What the network's logits are. Scores (SEDD) are not log-probabilities of tokens.
 PARAMETERIZATIONS = ("subs", "ar")
 # Names that TransformerLens and transformers have for our keys, and would read before ours.
@@ -108,9 +110,16 @@ def check_settings(
             "weights than the files' usual names say: call the file model.safetensors and remove "
             "the key"
         )
+    for key in {"dtype", "torch_dtype"} & settings.keys():
+        dtype = settings[key]
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            refuse(key, 'it must be a floating point type of torch, such as "float32"')
     architectures = settings.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(x, str) for x in architectures):
         refuse("architectures", 'it must be a list of names, such as ["BD3LM"]')
+    if architectures and not set(architectures) & set(ARCHITECTURES):
+        refuse("architectures", f"none of its names is one of {', '.join(ARCHITECTURES)}")
     if settings.get("parameterization", "subs") not in PARAMETERIZATIONS:
         refuse(
             "parameterization",
