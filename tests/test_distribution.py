@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.model_bridge import TransformerBridge
 
 import transformer_lens_bd3lm as bd3lm
@@ -148,6 +149,27 @@ def test_values_that_cannot_be_looked_at_are_not(boot):
     assert not model.warned_off_distribution
     with pytest.warns(bd3lm.OffDistributionWarning):
         look(x_t)
+
+
+class Asked(TorchDispatchMode):
+    """Counts the values that Python asks a tensor for: on a GPU each is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_asks_for_two_values_at_most(boot):
+    """Whether ids are in the vocabulary, and whether to warn; nothing beyond one block."""
+    bridge = boot()
+    for block_size, wanted in ((4, 2), ("full", 1)):
+        with Asked() as asked, torch.no_grad():
+            bridge(text(9), block_size=block_size)
+        assert asked.number <= wanted, block_size
 
 
 def test_the_packages_own_passes_say_it_in_their_results(boot):

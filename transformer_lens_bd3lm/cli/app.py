@@ -68,9 +68,13 @@ def check_device(device: str | None) -> None:
         ) from error
 
 
-def refuse_files(texts: list[str]) -> None:
-    """Refuse the name of a file where a text is meant."""
+def check_texts(texts: list[str]) -> None:
+    """Refuse the name of a file where a text is meant, and what is no text in the terminal's."""
     for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{text!r} is not text in UTF-8") from error
         try:
             named = Path(text).is_file()
         except (OSError, ValueError):
@@ -80,6 +84,17 @@ def refuse_files(texts: list[str]) -> None:
                 f"{text} names a file, and would be read as the text itself: give the text, as in "
                 f'"$(cat {text})"'
             )
+
+
+def read_file(path: Path) -> str:
+    """The text of a file, in UTF-8; a device, which may have no end, is refused."""
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8-sig")
+        why = "it is no file"
+    except (OSError, UnicodeError) as error:
+        why = str(error)
+    raise typer.BadParameter(f"{path} cannot be read: {why}")
 
 
 def short_names(models: list[str]) -> list[str]:

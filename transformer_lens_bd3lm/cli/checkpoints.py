@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of
+from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of, read_file
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import console
 
@@ -88,9 +88,9 @@ def train(
     from transformer_lens_bd3lm.diffusion.train import train as run
 
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
+    texts = [read_file(file) for file in (train_file, valid_file)]
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=recipe.steps)
-        texts = (file.read_text(encoding="utf-8") for file in (train_file, valid_file))
         for report in run(recipe, *texts, out):
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
             progress.update(task, completed=report["step"])

@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.cli.app import (
     boot,
     check_writable,
     read_dial,
+    read_file,
     save_figure,
     short_names,
     write_json,
@@ -64,7 +65,7 @@ def dependency(
     check_writable(plot, (".png", ".svg", ".pdf"))
     check_writable(json)
     dial = None if block_size is None else read_dial(block_size)
-    given = parses if text is None else parse(text.read_text(encoding="utf-8"))
+    given = read_file(parses) if text is None else parse(read_file(text))
     sentences, found = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)

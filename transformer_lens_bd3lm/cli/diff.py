@@ -10,9 +10,9 @@ from transformer_lens_bd3lm.cli.app import (
     MOST,
     app,
     boot,
+    check_texts,
     check_writable,
     read_dial,
-    refuse_files,
     write_json,
     writing,
 )
@@ -60,7 +60,7 @@ def diff(
     # A command of the same name is in this module.
     from transformer_lens_bd3lm.analysis import diff as library
 
-    refuse_files(text or [])
+    check_texts(text or [])
     check_writable(plot, (".html", ".png", ".svg", ".pdf"))
     check_writable(json)
     bridges = [

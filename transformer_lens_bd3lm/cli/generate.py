@@ -14,8 +14,8 @@ from transformer_lens_bd3lm.cli.app import (
     app,
     boot,
     check_new,
+    check_texts,
     read_dial,
-    refuse_files,
     writing,
 )
 from transformer_lens_bd3lm.terminal import Canvases, console
@@ -50,7 +50,7 @@ def generate(
     """Write text by denoising, block after block."""
     import transformer_lens_bd3lm as bd3lm
 
-    refuse_files(prompt or [])
+    check_texts(prompt or [])
     check_new(save)
     if sampler is Order.ancestral:
         how = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)

@@ -14,9 +14,9 @@ from transformer_lens_bd3lm.cli.app import (
     ModelArgument,
     app,
     boot,
+    check_texts,
     check_writable,
     read_dial,
-    refuse_files,
     save_figure,
     write_json,
 )
@@ -68,7 +68,7 @@ def exact(
     """Exact NLL, bound and reveal order of one text, summed over every order."""
     import transformer_lens_bd3lm as bd3lm
 
-    refuse_files([text])
+    check_texts([text])
     check_writable(json)
     bridge = boot(model, device)
     dial = None if block_size is None else read_dial(block_size)
