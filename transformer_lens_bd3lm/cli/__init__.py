@@ -9,6 +9,7 @@ import sys
 import warnings
 from typing import Any
 
+import torch
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli import (
@@ -28,9 +29,11 @@ from transformer_lens_bd3lm.terminal import errors
 
 COMMANDS = (demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify)
 
-
 # Of what is no mistake of this package: files, numbers and memory that a machine does not have.
-EXPECTED = (BD3LMError, OSError, OverflowError, MemoryError, RecursionError, UnicodeError)
+EXPECTED = (
+    BD3LMError, OSError, OverflowError, MemoryError, RecursionError, UnicodeError,
+    torch.OutOfMemoryError,
+)  # fmt: skip
 
 
 def main() -> None:

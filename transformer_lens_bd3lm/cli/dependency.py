@@ -1,7 +1,7 @@
 """``bd3lm dependency``: likelihood, order of reveal and a probe by dependency depth."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -65,7 +65,7 @@ def dependency(
     check_writable(plot, (".png", ".svg", ".pdf"))
     check_writable(json)
     dial = None if block_size is None else read_dial(block_size)
-    given = read_file(parses) if text is None else parse(read_file(text))
+    given = parse(read_file(text)) if text is not None else read_file(cast(Path, parses))
     sentences, found = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)

@@ -178,7 +178,7 @@ def likelihood(
     write_json(figures(found), json)
     if str(json) != "-":
         table = figures_table(Path(bridge.cfg.model_name).name, found)
-        table.caption += "." + untrained(bridge, dial)
+        table.caption = f"{table.caption}.{untrained(bridge, dial)}"
         console.print(table)
 
 
