@@ -64,17 +64,6 @@ def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
     return StepHooks(laid)
 
 
-def bypassed(bridge: Any, point: str) -> str | None:
-    """The flag that takes a hook point off the path, if one does."""
-    cfg = bridge.cfg
-    if cfg.use_attn_result and point.endswith("attn.o.hook_out"):
-        return "use_attn_result is on, hook attn.hook_out"
-    forked = cfg.use_split_qkv_input or cfg.use_attn_in
-    if forked and point.endswith(("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in")):
-        return "use_split_qkv_input or use_attn_in is on, every head reads a copy of its own"
-    return None
-
-
 def apply_on_rows(
     fn: StepFn,
     step: Step,
