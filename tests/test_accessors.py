@@ -464,10 +464,12 @@ def test_gradients_where_processing_changes_nothing_are_the_same(path, device, v
         tokens = real_tokens(bridge)
         kwargs = {"clean": clean} if view == "dual" else {}
 
-        masked = x_t == bridge.cfg.mask_token_id
+        mask_id = bridge.cfg.mask_token_id
+        masked = x_t == mask_id
 
-        def mean_log_prob(logits, x_t=x_t, tokens=tokens, masked=masked):
-            return at(tokens[masked], bd3lm.log_probs(logits[masked], x_t[masked])).mean()
+        def mean_log_prob(logits, x_t=x_t, tokens=tokens, masked=masked, mask_id=mask_id):
+            log_p = bd3lm.log_probs(logits[masked], x_t[masked], mask_id)
+            return at(tokens[masked], log_p).mean()
 
         loss, cache = bridge.run_with_cache(x_t, incl_bwd=True, reduce=mean_log_prob, **kwargs)
         assert loss.ndim == 0

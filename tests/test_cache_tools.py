@@ -203,7 +203,9 @@ def test_the_accumulated_stream_reads_out_as_the_lens_does(golden, device):
         read = cache.accumulated_resid(apply_ln=True) @ bridge.W_U + bridge.b_U
         real = torch.arange(bridge.cfg.d_vocab, device=device) != bridge.cfg.mask_token_id
         assert relative(read[-1][..., real], logits[..., real]) < EXACT
-        found = bd3lm.log_probs(read[:, masked], x_t[masked].expand(len(read), -1))
+        found = bd3lm.log_probs(
+            read[:, masked], x_t[masked].expand(len(read), -1), bridge.cfg.mask_token_id
+        )
         wanted = logit_lens(bridge, whole, x_t)
         assert relative(found, wanted) < EXACT
 

@@ -151,6 +151,15 @@ def test_likelihood_says_which_figures_are_exact(corpus):
     assert "NELBO: a bound, estimate" in words(result) and "NLL" not in words(result)
 
 
+@pytest.mark.parametrize("size, trained", [("4", True), ("full", True), ("3", False)])
+def test_a_block_size_that_it_was_not_trained_at_is_said(corpus, size, trained):
+    for command in (["exact", "tiny", "To be, or not"], ["likelihood", "tiny", corpus[0]]):
+        result = run(*command, "--block-size", size, "--max-states", "512")
+        assert result.exit_code == 0, result.output
+        told = "Not trained at this block size but at 1, 2, 4, 8, 16, 32, 64, 256" in words(result)
+        assert told != trained, result.output
+
+
 def test_likelihood_goes_on_where_it_was(corpus, tmp_path):
     how = ["likelihood", "tiny", corpus[0], "--out", str(tmp_path / "out"), "--json", "-"]
     first, again = (run(*how) for _ in range(2))

@@ -300,7 +300,7 @@ def test_kl_is_that_of_the_public_log_probs_at_masked_positions_alone(bridge):
     x_t = noised(x_0, found.masked)
     with torch.no_grad():
         a, b = (
-            bd3lm.log_probs(bridge(x_t, clean=x_0, block_size=size), x_t)[..., :MASK].cpu()
+            bd3lm.log_probs(bridge(x_t, clean=x_0, block_size=size), x_t, MASK)[..., :MASK].cpu()
             for size in (1, 8)
         )
     wanted = (a.exp() * (a - b)).sum(-1)
@@ -535,7 +535,7 @@ def test_dropout_is_refused(tmp_path, device):
     bridge = boot(small.save(tmp_path, dropout=0.1), device, torch.float64)
     compare_block_sizes(bridge, texts(), 1, 4)
     bridge.train()
-    with pytest.raises(NotExactError, match=r"dropout: call bridge.eval\(\)"):
+    with pytest.raises(NotExactError, match=r"dropout=0.1: call bridge.eval\(\)"):
         compare_block_sizes(bridge, texts(), 1, 4)
 
 

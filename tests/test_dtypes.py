@@ -108,6 +108,29 @@ def test_weights_are_the_files_cast_and_logits_as_exact_as_the_type(saved, there
         assert relative(looked, wanted) <= within(here)
 
 
+CASTS = {
+    "half": (lambda m: m.half(), torch.float16),
+    "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
+    "double": (lambda m: m.double(), torch.float64),
+    "float": (lambda m: m.double().float(), torch.float32),
+    "type": (lambda m: m.type(torch.float64), torch.float64),
+    "to": (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+    "to a tensor's": (lambda m: m.to(torch.zeros(1, dtype=torch.float16)), torch.float16),
+    "to a device": (lambda m: m.to("cpu"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["bridge", "wrapped model"])
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_config_says_what_the_weights_are_cast_to(saved, cast, whole):
+    bridge = boot(saved(torch.float32), CPU)
+    fn, dtype = CASTS[cast]
+    fn(bridge if whole else bridge.original_model)
+    assert bridge.cfg.dtype == bridge.embed.weight.dtype == dtype
+    copied = copy.deepcopy(bridge).double()
+    assert (copied.cfg.dtype, bridge.cfg.dtype) == (torch.float64, dtype)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", BOOT, ids=name_of)
 def test_two_heads_that_are_swapped_would_be_seen(saved, dtype):
@@ -238,7 +261,7 @@ def test_an_activation_beyond_float16_is_nan_and_never_a_likelihood(saved, tmp_p
     ids = ids_of()
     half, whole = (boot(folder, CPU, dtype) for dtype in (torch.float16, torch.float32))
     assert whole(ids).isfinite().all() and half(ids).isnan().all()
-    assert bd3lm.log_probs(half(ids), ids)[ids == 11].isnan().all()
+    assert bd3lm.log_probs(half(ids), ids, 11)[ids == 11].isnan().all()
     text = "w1 w2 w3 w4 w5 w6"
     assert bd3lm.exact(whole, text).nll.isfinite().all()
     for call in (bd3lm.exact, bd3lm.likelihood):
@@ -262,7 +285,7 @@ def test_in_half_precision_a_hidden_key_has_no_weight_at_all(saved, dtype):
     assert torch.allclose(
         pattern.float().sum(-1), torch.tensor(1.0), atol=4 * torch.finfo(dtype).eps
     )
-    log_p = bd3lm.log_probs(logits, ids)
+    log_p = bd3lm.log_probs(logits, ids, bridge.cfg.mask_token_id)
     assert (log_p[..., -1] == -torch.inf).all() and not log_p.isnan().any()
     for run in (
         bd3lm.denoise(bridge, "w1 w2", max_new_tokens=6),
@@ -563,7 +586,7 @@ def test_a_device_map_of_one_device_is_that_device(golden, tmp_path, device_map)
         one, two = (bd3lm.denoise(b, "w1", max_new_tokens=6) for b in (bridge, ours))
         assert torch.equal(one.final, two.final)
         bridge.enable_compatibility_mode()
-        log_p = [bd3lm.log_probs(b(ids), ids) for b in (bridge, ours)]
+        log_p = [bd3lm.log_probs(b(ids), ids, b.cfg.mask_token_id) for b in (bridge, ours)]
         assert relative(*log_p) < 1e-5
 
 

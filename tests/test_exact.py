@@ -70,7 +70,7 @@ def by_order(bridge, ids, size, noisy=None, clean=None):
                 x_t[:, list(order[rank:])] = bridge.cfg.mask_token_id
                 with bridge.hooks(fwd_hooks=hooks):
                     logits = bridge(x_t, clean=ids, block_size=size)
-                log_probs = bd3lm.log_probs(logits, x_t)[:, i]
+                log_probs = bd3lm.log_probs(logits, x_t, bridge.cfg.mask_token_id)[:, i]
                 log_p = log_p + log_probs.gather(-1, ids[:, i : i + 1])[:, 0]
             orders[order] = log_p
         found.append(orders)
@@ -139,7 +139,7 @@ def test_block_size_one_is_the_autoregressive_likelihood(bridge):
     x_t = ids.clone()
     x_t[:, 1:] = MASK
     with torch.no_grad():
-        log_p = bd3lm.log_probs(bridge(x_t, clean=ids, block_size=1), x_t)
+        log_p = bd3lm.log_probs(bridge(x_t, clean=ids, block_size=1), x_t, MASK)
     wanted = -log_p.gather(-1, ids[..., None])[..., 0][:, 1:].sum(-1)
     assert apart(found.nll, wanted) < EXACT
 

@@ -238,7 +238,7 @@ def divergence(bridge, size: int, rows: int = 1000) -> float:
     device = bridge.cfg.device
     with torch.no_grad():
         logits = bridge(x_t.to(device), clean=clean.to(device), block_size=size).cpu()
-    q = bd3lm.log_probs(logits, x_t).double()[masked][:, 1:7]
+    q = bd3lm.log_probs(logits, x_t, MASK).double()[masked][:, 1:7]
     p = grammar.conditional(x_t, clean, size)[masked][:, 1:7]
     return float((weight[masked][:, None] * p * (p.log() - q)).sum()) / rows
 
@@ -258,7 +258,7 @@ def test_a_masked_word_is_told_by_both_sides_as_the_truth_tells_it(bridge):
     texts = torch.cat([ids_of("a b = a _ = a"), ids_of("c d e = c _ e"), ids_of("a b _ a b = a")])
     with torch.no_grad():
         logits = bridge(texts.to(bridge.cfg.device), block_size="full").cpu()
-    found = bd3lm.log_probs(logits, texts).double().exp()
+    found = bd3lm.log_probs(logits, texts, MASK).double().exp()
     wanted = grammar.conditional(texts)
     assert wanted.amax(-1).min() > 0.8
     assert float((found - wanted).abs().max()) < 0.05
@@ -317,7 +317,7 @@ def test_one_head_copies_and_no_other(bridge, q, size):
     def log_odds(hooks=()) -> float:
         with bridge.hooks(fwd_hooks=list(hooks)):
             logits = bridge(x_t, block_size=size)
-        p = bd3lm.log_probs(logits, x_t)[:, q].double().exp().cpu()
+        p = bd3lm.log_probs(logits, x_t, MASK)[:, q].double().exp().cpu()
         return float(torch.logit(p.gather(-1, copied[:, None])).mean())
 
     def without(head: int):

@@ -683,7 +683,7 @@ def test_dropout_is_refused(tmp_path, device):
     bridge = boot(small.save(tmp_path, dropout=0.1), device)
     detect_heads(bridge, torch.tensor(FINE), "induction")
     bridge.train()
-    with pytest.raises(NotExactError, match=r"dropout: call bridge.eval\(\)"):
+    with pytest.raises(NotExactError, match=r"dropout=0.1: call bridge.eval\(\)"):
         detect_heads(bridge, torch.tensor(FINE), "induction")
 
 

@@ -109,9 +109,13 @@ def test_every_hook_point_owns_what_it_shows():
         assert all(type(point) is OwningHookPoint for point in points)
 
 
-@pytest.mark.parametrize("on", TOGETHER, ids=lambda on: "+".join(on) or "plain")
-@pytest.mark.parametrize("view", ["sampling", "dual"])
-@pytest.mark.parametrize("kind", ["as booted", "processed"])
+@pytest.mark.parametrize(
+    ("kind", "view", "on"),
+    [("as booted", "dual", on) for on in TOGETHER]
+    + [("as booted", "sampling", on) for on in (TOGETHER[0], TOGETHER[-1])]
+    + [("processed", "sampling", TOGETHER[0]), ("processed", "dual", TOGETHER[-1])],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain",
+)
 def test_in_place_is_returned_in_a_forward(kind, view, on):
     bridge = bridge_of(kind, on)
     ids, kwargs = forward_of(bridge, view)
@@ -154,8 +158,9 @@ def test_a_point_that_shares_its_tensor_would_be_seen(kind):
     assert not same(a, b)
 
 
-@pytest.mark.parametrize("on", [(), ("use_attn_result", "use_hook_mlp_in"), ("use_attn_in",)])
-@pytest.mark.parametrize("view", ["sampling", "dual"])
+@pytest.mark.parametrize(
+    ("view", "on"), [("dual", ()), ("sampling", ("use_attn_result", "use_attn_in"))]
+)
 def test_what_was_cached_before_an_edit_is_not_changed_by_it(view, on):
     bridge = bridge_of("as booted", on)
     ids, kwargs = forward_of(bridge, view)
@@ -177,9 +182,10 @@ def gradients(bridge, ids, kwargs, hooks):
     return {n: p.grad.clone() for n, p in bridge.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("on", [(), ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")])
-@pytest.mark.parametrize("view", ["sampling", "dual"])
-@pytest.mark.parametrize("kind", ["as booted", "processed"])
+@pytest.mark.parametrize(
+    ("kind", "view", "on"),
+    [("as booted", "dual", ()), ("as booted", "sampling", TOGETHER[-1]), ("processed", "dual", ())],
+)
 def test_a_gradient_edited_in_place_is_one_returned(kind, view, on):
     bridge = bridge_of(kind, on)
     ids, kwargs = forward_of(bridge, view)
@@ -218,11 +224,9 @@ def test_a_gradient_cached_on_the_way_is_not_changed_by_an_edit_further_on():
     ("kind", "scope", "kv_cache"),
     [
         ("as booted", "active", True),
-        ("as booted", "active", False),
         ("as booted", "commit", True),
         ("as booted", "prefix", False),
         ("processed", "commit", True),
-        ("processed", "prefix", False),
     ],
 )
 def test_in_place_is_returned_in_the_loop(kind, scope, kv_cache):
@@ -243,9 +247,7 @@ def test_in_place_is_returned_in_the_loop(kind, scope, kv_cache):
         assert torch.equal(prompt, IDS[:, :4])
 
 
-@pytest.mark.parametrize(
-    ("kind", "scope"), [("as booted", "active"), ("as booted", "commit"), ("processed", "commit")]
-)
+@pytest.mark.parametrize(("kind", "scope"), [("as booted", "active"), ("processed", "commit")])
 def test_in_place_is_returned_in_exact_sums(kind, scope):
     bridge = bridge_of(kind)
     text = IDS[:1].clone()
@@ -253,7 +255,9 @@ def test_in_place_is_returned_in_exact_sums(kind, scope):
         found = []
         for fn in (returned(name), in_place(name)):
             sums = outcome(lambda fn=fn: bd3lm.exact(bridge, text, 2, [(name, fn)], scope=scope))
-            found.append(sums if isinstance(sums, tuple) else {"nll": sums.nll, "bound": sums.nelbo})
+            found.append(
+                sums if isinstance(sums, tuple) else {"nll": sums.nll, "bound": sums.nelbo}
+            )
         assert same(*found), name
         assert torch.equal(text, IDS[:1])
 

@@ -51,7 +51,7 @@ def run(bridge, ids, **how):
 
 def own(logits, x_t):
     """The model's own prediction at every mask."""
-    return bd3lm.log_probs(logits, x_t)[x_t == MASK]
+    return bd3lm.log_probs(logits, x_t, MASK)[x_t == MASK]
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "time_conditioned", "no_adaln"])
@@ -61,7 +61,8 @@ def test_at_the_last_layer_it_is_the_models_own_prediction(golden, device, name)
     logits, cache = run(bridge, ids, timesteps=0.5)
     lens = logit_lens(bridge, cache, ids, 2)
     assert lens.shape == (bridge.cfg.n_layers + 1, 2, 37)
-    torch.testing.assert_close(lens[-1], bd3lm.log_probs(logits, ids)[:, 2], rtol=1e-5, atol=1e-5)
+    wanted = bd3lm.log_probs(logits, ids, 36)[:, 2]
+    torch.testing.assert_close(lens[-1], wanted, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(lens[0, :, :-1], lens[-1, :, :-1], atol=1e-2)
     assert bool((lens[..., -1] == -torch.inf).all())
 

@@ -337,6 +337,29 @@ def test_a_reference_to_another_key_is_followed(tmp_path, words):
     assert bd3lm.boot_lightning(tmp_path / "x.ckpt", tokenizer=words).cfg.block_size == 16
 
 
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({"block_size": "${.seed}", "seed": 2}, 2),
+        ({"block_size": "${data.size}", "data__size": "${.other}", "data__other": 8}, 8),
+        ({"block_size": "${data.size}", "data__size": "${..model.length}"}, 16),
+    ],
+    ids=["beside it", "beside what it refers to", "one above"],
+)
+def test_a_relative_reference_is_from_where_it_stands(tmp_path, words, changes, size):
+    write(tmp_path / "x.ckpt", edit=config_with(**changes))
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=False)
+    assert saved["hyper_parameters"]["config"].block_size == size, "to OmegaConf itself"
+    assert bd3lm.boot_lightning(tmp_path / "x.ckpt", tokenizer=words).cfg.block_size == size
+
+
+@pytest.mark.parametrize("reference", ["${.nowhere}", "${..seed}", "${...seed}", "${.}"])
+def test_a_reference_to_nothing_is_told_of_by_both_names(tmp_path, words, reference):
+    write(tmp_path / "x.ckpt", edit=config_with(block_size=reference))
+    with pytest.raises(CheckpointError, match="has no block_size, which stands for|is '"):
+        bd3lm.boot_lightning(tmp_path / "x.ckpt", tokenizer=words)
+
+
 def test_a_reference_that_would_read_this_machine_is_refused(tmp_path, words, monkeypatch):
     monkeypatch.setenv("SECRET", "4")
     write(tmp_path / "x.ckpt", edit=config_with(block_size="${oc.decode:${oc.env:SECRET}}"))

@@ -52,7 +52,7 @@ def nll_token_by_token(bridge, ids, given=1):
         x_t = ids[None, : position + 1].clone()
         x_t[0, position] = bridge.cfg.mask_token_id
         with torch.no_grad():
-            log_p = bd3lm.log_probs(bridge(x_t, block_size=1), x_t)
+            log_p = bd3lm.log_probs(bridge(x_t, block_size=1), x_t, bridge.cfg.mask_token_id)
         total -= log_p[0, position, ids[position]].item()
     return total
 

@@ -308,7 +308,7 @@ def test_the_recipe_and_the_loss_are_one_formula():
     """Weights k/m in place of 1/t, the same -log p: the recipe's share of the bound."""
     logits, x_t, x_0, t = drawn()
     masked = x_t == MASK
-    nll = masked_nll(logits[masked], x_0[masked])
+    nll = masked_nll(logits[masked], x_0[masked], MASK)
     each = diffusion_loss(logits, x_t, x_0, t, per_token=True)
     assert torch.equal(each[masked], nll / t[masked])
 

@@ -48,7 +48,7 @@ def single_forward(bridge, tokens, edited_rows: slice | None):
 
     hooks = [] if edited_rows is None else [(RESID, on_rows)]
     with bridge.hooks(fwd_hooks=hooks), torch.no_grad():
-        return bd3lm.log_probs(bridge(tokens), tokens).cpu()
+        return bd3lm.log_probs(bridge(tokens), tokens, bridge.cfg.mask_token_id).cpu()
 
 
 def test_each_cell_is_a_single_forward_over_its_tokens_with_its_edit(bridge):

@@ -1,5 +1,8 @@
 """The bound: its estimates agree with the exact sum within their own errors; biases are real."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot, relative
 from transformer_lens_bd3lm.diffusion.exact import exact
-from transformer_lens_bd3lm.diffusion.nelbo import Clip, monte_carlo, nelbo
+from transformer_lens_bd3lm.diffusion.nelbo import Clip, monte_carlo, nelbo, resampled
 from transformer_lens_bd3lm.diffusion.noise import sigma_of
 from transformer_lens_bd3lm.diffusion.noisy import read_noisy_text
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -52,7 +55,8 @@ def test_the_public_codes_loss_with_time_conditioning(golden, device):
     t = per_position(g["nelbo/t"], x_0)
     with torch.no_grad():
         logits = bridge(x_t, clean=x_0, timesteps=sigma_of(t[:, 0]).float().to(device))
-    log_p = bd3lm.log_probs(logits, x_t).gather(-1, x_0[..., None])[..., 0].cpu().double()
+    log_p = bd3lm.log_probs(logits, x_t, bridge.cfg.mask_token_id)
+    log_p = log_p.gather(-1, x_0[..., None])[..., 0].cpu().double()
     found = torch.where(x_t.cpu() == bridge.cfg.mask_token_id, -log_p / t, 0.0)
     assert relative(found, g["nelbo/loss"].double()) < 1e-5
 
@@ -120,7 +124,7 @@ def test_the_public_assignment_of_strata_is_biased_where_early_blocks_are_harder
         assert found.kind == ("biased" if biased else "estimate")
 
 
-@pytest.mark.parametrize("kind", ["t", "fraction", "unweighted"])
+@pytest.mark.parametrize("kind", ["t", "fraction", "unweighted", "resample"])
 def test_clips_do_what_their_names_say_and_are_called_biased(bridge, kind):
     text = read_noisy_text(bridge, texts(8, CONTEXT), 8, None, "active", 2048)
     generator = torch.Generator().manual_seed(0)
@@ -128,18 +132,104 @@ def test_clips_do_what_their_names_say_and_are_called_biased(bridge, kind):
     masks = [monte_carlo(text, generator, clip=clip) for _ in range(40)]
     share = torch.stack([m.masked[0, :, 8:].double().mean(-1) for m in masks])
     weight = torch.stack([m.weight[0, :, 8] for m in masks])
-    if kind == "fraction":
+    if kind in ("fraction", "resample"):
         assert float(share.min()) >= 0.6 and float(share.max()) <= 0.9
-        assert float(weight.max()) > 1 / 0.6, "t itself is not clipped"
     else:
         assert float(share.min()) < 0.6 and float(share.max()) > 0.9
         assert float((share.mean() - 0.75).abs()) < 0.03
-    if kind == "t":
+    if kind == "fraction":
+        assert float(weight.max()) > 1 / 0.6, "t itself is not clipped"
+    if kind in ("t", "resample"):
         assert float(weight.min()) >= 1 / 0.9 and float(weight.max()) <= 1 / 0.6
     if kind == "unweighted":
         assert bool((weight == 1).all())
     found = nelbo(bridge, texts(3, CONTEXT), 4, "monte_carlo", clip=clip, replicates=2)
     assert found.kind == "biased"
+
+
+def over_t(values, low, high):
+    """The integral of a function of t, by Gauss and Legendre."""
+    nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(80))
+    t = (high - low) / 2 * nodes + (high + low) / 2
+    return (high - low) / 2 * (weights * values(t)).sum()
+
+
+@torch.no_grad()
+def enumerated(bridge, ids, size, clip) -> float:
+    """What a clipped estimate of one text estimates, over every mask of every block."""
+    text = read_noisy_text(bridge, ids, size)
+    clean, n, total = text.clean(), ids.shape[1], 0.0
+    for start in range(0, n, size):
+        block = range(start, min(start + size, n))
+        chosen = []
+        for drawn in itertools.product([False, True], repeat=len(block)):
+            hidden = [i for i, masked in zip(block, drawn, strict=True) if masked and i > 0]
+            given_back = drawn[0] and start == 0
+            if clip.kind == "resample":
+                k, m = len(block), sum(drawn)
+            else:
+                k, m = len(block) - (start == 0), sum(drawn)
+                if given_back:
+                    continue
+            if not clip.low <= m / k <= clip.high:
+                continue
+            masked = torch.zeros(1, 1, n, dtype=torch.bool)
+            masked[0, 0, hidden] = True
+            chosen.append((k, m, -float(text.log_p(clean, masked).sum())))
+
+        def chance(t, k, m):
+            return t**m * (1 - t) ** (k - m)
+
+        if clip.kind == "resample":
+
+            def loss(t, chosen=chosen):
+                each = sum(chance(t, k, m) * nats for k, m, nats in chosen)
+                return each / sum(chance(t, k, m) for k, m, _ in chosen) / t
+
+            width = clip.high - clip.low
+            total += float(over_t(loss, clip.low, clip.high)) / width
+        else:
+            whole = sum(over_t(lambda t, k=k, m=m: chance(t, k, m), 0, 1) for k, m, _ in chosen)
+            parts = (
+                over_t(lambda t, k=k, m=m: chance(t, k, m) / t, 0, 1) * nats
+                for k, m, nats in chosen
+                if nats
+            )
+            total += float(sum(parts) / whole)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["resample", "fraction"])
+@pytest.mark.parametrize(
+    "size, length, low, high", [(3, 9, 0.3, 0.7), (4, 10, 0.45, 0.95), (5, 5, 0.1, 0.5)]
+)
+def test_clipped_fractions_estimate_the_sum_over_all_masks(bridge, kind, size, length, low, high):
+    ids, clip = small.prompt_of(1, length, seed=size), Clip(kind, low, high)
+    wanted = enumerated(bridge, ids, size, clip)
+    how = {"method": "monte_carlo", "replicates": 2000, "rows": 20_000, "strata": "none"}
+    found = nelbo(bridge, ids, size, clip=clip, **how)
+    assert abs(float(found.nats) - wanted) < 4 * float(found.standard_error)
+    other = Clip("fraction" if kind == "resample" else "resample", low, high)
+    assert abs(enumerated(bridge, ids, size, other) - wanted) > 0.02 * wanted
+
+
+def test_a_resampled_mask_counts_bos_and_gives_it_back(bridge):
+    text = read_noisy_text(bridge, small.prompt_of(8, CONTEXT), 4, None, "active", 2048)
+    generator = torch.Generator().manual_seed(0)
+    masks = [monte_carlo(text, generator, clip=Clip("resample", 0.5, 0.5001)) for _ in range(40)]
+    number = torch.cat([m.masked[0].unflatten(1, (-1, 4)).sum(-1) for m in masks])
+    assert bool((number[:, 1:] == 2).all())
+    assert number[:, 0].unique().tolist() == [1, 2], "BOS was one of the two, or was not"
+    weight = torch.cat([m.weight[0] for m in masks])
+    assert float(weight.min()) >= 1 / 0.5001 and float(weight.max()) <= 1 / 0.5
+
+
+def test_masks_that_hardly_ever_fit_are_drawn_as_fast():
+    """At t near 0 almost no mask has a share of 1/4 or more; redrawing would not come to an end."""
+    t = torch.full((2, 3, 1), 1e-300, dtype=torch.float64)
+    places = torch.ones(2, 3, 4, dtype=torch.bool)
+    masked = resampled(t, places, Clip("resample", 0.25, 1.0), torch.Generator().manual_seed(0))
+    assert bool((masked.sum(-1) == 1).all())
 
 
 def test_figures_are_told_in_every_unit(bridge):
@@ -169,6 +259,14 @@ def test_figures_are_told_in_every_unit(bridge):
         ({"method": "stratified", "strata": "public"}, "monte_carlo"),
         (
             {"method": "monte_carlo", "block_size": 2, "clip": Clip("fraction", 0.6, 0.9)},
+            "no number of masks",
+        ),
+        (
+            {"method": "monte_carlo", "block_size": 2, "clip": Clip("resample", 0.6, 0.9)},
+            "no number of masks",
+        ),
+        (
+            {"method": "monte_carlo", "block_size": 1, "clip": Clip("resample", 0.45, 0.95)},
             "no number of masks",
         ),
     ],

@@ -106,10 +106,10 @@ def ancestral_categorical(bridge, g, p, kind):
     device = bridge.cfg.device
     logits = bridge(x.to(device), timesteps=sigma_of(t).to(device))[:, -4:].cpu()
     log_p = Drawing(nucleus_p=p, nucleus=kind).distribution(
-        bd3lm.log_probs(logits.double(), x[:, -4:])
+        bd3lm.log_probs(logits.double(), x[:, -4:], MASK)
     )
     rows = zip(log_p, t.double().tolist(), strict=True)
-    return x, torch.stack([ancestral_update(row, at, at - DT) for row, at in rows])
+    return x, torch.stack([ancestral_update(row, at, at - DT, MASK) for row, at in rows])
 
 
 @pytest.mark.parametrize("p", [0.5, 0.9, 1.0])
@@ -142,7 +142,7 @@ def test_an_ancestral_update_is_a_distribution_and_leaves_its_input_alone():
 @pytest.mark.parametrize("t, s", [(0.5, 0.5), (0.2, 0.5), (1.1, 0.5), (0.5, -0.1), (math.nan, 0.0)])
 def test_an_update_that_does_not_go_down_is_refused(t, s):
     with pytest.raises(InputError, match="from t to s"):
-        ancestral_update(torch.zeros(3), t, s)
+        ancestral_update(torch.zeros(3), t, s, mask_id=2)
 
 
 # Temperature.
@@ -493,7 +493,8 @@ def probability_of_texts(bridge, prompt: list[int], orders) -> torch.Tensor:
                 canvas[:, done] = torch.tensor([text[done] for text in texts])
             ids = torch.cat([torch.tensor([prompt] * len(texts)), canvas], dim=1)
             logits = bridge(ids.to(bridge.cfg.device)).cpu()
-            probs = bd3lm.log_probs(logits, ids).exp()[:, len(prompt) + place]
+            probs = bd3lm.log_probs(logits, ids, bridge.cfg.mask_token_id).exp()
+            probs = probs[:, len(prompt) + place]
             p *= probs.gather(1, torch.tensor([text[place] for text in texts])[:, None])[:, 0]
         total += p / len(orders)
     return total
@@ -527,7 +528,7 @@ def test_independent_draws_of_all_three_would_be_noticed(tiny, written):
     with torch.no_grad():
         ids = torch.tensor([prompt + [WORDS] * SIZE])
         logits = tiny(ids.to(tiny.cfg.device)).cpu()
-        each = bd3lm.log_probs(logits, ids).exp()[0, SIZE:, :WORDS]
+        each = bd3lm.log_probs(logits, ids, WORDS).exp()[0, SIZE:, :WORDS]
     independent = torch.einsum("a,b,c->abc", *each).flatten()
     assert chi_square(counts, ROWS * independent) > 4
 
@@ -546,7 +547,8 @@ def test_ancestral_in_one_step_draws_all_independently(tiny):
     counts = torch.bincount(code, minlength=WORDS**SIZE).double()
     ids = torch.tensor([prompt + [WORDS] * SIZE])
     with torch.no_grad():
-        each = bd3lm.log_probs(tiny(ids.to(tiny.cfg.device)).cpu(), ids).exp()[0, SIZE:, :WORDS]
+        logits = tiny(ids.to(tiny.cfg.device)).cpu()
+        each = bd3lm.log_probs(logits, ids, WORDS).exp()[0, SIZE:, :WORDS]
     independent = torch.einsum("a,b,c->abc", *each).flatten()
     assert chi_square(counts, ROWS * independent) < 4
     exact = probability_of_texts(tiny, prompt, list(itertools.permutations(range(SIZE))))

@@ -595,7 +595,7 @@ def test_a_hook_sees_the_step_before_it_happened(bridge):
 def test_a_yielded_step_has_the_log_probabilities_of_its_block(bridge):
     for step in bd3lm.denoise_steps(bridge, prompt(2), max_new_tokens=NEW):
         start, end = step.window
-        wanted = bd3lm.log_probs(step.logits, step.tokens[:, start:end])
+        wanted = bd3lm.log_probs(step.logits, step.tokens[:, start:end], step.mask_id)
         assert torch.equal(step.log_probs, wanted)
         assert step.log_probs.shape == (2, 4, 12)
 

@@ -898,7 +898,7 @@ def test_test_prompt_reads_the_position_before_too(plain, capsys):
     assert rank > 0
     ids = plain.to_tokens("a b c = a b [MASK]")
     with torch.no_grad():
-        assert plain.to_string(bd3lm.log_probs(plain(ids), ids)[0, -1].argmax()) == "c"
+        assert plain.to_string(bd3lm.log_probs(plain(ids), ids, MASK)[0, -1].argmax()) == "c"
 
 
 def test_losses_of_next_tokens_are_refused_and_name_the_loss_that_there_is(plain):

@@ -1,6 +1,8 @@
 """The recipe: what it draws, that its loss is the NELBO, and that a stopped run goes on."""
 
 import itertools
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -23,6 +25,7 @@ from transformer_lens_bd3lm.diffusion.train import (
     train_tokenizer,
     windows,
 )
+from transformer_lens_bd3lm.errors import InputError
 
 CONTEXT, VOCAB, MASK = 8, 6, 5
 TINY = Recipe(
@@ -498,3 +501,134 @@ def test_a_context_shorter_than_sixteen_is_trained_and_reported_too(tmp_path):
     short = replace(SHORT, context=8, block_sizes=(1, 2), steps=1)
     (report,) = train(short, TEXT, TEXT[:600], tmp_path)
     assert {"valid_1", "valid_4", "valid_8"} <= report.keys()
+
+
+# The folder: what it was begun with.
+
+
+def train_two_steps(folder, train_text=TEXT, valid_text=TEXT[:600]) -> list:
+    return list(train(replace(SHORT, steps=2), train_text, valid_text, folder))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that was trained without a stop."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_two_steps(folder)
+    return folder
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished(folder) -> dict[str, bytes]:
+    """What a finished folder has, but for the order of the state's metadata."""
+    files = contents(folder)
+    state = load_file(folder / "state.safetensors")
+    files["state.safetensors"] = b"".join(state[name].numpy().tobytes() for name in sorted(state))
+    return files
+
+
+def test_a_folder_has_only_whole_files(trained):
+    names = {"begun.json", "state.safetensors", "config.json", "model.safetensors"}
+    assert contents(trained).keys() == names | {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("renamed", range(6))
+def test_a_run_that_is_killed_before_any_of_its_files_is_there_goes_on(
+    trained, tmp_path, monkeypatch, renamed
+):
+    """Tokenizer, tokenizer's config, begun, state, config, weights: in whatever order."""
+    replaced, done = os.replace, []
+
+    def killed(*args):
+        if len(done) == renamed:
+            raise KeyboardInterrupt
+        done.append(args)
+        replaced(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        train_two_steps(tmp_path)
+    assert len(contents_of_files(tmp_path)) == renamed
+    train_two_steps(tmp_path)
+    assert finished(tmp_path) == finished(trained)
+
+
+def contents_of_files(folder) -> list[str]:
+    """Names of the files that have taken their places."""
+    return [p.name for p in folder.iterdir() if p.is_file() and not p.name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_tokenizer_that_was_cut_off_is_made_anew(trained, tmp_path, share):
+    whole = (trained / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(whole[: int(share * len(whole))])
+    train_two_steps(tmp_path)
+    assert finished(tmp_path) == finished(trained)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"train_text": TEXT + "!"}, "another training text:"),
+        ({"valid_text": TEXT[1:601]}, "another validation text:"),
+        (
+            {"train_text": TEXT[::-1], "valid_text": TEXT},
+            "another training text and another validation text:",
+        ),
+    ],
+    ids=["training", "validation", "both"],
+)
+@pytest.mark.parametrize("stopped", [True, False], ids=["before the first step", "at the end"])
+def test_other_texts_in_the_same_folder_are_refused(
+    trained, tmp_path, monkeypatch, changes, told, stopped
+):
+    folder = tmp_path / "run"
+    if stopped:
+        monkeypatch.setattr(recipe_module, "go_on", lambda *args: iter(()))
+        train_two_steps(folder)
+    else:
+        shutil.copytree(trained, folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match=told):
+        train_two_steps(folder, **changes)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("tokenizer.json", b"{}", "not the one that the training was begun with"),
+        ("tokenizer_config.json", None, "not the one that the training was begun with"),
+        ("begun.json", b'{"made of"', "not as it was written"),
+        ("begun.json", b'{"made of": 3, "files": 4}', "not as it was written"),
+        ("begun.json", None, "has state.safetensors and no begun.json"),
+        ("state.safetensors", b"\x00" * 20, "cannot be read as the state of a run"),
+    ],
+)
+def test_a_file_that_is_another_is_refused(trained, tmp_path, name, content, told):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    before = contents(folder)
+    with pytest.raises(InputError, match=told):
+        train_two_steps(folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"has {name} and no begun.json"):
+        train_two_steps(tmp_path)
+    assert contents(tmp_path) == {name: b"{}"}
+
+
+def test_a_text_shorter_than_a_row_is_refused_and_nothing_is_begun(tmp_path):
+    with pytest.raises(InputError, match="a row is BOS and 15 more"):
+        train_two_steps(tmp_path / "run", valid_text="short")
+    assert not (tmp_path / "run").exists()

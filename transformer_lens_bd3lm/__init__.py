@@ -66,6 +66,7 @@ from transformer_lens_bd3lm.diffusion.stop import LowEntropy as LowEntropy
 from transformer_lens_bd3lm.diffusion.subs import log_probs as log_probs
 from transformer_lens_bd3lm.diffusion.units import Nats as Nats
 from transformer_lens_bd3lm.errors import BD3LMError as BD3LMError
+from transformer_lens_bd3lm.errors import OffDistributionWarning as OffDistributionWarning
 
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 """Path of the embedded default: a 3 M parameter BD3LM, trained over the whole dial."""
@@ -98,6 +99,7 @@ __all__ = [
     "Nats",
     "Nelbo",
     "Noise",
+    "OffDistributionWarning",
     "Price",
     "Record",
     "RepeatedTokens",

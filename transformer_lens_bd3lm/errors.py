@@ -12,7 +12,8 @@
     ├── HookReturnError (ValueError)  a hook returned neither None nor a same-shaped tensor
     └── NotExactError (RuntimeError)  what was asked for cannot be exact here, so it is refused
 
-Each says what came, the rule, and the way out. Nothing here is a warning.
+Each says what came, the rule, and the way out. One thing is a warning, because it may be meant:
+``OffDistributionWarning``, of input that training never showed the model.
 """
 
 
@@ -54,3 +55,7 @@ class HookReturnError(BD3LMError, ValueError):
 
 class NotExactError(BD3LMError, RuntimeError):
     """What was asked for cannot be exact here, and an approximation would be silent."""
+
+
+class OffDistributionWarning(UserWarning):
+    """The model was given what training never showed it: a block that reads masks in another."""

@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-console = Console(highlight=False)
-errors = Console(highlight=False, stderr=True)
+# What models and users write is printed as it is: no markup in brackets, no :emoji: between colons.
+# What is styled here is a Text.
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 def hook_tree(bridge: Any, cache: Any) -> Tree:
@@ -35,8 +37,8 @@ def hook_tree(bridge: Any, cache: Any) -> Tree:
         if path not in branches:
             above, _, own = path.rpartition(".")
             label = f"blocks.{{0..{bridge.cfg.n_layers - 1}}}" if path == "blocks.0" else own
-            branches[path] = branches.get(above, tree).add(f"[bold]{label}[/]")
-        branches[path].add(f"{leaf} [dim]{list(cache[name].shape)}[/]")
+            branches[path] = branches.get(above, tree).add(Text(label, "bold"))
+        branches[path].add(Text.assemble(leaf, (f" {list(cache[name].shape)}", "dim")))
     return tree
 
 

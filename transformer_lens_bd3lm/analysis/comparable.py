@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from transformer_lens_bd3lm.checkpoint.config import ARCHITECTURES, BD3LMConfig
+from transformer_lens_bd3lm.bridge.block import why_random
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.naming import loading
+from transformer_lens_bd3lm.checkpoint.rules import ARCHITECTURES
 from transformer_lens_bd3lm.errors import InputError
 
 # Of the largest value; what rounding was seen to make is a third of it, in bfloat16 two thirds.
@@ -130,10 +132,9 @@ def check_bridge(bridge: Any) -> None:
     """
     if getattr(getattr(bridge, "cfg", None), "architecture", None) not in ARCHITECTURES:
         raise InputError(f"model is {type(bridge).__name__}: give a path, a Hub id or a bridge")
-    if bridge.training and bridge.cfg.dropout:
-        raise InputError(
-            f"the bridge is in training with dropout={bridge.cfg.dropout}: call bridge.eval()"
-        )
+    random = why_random(bridge)
+    if random is not None:
+        raise InputError(random)
     flags = [flag for flag in FLAGS if getattr(bridge.cfg, flag, False)]
     if flags:
         raise InputError(

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.by_depth import (
     ByDepth,
@@ -87,10 +88,9 @@ class Dependency:
 
     def depth_table(self) -> Table:
         """A row a depth."""
+        title = f"{self.model} by dependency depth, block size {self.block_size}"
         table = Table(
-            title=f"{self.model} by dependency depth, block size {self.block_size}",
-            title_justify="left",
-            caption_justify="left",
+            title=Text(title, "table.title"), title_justify="left", caption_justify="left"
         )
         left_out = self.straddling + self.outside
         table.caption = (

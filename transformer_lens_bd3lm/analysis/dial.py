@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float, Int
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import (
@@ -26,10 +27,10 @@ from transformer_lens_bd3lm.analysis.passes import (
     prediction_change,
     read_noised_text,
 )
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
-from transformer_lens_bd3lm.errors import NotExactError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,7 @@ class DialComparison:
 
     def table(self) -> Table:
         """A row a depth: what is left of the residuals, and how far attention moved."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title, "table.title"), title_justify="left")
         table.caption, table.caption_justify = self.caption(), "left"
         for name in (
             "after",
@@ -177,8 +178,7 @@ def compare_block_sizes(
     config = bridge.original_model.config
     for size in (a, b):
         read_block_size(size, config.model_length, config.cross_attn)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_noised_text(bridge, tokens, x_t, seed)
     pass_hooks = read_pass_hooks(bridge, hooks)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.sweep import interval_cell
 from transformer_lens_bd3lm.bridge.forward import read_dial
@@ -106,17 +107,18 @@ class Family:
         sizes = first.measured.nelbo
         table = Table(title="one corpus, several checkpoints", title_justify="left")
         table.caption_justify = "left"
-        table.caption = (
+        caption = (
             f"Nats a token. Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: "
             "standard error of an estimate. [ ]: 95% over texts like these, whole texts drawn "
             f"again. ≤: from the bound. Last: how far the bound is above that of {first.name}."
         )
+        table.caption = Text(caption, "table.caption")
         characters = sizes.total_characters is not None
         per = "perplexity\nbits/char" if characters else "perplexity"
         for name in ("checkpoint", "NLL", "NELBO", per, "above the first"):
             table.add_column(name, justify="left" if name == "checkpoint" else "right")
         for each in self.members:
-            table.add_row(*self.cells(each, characters), end_section=True)
+            table.add_row(*map(Text, self.cells(each, characters)), end_section=True)
         return table
 
     def cells(self, member: Member, characters: bool) -> Iterator[str]:

@@ -31,15 +31,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block import require_eval
+from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_input
 from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import between, drawn_again
-from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class HeadScores:
 
     def table(self, k: int = 10) -> Table:
         """A row a head, the best ``k``: its score, an interval over texts, and its content."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=Text(self.title, "table.title"), title_justify="left")
         table.caption, table.caption_justify = self.caption(), "left"
         for name in ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces"):
             table.add_column(name, justify="left" if name == "head" else "right")
@@ -412,8 +415,7 @@ def detect_heads(
         NotExactError: in training with dropout.
     """
     bridge = read_bridge(bridge)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     text = read_masked_text(bridge, tokens, clean, block_size)
     name, keys = read_pattern(text, pattern)
     pass_hooks = read_pass_hooks(bridge, hooks)
@@ -431,7 +433,7 @@ def detect_heads(
         found[layer] = torch.stack([on_keys, beyond])[:, counted].cpu().double()
 
     own = [(f"blocks.{i}.attn.hook_pattern", partial(reduce, layer=i)) for i in range(layers)]
-    with read_pass_hooks(bridge, [*pass_hooks.fns, *own]).on():
+    with read_pass_hooks(bridge, [*pass_hooks.fns, *own]).on(), masks_anywhere(bridge):
         bridge(text.x_t, clean=text.clean, block_size=block_size, timesteps=timesteps)
 
     of_text = row[counted].cpu()

@@ -33,8 +33,8 @@ def logit_lens(
     """Log-probabilities in nats at masked positions, after the embedding and after each layer.
 
     Tokens are in the order of ``(x_t == mask).nonzero()``, so ``lens[-1]`` is
-    ``bd3lm.log_probs(logits, x_t)[x_t == mask]``; with one ``position`` there is one a row of the
-    batch. Depth 0 is the embedding, depth i + 1 is after layer i.
+    ``bd3lm.log_probs(logits, x_t, mask)[x_t == mask]``; with one ``position`` there is one a row of
+    the batch. Depth 0 is the embedding, depth i + 1 is after layer i.
 
     Args:
         bridge: the bridge that made the cache, as booted or processed.

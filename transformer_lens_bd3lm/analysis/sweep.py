@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.passes import read_noised_text
 from transformer_lens_bd3lm.bridge.hook_names import read_names, resolve
+from transformer_lens_bd3lm.checkpoint.config import trained_block_sizes
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
@@ -70,16 +72,23 @@ class Sweep:
         model: the checkpoint's name.
         settings: what was measured at each, by block size.
         looked: what ``look`` returned at each block size; empty without it.
+        trained: block sizes that the checkpoint was trained at; None where it is not known.
     """
 
     model: str
     settings: list[Likelihood]
     looked: dict[int, Any] = field(default_factory=dict, repr=False)
+    trained: tuple[int, ...] | None = None
 
     @property
     def block_sizes(self) -> list[int]:
         """The settings of the dial, from small to large."""
         return [each.block_size for each in self.settings]
+
+    @property
+    def untrained(self) -> list[int]:
+        """The settings that the checkpoint was not trained at, which are off-distribution."""
+        return [] if self.trained is None else sorted(set(self.block_sizes) - set(self.trained))
 
     @property
     def texts(self) -> int:
@@ -140,12 +149,16 @@ class Sweep:
     def table(self) -> Table:
         """A row a setting: NLL, NELBO, and how much of the price is looseness."""
         one = self.settings[0].nelbo
-        table = Table(title=f"{self.model} over the dial", title_justify="left")
+        title = Text(f"{self.model} over the dial", "table.title")
+        table = Table(title=title, title_justify="left")
         table.caption_justify = "left"
         table.caption = (
             f"Texts: {self.texts:,}, tokens: {one.total_tokens:,} (no BOS). ±: standard "
             "error of an estimate. [ ]: 95% over texts like these, whole texts drawn again."
         )
+        if self.untrained:
+            sizes = ", ".join(map(str, self.untrained))
+            table.caption += f" Not trained at block size {sizes}: off-distribution there."
         characters = one.total_characters is not None
         columns = ["block\nsize", "NLL\nnats/token", "NELBO\nnats/token", "[95%]"]
         columns += ["NLL\nbits/char", "NELBO\nbits/char"] if characters else []
@@ -280,7 +293,8 @@ def sweep_block_sizes(
     if look is not None:
         for each in settings:
             looked[each.block_size] = looked_at(bridge, noised, each.block_size, look, pass_hooks)
-    return Sweep(Path(bridge.cfg.model_name).name, settings, looked)
+    trained = trained_block_sizes(bridge.original_model.config)
+    return Sweep(Path(bridge.cfg.model_name).name, settings, looked, trained)
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ import torch
 from jaxtyping import Float, Int
 from rich import box
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text as RichText
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -49,6 +49,7 @@ from transformer_lens_bd3lm.analysis.comparable import (
     read_length,
 )
 from transformer_lens_bd3lm.analysis.meaning import Point, Seen, passed, points
+from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.folding import require_foldable
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
 from transformer_lens_bd3lm.checkpoint.naming import loading, path_of
@@ -235,9 +236,9 @@ class Verification:
                 view,
                 str(len(rows)),
                 *(figures if worst.measured else (worst.name if bad else "", "", "")),
-                f"[bold red]✗ {len(bad)}[/]" if bad else "[green]✓[/]",
+                RichText(f"✗ {len(bad)}", "bold red") if bad else RichText("✓", "green"),
             )
-        table.caption = "\n".join(self.remarks())
+        table.caption = RichText("\n".join(self.remarks()), "table.caption")
         return table
 
     def remarks(self) -> Iterator[str]:
@@ -266,7 +267,9 @@ class Verification:
         for name in ("hook point", "kind", "view", "block", "off by", "of", "allowed"):
             table.add_column(name, justify="left" if name in ("hook point", "kind") else "right")
         for row in failed[:SHOWN]:
-            name = f"{escape(row.name)}\n[dim]{escape(row.note)}[/]" if row.note else row.name
+            name = RichText(row.name)
+            if row.note:
+                name.append(f"\n{row.note}", "dim")
             size = "" if row.block_size is None else str(row.block_size)
             figures = [f"{x:.2g}" for x in (row.difference, row.scale, row.tolerance)]
             table.add_row(name, row.kind, row.view, size, *(figures if row.measured else []))
@@ -287,7 +290,8 @@ def in_view(view: str, block_size: int | None) -> str:
 def plain_table(title: str) -> Table:
     """A table that fits into 80 columns."""
     return Table(
-        title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD,
+        title=RichText(title, "table.title"), title_justify="left", caption_justify="left",
+        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
 
@@ -650,7 +654,7 @@ def verify(
     where = passes(pair.plain.config, block_sizes)
     rows = list(settings(bridge, pair.plain))
     left_out: list[str] = []
-    with bar(progress, pair.comparisons(where)) as advance:
+    with bar(progress, pair.comparisons(where)) as advance, masks_anywhere(bridge):
         for row in compared(pair, where, text, left_out):
             rows.append(row)
             advance()

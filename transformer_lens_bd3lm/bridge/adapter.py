@@ -8,9 +8,11 @@ says so.
 What weight processing needs beyond the host's own is in ``folding``.
 """
 
+import inspect
 import logging
 from typing import Any
 
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
     LinearBridge,
@@ -27,20 +29,39 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
+from transformer_lens_bd3lm.bridge.diffusion_generate import WithDenoising
 from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
-from transformer_lens_bd3lm.bridge.forward import install
+from transformer_lens_bd3lm.bridge.forward import FollowsCasts, install
+from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
 from transformer_lens_bd3lm.bridge.hook_point import own_hook_points
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.texts import WithTexts
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
-from transformer_lens_bd3lm.checkpoint.tokenizer import padding_id, teach_mask
+from transformer_lens_bd3lm.checkpoint.rules import shown
+from transformer_lens_bd3lm.checkpoint.tokenizer import check_files, padding_id, teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
+from transformer_lens_bd3lm.errors import CheckpointError, InputError
+
+# What a config of TransformerLens's own making lacks; what BD3LMConfig takes by default.
+DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
+# Settings of TransformerLens that a bridge does not depend on, or that come from the call.
+FREE = {
+    "dtype",
+    "device",
+    "model_name",
+    "trust_remote_code",
+    "initializer_range",
+    "seed",
+    "n_params",
+}
 
 logger = logging.getLogger("transformer_lens_bd3lm")
 
@@ -61,23 +82,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        cfg.block_size = read_block_size(cfg.block_size, cfg.model_length)
-        cfg.n_ctx = cfg.model_length
-        cfg.d_mlp = 4 * cfg.d_model
-        cfg.act_fn = "gelu_new"
-        cfg.eps = NORM_EPS
-        cfg.normalization_type = "LN"
-        cfg.uses_rms_norm = False
-        cfg.final_rms = False
-        cfg.gated_mlp = False
-        cfg.attn_only = False
-        cfg.tie_word_embeddings = False
-        cfg.positional_embedding_type = "rotary"
-        cfg.rotary_dim = cfg.d_head
-        cfg.rotary_adjacent_pairs = False
-        cfg.attention_dir = "bidirectional"
-        cfg.default_padding_side = "right"
-        cfg.dropout = 0.0
+        for name, value in DEFAULTS.items():
+            setattr(cfg, name, getattr(cfg, name, value))
+        cfg.model_length = getattr(cfg, "model_length", cfg.n_ctx)
+        if cfg.cross_attn:
+            cfg.block_size = read_block_size(cfg.block_size, cfg.model_length)
+        describe(cfg)
         self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
         self.component_mapping = self.mapping()
 
@@ -109,11 +119,16 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """With the user's trust, the repository's own classes; else ours, and none of its code.
 
         Raises:
-            CheckpointError: if the weights would not fill the model that the config describes.
+            CheckpointError: if the weights would not fill the model that the config describes, or
+                the config has settings of TransformerLens's own.
             InputError: if they are to be spread over devices.
+            TokenizerError: if the tokenizer's files cannot be read, or not without risk.
         """
         check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
+        refuse_host_settings(config, self.cfg)
+        self._config = config
+        check_files(model_name, revision=model_kwargs.get("revision"))
         self.cfg.time_conditioning = config.time_conditioning
         self.cfg.revision = model_kwargs.get("revision")
         auto_map = getattr(config, "auto_map", None) or {}
@@ -128,10 +143,19 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """Record what cfg could not know before the model was there.
 
         Raises:
-            CheckpointError: if a weight is too large for the dtype.
-            InputError: if the weights are spread over devices.
+            CheckpointError: if a weight is too large for the dtype, or a module computes more than
+                its weights say.
+            InputError: if the weights are spread over devices, if the model is in a bridge already,
+                or if it is not as ``n_ctx`` or ``hf_config_overrides`` ask.
         """
+        if hasattr(hf_model, "tl_cfg"):
+            raise InputError(
+                "hf_model is in a bridge already, which has taken its modules apart: load it anew, "
+                "or boot a copy.deepcopy of the model that was made before the first boot"
+            )
+        refuse_late_overrides(getattr(self, "_config", hf_model.config), hf_model.config)
         check_placement(getattr(hf_model, "hf_device_map", None))
+        check_plain(hf_model)
         check_range(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
@@ -141,17 +165,17 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             self.native_sampler = None
             self.supports_causal_loss = self.supports_generation = True
 
-    def native_sampler_kwargs(self, max_new_tokens: int, prompt_len: int) -> dict[str, Any]:
-        """What ``bridge.diffusion_generate`` hands to the denoising loop."""
-        return {"max_new_tokens": max_new_tokens}
-
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
         model = bridge.original_model
         install(model, bridge.cfg)
         mount_frequencies(bridge, model.backbone)
         put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
+        if not self.cfg.causal:
+            put_in_front(bridge, WithDenoising)
         put_in_front(bridge, WithExactTools)
+        put_in_front(bridge, WithForwardKeywords)
+        put_in_front(bridge, FollowsCasts)
         put_in_front(bridge, WithTexts)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
@@ -192,6 +216,65 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         """What the host's hand-over leaves out."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
+
+
+def describe(cfg: Any) -> None:
+    """Write down in TransformerLens's names what every model of this architecture is."""
+    cfg.n_ctx = cfg.model_length
+    cfg.d_mlp = 4 * cfg.d_model
+    cfg.act_fn = "gelu_new"
+    cfg.eps = NORM_EPS
+    cfg.normalization_type = "LN"
+    cfg.uses_rms_norm = False
+    cfg.final_rms = False
+    cfg.gated_mlp = False
+    cfg.attn_only = False
+    cfg.tie_word_embeddings = False
+    cfg.positional_embedding_type = "rotary"
+    cfg.rotary_dim = cfg.d_head
+    cfg.rotary_adjacent_pairs = False
+    cfg.attention_dir = "bidirectional"
+    cfg.default_padding_side = "right"
+    cfg.dropout = 0.0
+
+
+def refuse_host_settings(config: Any, cfg: Any) -> None:
+    """Refuse settings of TransformerLens's own in a checkpoint's config.
+
+    TransformerLens reads its settings out of ``config.json`` and ``hf_config_overrides``, and some
+    say what the modules do not do, or where else to take the tokenizer from.
+
+    Raises:
+        CheckpointError: naming the setting and its value.
+    """
+    shape = ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "architecture")
+    plain: Any = TransformerBridgeConfig(**{name: getattr(cfg, name) for name in shape})
+    names = vars(plain).keys() - FREE
+    plain.model_length = cfg.model_length
+    describe(plain)
+    for name in sorted(names & vars(config).keys()):
+        if vars(config)[name] != getattr(plain, name):
+            raise CheckpointError(
+                f"{name}={shown(vars(config)[name])} in the checkpoint's config or in "
+                "hf_config_overrides: it is a setting of TransformerLens, no checkpoint's, and "
+                f"{getattr(plain, name)!r} here; remove it, and set on the bridge what can be set"
+            )
+
+
+def refuse_late_overrides(wanted: Any, config: Any) -> None:
+    """Refuse overrides of the config that come too late for a model that is made already.
+
+    Raises:
+        InputError: naming the key and both values.
+    """
+    for name in inspect.signature(BD3LMConfig.__init__).parameters:
+        asked, made = (getattr(each, name, None) for each in (wanted, config))
+        if asked != made:
+            raise InputError(
+                f"{name}={asked!r} was asked for, by n_ctx or hf_config_overrides, of an hf_model "
+                f"made with {name}={made!r}: load the model with it, "
+                f"AutoModelForMaskedLM.from_pretrained(..., {name}={asked!r}), or leave it out"
+            )
 
 
 def mount_frequencies(bridge: Any, backbone: Any) -> None:

@@ -30,6 +30,33 @@ OFF_THE_PATH = (
 )
 
 
+def why_random(bridge: Any) -> str | None:
+    """Why a forward of the bridge is random, with the way out; None where it is not.
+
+    Layers have training modes of their own, which ``bridge.training`` does not tell:
+    ``bridge.blocks[0].train()``, ``bridge.original_model.train()``.
+    """
+    dropping = [str(i) for i, block in enumerate(bridge.blocks) if block.drops]
+    if not dropping:
+        return None
+    layers = f"blocks.{dropping[0]}" if len(dropping) == 1 else f"blocks {', '.join(dropping)}"
+    return (
+        f"{layers} in training with dropout={bridge.cfg.dropout}: call bridge.eval(), or every "
+        "forward draws other numbers"
+    )
+
+
+def require_eval(bridge: Any) -> None:
+    """Refuse a bridge of which any layer drops at random.
+
+    Raises:
+        NotExactError: naming the layers.
+    """
+    reason = why_random(bridge)
+    if reason is not None:
+        raise NotExactError(reason)
+
+
 def add(
     x: Float[Tensor, "batch row d_model"],
     gate: Float[Tensor, "batch row_or_1 d_model"] | None,
@@ -112,6 +139,11 @@ class BD3LMBlockBridge(BlockBridge):
             routing.constants[layer] = self.adaln(c)
         return routing.constants[layer]
 
+    @property
+    def drops(self) -> bool:
+        """Whether what this layer writes goes through dropout: in training mode, with some."""
+        return self.training and bool(self.attn.config.dropout)
+
     def dropout(self, write: Tensor) -> Tensor:
         """The checkpoint's residual dropout, before the gate; the identity unless in training.
 
@@ -119,7 +151,7 @@ class BD3LMBlockBridge(BlockBridge):
             NotExactError: with ``use_attn_result``, whose results by head it would not sum to.
         """
         flags = self.attn.config
-        if not self.training or not flags.dropout:
+        if not self.drops:
             return write
         if flags.use_attn_result:
             raise NotExactError(
@@ -138,12 +170,11 @@ class BD3LMBlockBridge(BlockBridge):
         Raises:
             NotExactError: while anything stands between the weights and the residual stream.
         """
-        flags = self.attn.config
-        if self.training and flags.dropout:
+        if self.drops:
             raise NotExactError(
-                f"blocks.{self.attn._layer_idx} is in training with dropout={flags.dropout}, "
-                "through which all goes that heads and neurons write: call bridge.eval() and run "
-                "again"
+                f"blocks.{self.attn._layer_idx} is in training with "
+                f"dropout={self.attn.config.dropout}, through which all goes that heads and "
+                "neurons write: call bridge.eval() and run again"
             )
         self.require_plain_writes()
         return 1.0

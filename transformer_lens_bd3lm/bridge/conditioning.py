@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens_bd3lm.bridge.attention import read_only
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timestep_features
+from transformer_lens_bd3lm.errors import InputError
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 GATES = ("gate_msa", "gate_mlp")
@@ -38,6 +39,23 @@ def modulate(
 ) -> Float[Tensor, "batch row d_model"]:
     """``h * (1 + scale) + shift``; the identity where there is no adaLN."""
     return h if shift is None or scale is None else torch.addcmul(shift, h, 1 + scale)
+
+
+def require_one_half_precision(weight: Tensor) -> None:
+    """Refuse autocast to the one half precision over weights in the other, which torch cannot join.
+
+    Raises:
+        InputError: naming both.
+    """
+    kind = weight.device.type
+    if weight.dtype.itemsize > 2 or not torch.is_autocast_enabled(kind):
+        return
+    asked = torch.get_autocast_dtype(kind)
+    if asked != weight.dtype:
+        raise InputError(
+            f"autocast to {asked} over weights in {weight.dtype}: autocast to {weight.dtype}, or "
+            "boot in float32"
+        )
 
 
 class BD3LMEmbeddingBridge(EmbeddingBridge):
@@ -62,7 +80,12 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
     def forward(
         self, input_ids: Int[Tensor, "batch row"], **kwargs: Any
     ) -> Float[Tensor, "batch row d_model"]:
-        """Rows of the table."""
+        """Rows of the table.
+
+        Raises:
+            InputError: under autocast to another half precision than the weights'.
+        """
+        require_one_half_precision(self.weight)
         return self.hook_out(F.embedding(self.hook_in(input_ids), self.weight))
 
 

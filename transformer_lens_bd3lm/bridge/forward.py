@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.conditioning import modulate
+from transformer_lens_bd3lm.bridge.distribution import warn_once
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
-    View,
+    check_keywords,
     read_block_size,
     read_input,
+    read_padding,
     read_sigma,
 )
 from transformer_lens_bd3lm.errors import InputError
@@ -46,10 +48,11 @@ class Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
         """``input W^T + bias``."""
         rows = input.shape[:-1].numel()
-        few = input.dtype == torch.bfloat16 and 0 < rows <= FEW_ROWS
-        if not few or input.device.type != "cpu":
-            return super().forward(input)
         weight, bias = self.weight, self.bias
+        # Under autocast weights and inputs have dtypes of their own, which the linear casts.
+        few = 0 < rows <= FEW_ROWS and input.dtype == weight.dtype == torch.bfloat16
+        if not few or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
         if rows == 1:
             x = input.flatten()
             y = weight @ x if bias is None else bias.addmv(weight, x)
@@ -108,33 +111,6 @@ def through_layers(
     return x, c
 
 
-def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
-    """Which positions are real, ``[batch, pos]``; None where all are.
-
-    Raises:
-        InputError: if the mask does not fit, or pads on the left, where positions would shift.
-    """
-    if attention_mask is None:
-        return None
-    attention_mask = torch.as_tensor(attention_mask)
-    shape = (view.ids.shape[0], view.length)
-    if attention_mask.shape != shape:
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = "
-            f"{list(shape)}"
-        )
-    real = attention_mask.to(view.ids.device).bool()
-    if bool(real.all()):
-        return None
-    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
-        raise InputError(
-            "attention_mask hides a token before a visible one: positions would shift, and blocks "
-            "with "
-            'them; pad on the right (padding_side="right")'
-        )
-    return real
-
-
 def stand_ins(
     embeds: Tensor, cfg: Any, alone: bool, sample_mode: bool | None
 ) -> Int[Tensor, "batch pos"]:
@@ -172,7 +148,17 @@ def scalar(value: Any) -> Float[Tensor, ""]:
     return value
 
 
-class HookedForward:
+class FollowsCasts:
+    """Mixed in front of a bridge's class and its model's: ``cfg.dtype`` follows every cast."""
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        cfg = self.__dict__.get("tl_cfg") or self.cfg
+        cfg.dtype = next(self.parameters()).dtype
+        return self
+
+
+class HookedForward(FollowsCasts):
     """Mixed in front of the wrapped model's class; every pass of a bridge goes through here."""
 
     def forward(
@@ -187,6 +173,9 @@ class HookedForward:
         inputs_embeds: Float[Tensor, "batch row d_model"] | None = None,
         reduce: Any = None,
         labels: Any = None,
+        token_type_ids: Any = None,
+        output_hidden_states: bool | None = None,
+        store_kv: bool | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, ""]:
         """Raw logits: every position of the sampling view, or the dual view's noisy half.
 
@@ -205,12 +194,24 @@ class HookedForward:
             reduce: called with the logits; the scalar that it returns is returned in their place,
                 as ``run_with_cache(..., incl_bwd=True)`` needs.
             labels: of the host's causal loss, which it computes itself: allowed where there is one.
+            token_type_ids: zeros, which a tokenizer may add; the model has no token types.
+            output_hidden_states: refused where it is True: every stream has hook points.
+            store_kv: refused where it is True: the denoising loop keeps keys and values.
 
         Raises:
             InputError: for anything that does not fit; nothing has been run then.
+
+        Warns:
+            OffDistributionWarning: once a bridge, where a block reads masks in an earlier one.
         """
         if reduce is not None and not callable(reduce):
             raise InputError(f"reduce={reduce!r}: give a function of the logits")
+        check_keywords(token_type_ids, store_kv)
+        if output_hidden_states:
+            raise InputError(
+                "output_hidden_states=True: a bridge returns logits alone. Its residual streams "
+                'are in run_with_cache: "hook_embed" and "blocks.{i}.hook_resid_post"'
+            )
         cfg = self.tl_cfg
         config = Dial(self.config, cfg)
         if labels is not None and not config.causal:
@@ -229,39 +230,11 @@ class HookedForward:
         wide = torch.promote_types(x.dtype, torch.float32)
         sigma = read_sigma(config, timesteps, view.ids, wide)
         padding = read_padding(view, attention_mask)
+        if inputs_embeds is None:
+            warn_once(self, view, cfg.mask_token_id, padding)
         routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
         logits = run(self, x, sigma, routing, slice(0, view.length))
         return logits if reduce is None else scalar(reduce(logits))
-
-    def diffusion_generate(
-        self: Any,
-        input_ids: Int[Tensor, "batch pos"],
-        temperature: float = 1.0,
-        nucleus_p: float = 1.0,
-        seed: int = 0,
-        **how: Any,
-    ) -> Int[Tensor, "batch length"]:
-        """The finished ids of :func:`denoise`, which ``bridge.diffusion_generate`` calls.
-
-        Args:
-            input_ids: prompts of one length.
-            temperature: of first hitting; give ``sampler`` for another.
-            nucleus_p: of first hitting; likewise.
-            seed: of the noise; give ``noise`` for more.
-            how: the keywords of :func:`denoise`.
-        """
-        # A floor above this one, so imported when it is there.
-        from transformer_lens_bd3lm.diffusion.denoise import denoise
-        from transformer_lens_bd3lm.diffusion.noise import Noise
-        from transformer_lens_bd3lm.diffusion.samplers import FirstHitting
-
-        plain = FirstHitting(temperature=temperature, nucleus_p=nucleus_p)
-        if plain != FirstHitting() and "sampler" in how:
-            raise InputError("sampler was given beside temperature or nucleus_p: set them on it")
-        if seed != 0 and "noise" in how:
-            raise InputError(f"noise was given beside seed={seed}: give one of the two")
-        how = {"sampler": plain, "noise": Noise(seed)} | how
-        return denoise(self.tl_cfg._bridge_ref(), input_ids, **how).tokens
 
     def save_pretrained(self: Any, save_directory: Any) -> None:
         """As ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
@@ -320,6 +293,7 @@ def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
 def install(model: Any, cfg: Any) -> None:
     """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
     model.tl_cfg = cfg
+    model.warned_off_distribution = False
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

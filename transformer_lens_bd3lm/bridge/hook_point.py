@@ -52,7 +52,7 @@ class OwningHookPoint(HookPoint):
     def add_hook(
         self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
     ) -> LensHandle:
-        """As TransformerLens's; a backward hook may return ``(grad,)`` where heads are split too."""
+        """As TransformerLens's; a backward hook may return ``(grad,)`` at every point."""
         handle = super().add_hook(unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
         handle.user_hook = hook
         return handle

@@ -4,6 +4,7 @@ The object keeps its class's name, module and methods. ``deepcopy`` follows; ``p
 not, nor does it follow any of TransformerLens's bridges, whose hook points hold local classes.
 """
 
+from functools import cache
 from typing import Any
 
 
@@ -14,6 +15,11 @@ def put_in_front(thing: Any, mixin: type) -> None:
         thing: whose class to extend, in place.
         mixin: calls ``super()`` for the object's own.
     """
-    cls = type(thing)
-    if not issubclass(cls, mixin):
-        thing.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    if not isinstance(thing, mixin):
+        thing.__class__ = _joined(mixin, type(thing))
+
+
+@cache
+def _joined(mixin: type, cls: type) -> type:
+    """Make the class of both, once: objects that are made alike have the same class."""
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})

@@ -17,13 +17,14 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, MDLMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM, MDLM
+from transformer_lens_bd3lm.checkpoint.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
+from transformer_lens_bd3lm.checkpoint.modeling import BAMDLM, BD3LM, MDLM
 from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
 
 AUTHOR = "kuleshov-group"
 DESCRIPTIONS = {
     "BD3LM": "Block diffusion language model (BD3LM, ICLR 2025), one dial from AR to diffusion",
+    "BAMDLM": "BD3LM under the name of its repositories' first revisions, the same modules",
     "MDLM": "Masked diffusion over the whole context (MDLM), the full-diffusion baseline of BD3LM",
     "AR": "Autoregressive baseline of BD3LM, with the same modules",
 }
@@ -33,7 +34,7 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 
 def register() -> None:
     """Make this package's BD3LM and its baselines the ones both libraries use; safe to repeat."""
-    for config, model in ((BD3LMConfig, BD3LM), (MDLMConfig, MDLM)):
+    for config, model in ((BD3LMConfig, BD3LM), (BAMDLMConfig, BAMDLM), (MDLMConfig, MDLM)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForMaskedLM.register(config, model, exist_ok=True)
         AutoTokenizer.register(config, fast_tokenizer_class=BD3LMTokenizer, exist_ok=True)

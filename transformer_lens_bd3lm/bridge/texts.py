@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.views import check_ids
+from transformer_lens_bd3lm.bridge.distribution import hidden
+from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden
 from transformer_lens_bd3lm.errors import InputError
 
 TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
@@ -72,7 +73,7 @@ def bos_of(bridge: Any) -> int:
 
 
 def tokens_of(
-    bridge: Any, texts: Sequence[str], prepend_bos: bool | None = None
+    bridge: Any, texts: Any, prepend_bos: bool | None = None
 ) -> list[Int[Tensor, " pos"]]:
     """Ids of each text ``[pos]``, on the CPU, at any length.
 
@@ -160,7 +161,7 @@ def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "
     return (word.cumsum(1) == 0) | (word.flip(1).cumsum(1) == 0).flip(1)
 
 
-def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " pos"]:
+def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " word"]:
     """The tokens of a row that may be padded on the right."""
     words = (ids != pad_id).nonzero() if pad_id is not None else None
     return ids if words is None or not len(words) else ids[: int(words[-1]) + 1]
@@ -203,14 +204,14 @@ def hide_padding(
             refuse_early_end(*padded)
         if padded[-1] is None:
             return ids, clean, None
-        hidden = padded[-1].to(ids.device)
-        attention_mask = ~hidden
+        behind = padded[-1].to(ids.device)
+        attention_mask = ~behind
     else:
-        hidden = ~torch.as_tensor(attention_mask).to(ids.device).bool()
-        if hidden.shape != streams[0].shape:
+        behind = ~torch.as_tensor(attention_mask).to(ids.device).bool()
+        if behind.shape != streams[0].shape:
             return ids, clean, attention_mask
     size, filler = bridge.original_model.config.vocab_size, int(cfg.mask_token_id == 0)
-    filled = [x.masked_fill(hidden.to(x.device) & ((x < 0) | (x >= size)), filler) for x in streams]
+    filled = [fill_hidden(stream, behind, size, filler) for stream in streams]
     if clean is None:
         return torch.cat(filled, dim=1), None, attention_mask
     return filled[0], filled[-1], attention_mask
@@ -238,7 +239,7 @@ class WithTexts:
 
     def to_tokens(
         self: Any,
-        input: str | Sequence[str],
+        input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         move_to_device: bool = True,
@@ -292,7 +293,7 @@ class WithTexts:
             clean = self.to_tokens(clean, prepend_bos, padding_side)
         if attention_mask is None:
             attention_mask = kwargs.pop("one_zero_attention_mask", None)
-        if is_ids(input) and not torch.compiler.is_compiling():
+        if is_ids(input) and not hidden(input):
             input, clean, attention_mask = hide_padding(
                 self, input, clean, attention_mask, kwargs.get("sample_mode")
             )

@@ -7,10 +7,13 @@ the repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*`
 It does not decide anything at run time: the dial lives on ``bridge.cfg.block_size``.
 """
 
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from transformer_lens_bd3lm.checkpoint.rules import OTHER_NAMES, check_settings, shown
 from transformer_lens_bd3lm.errors import CheckpointError
 
 # Baselines of the same family, by the architecture that a config names: what that name says where
@@ -19,7 +22,6 @@ BASELINES: dict[str, dict[str, Any]] = {
     "MDLM": {"cross_attn": False, "causal": False},
     "AR": {"cross_attn": False, "causal": True, "adaln": False},
 }
-ARCHITECTURES = ("BD3LM", *BASELINES)
 REQUIRED = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
 
 
@@ -43,6 +45,8 @@ class BD3LMConfig(PretrainedConfig):
         var_min: whether the learned clipping interval is among the weights.
         sampling_eps_min: lower end of that interval.
         sampling_eps_max: upper end of that interval.
+        trained_block_sizes: every block size that it was trained at; by default the one that the
+            config names.
         **kwargs: what transformers' own config takes.
 
     Raises:
@@ -66,15 +70,16 @@ class BD3LMConfig(PretrainedConfig):
         cond_dim: int = 129,
         n_blocks: int = 12,
         n_heads: int = 12,
-        dropout: float = 0.1,
+        dropout: int | float = 0.1,
         adaln: bool = True,
         cross_attn: bool = True,
         causal: bool = False,
         time_conditioning: bool = False,
         attn_backend: str = "flex",
         var_min: bool = True,
-        sampling_eps_min: float = 1e-3,
-        sampling_eps_max: float = 0.999,
+        sampling_eps_min: int | float = 1e-3,
+        sampling_eps_max: int | float = 0.999,
+        trained_block_sizes: list[int] | None = None,
         **kwargs: Any,
     ):
         self.block_size = block_size
@@ -95,25 +100,48 @@ class BD3LMConfig(PretrainedConfig):
         self.sampling_eps_max = sampling_eps_max
         # A library default that some released files carry; the embeddings are never tied.
         kwargs["tie_word_embeddings"] = False
-        super().__init__(**kwargs)
-        if hidden_dim % n_heads or (hidden_dim // n_heads) % 2:
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:  # whatever a stranger's value makes of transformers' own keys
             raise CheckpointError(
-                f"hidden_dim={hidden_dim} with n_heads={n_heads}: rotary heads need hidden_dim to "
-                "be "
-                "an even multiple of n_heads; check config.json"
-            )
-        if kwargs.get("transformers_weights") is not None:
+                f"the checkpoint's config has a value that transformers cannot take: {error}. "
+                "Correct it in config.json"
+            ) from error
+        self.architectures = self.architectures or ["BD3LM"]
+        # Kept apart from block_size, which an override at boot or a bridge's block size changes.
+        self.trained_block_sizes = trained_block_sizes or [_own_block_size(self)]
+        self.check()
+
+    def check(self) -> None:
+        """Check every value of the config, as it is now.
+
+        Raises:
+            CheckpointError: if the values cannot belong to a BD3LM checkpoint.
+        """
+        check_settings(vars(self))
+        of_baseline(vars(self))
+        if self.tie_word_embeddings is not False:
             raise CheckpointError(
-                f"config.json has transformers_weights={kwargs['transformers_weights']!r}, other "
-                "weights than the files' usual names say: call the file model.safetensors and "
-                "remove the key"
+                f"tie_word_embeddings={self.tie_word_embeddings} in the checkpoint's config: "
+                "embedding and unembedding are never tied; leave it out"
             )
-        if causal and cross_attn:
-            raise CheckpointError(
-                "causal=True with cross_attn=True: no BD3LM checkpoint is both; set "
-                "cross_attn=False "
-                "for the autoregressive baseline or causal=False for block diffusion"
-            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the config, after reading what was written past its attributes.
+
+        TransformerLens writes its ``n_ctx`` and ``hf_config_overrides`` into ``__dict__``, where
+        ``attribute_map`` hides them, and copies the config before it reads it.
+
+        Raises:
+            CheckpointError: if an override cannot belong to a BD3LM checkpoint.
+        """
+        for other in OTHER_NAMES.keys() & vars(self).keys():
+            setattr(self, OTHER_NAMES[other], vars(self).pop(other))
+        self.check()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -136,7 +164,20 @@ class BD3LMConfig(PretrainedConfig):
                 "such as "
                 "kuleshov-group/bd3lm-owt-block_size4"
             )
-        return super().from_dict(of_baseline(config_dict), **kwargs)
+        check_settings(config_dict, "config.json")
+        check_name(config_dict, kwargs.get("name_or_path"))
+        settings = of_baseline(config_dict)
+        return super().from_dict(in_our_names(settings), **kwargs)
+
+
+class BAMDLMConfig(BD3LMConfig):
+    """The same under the ``model_type`` of released repositories' first revisions."""
+
+    model_type = "bamdlm"
+
+    # transformers makes an __init__ of its own for a config class without one.
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
 
 
 class MDLMConfig(BD3LMConfig):
@@ -160,6 +201,26 @@ def kind_of(config: Any) -> str:
     return "autoregressive" if config.causal else "full diffusion"
 
 
+def trained_block_sizes(config: Any) -> tuple[int, ...]:
+    """List the block sizes that a checkpoint was trained at, in tokens, smallest first.
+
+    Any other block size is off-distribution. A model without blocks was trained at one: the whole
+    context, or one token where it is autoregressive.
+
+    Args:
+        config: the checkpoint's, ``bridge.original_model.config`` of a bridge. The block size that
+            is set on a bridge does not change it.
+    """
+    return tuple(sorted(set(getattr(config, "trained_block_sizes", [_own_block_size(config)]))))
+
+
+def _own_block_size(config: Any) -> int:
+    """Read the block size of a config that names one: without blocks, the context or one token."""
+    if config.cross_attn:
+        return config.block_size
+    return 1 if config.causal else config.model_length
+
+
 def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a file, completed by what the name of a baseline says.
 
@@ -179,3 +240,37 @@ def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:
     # Without blocks; and the clipping interval is learned by block diffusion alone.
     size = 1 if told["causal"] else settings["model_length"]
     return {"block_size": size, "var_min": False} | told | settings
+
+
+def in_our_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Drop what other libraries call our keys, where it says the same as ours.
+
+    Raises:
+        CheckpointError: if it says something else, or a part of another kind of model is there.
+    """
+    for other, name in OTHER_NAMES.items():
+        if other in settings and settings[other] != settings[name]:
+            raise CheckpointError(
+                f"config.json has {other}={shown(settings[other])} and {name}={settings[name]}, "
+                f"two values of one thing: remove {other}"
+            )
+    return {key: value for key, value in settings.items() if key not in OTHER_NAMES}
+
+
+def check_name(settings: dict[str, Any], name: Any) -> None:
+    """Refuse a repository that calls itself SEDD, where its config does not say otherwise.
+
+    SEDD's repositories carry BD3LM's architecture name, modules and keys. Their logits are scores,
+    not log-probabilities of tokens, and nothing in such a config tells.
+
+    Raises:
+        CheckpointError: naming the repository and the key that would tell.
+    """
+    last = Path(str(name or "")).name
+    if "sedd" in last.lower() and "parameterization" not in settings:
+        raise CheckpointError(
+            f"{last} calls itself SEDD, whose logits are scores and no log-probabilities of "
+            "tokens, and its config.json does not say which they are. If they are "
+            "log-probabilities, download the repository, write "
+            '"parameterization": "subs" into its config.json, and boot the folder'
+        )

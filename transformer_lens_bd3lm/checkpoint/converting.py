@@ -27,6 +27,7 @@ from transformer_lens_bd3lm.checkpoint.lightning import Lightning, Progress, rea
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.checkpoint.saving import new_folder
 from transformer_lens_bd3lm.checkpoint.tokenizer import known_tokenizer, teach_mask
+from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
 from transformer_lens_bd3lm.checkpoint.unpickle import Made, entry
 from transformer_lens_bd3lm.errors import CheckpointError, InputError, TokenizerError
 
@@ -210,7 +211,9 @@ def find_tokenizer(found: Lightning) -> PreTrainedTokenizerBase:
     if own is not None and len(own) + (own.mask_token is None) != size:
         own = None
     try:
-        known = known_tokenizer(size, f"{found.archive.path} holds no fast tokenizer, and")
+        known = known_tokenizer(
+            size, f"{found.archive.path} holds no fast tokenizer that can be used, and"
+        )
     except TokenizerError:
         if own is None:
             raise
@@ -235,7 +238,11 @@ def pickled_tokenizer(x: Any) -> PreTrainedTokenizerFast | None:
 
 def spelled_out(state: Any) -> PreTrainedTokenizerFast:
     """A fast tokenizer from its state; whatever fails in it, fails here."""
-    backend = Tokenizer.from_str(json_of(entry(state, "_tokenizer")))
+    text = json_of(entry(state, "_tokenizer"))
+    check_tokenizer(text, "the checkpoint")
+    backend = Tokenizer.from_str(text)
+    backend.no_padding()
+    backend.no_truncation()
     backend.encode("a")
     named = entry(state, "_special_tokens_map", entry(state, "init_kwargs"))
     special = {role: content(entry(named, role)) for role in ROLES}

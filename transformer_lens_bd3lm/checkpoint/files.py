@@ -12,6 +12,7 @@ It reads names and shapes, and no tensor.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers.utils.hub import cached_file
 from transformer_lens_bd3lm.errors import CheckpointError
 
 SAFE, PICKLED = ("model", ".safetensors"), ("pytorch_model", ".bin")
+# How the header of a safetensors file spells floating point: F32, BF16, F8_E4M3.
+FLOATING = ("F", "BF")
 WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "proxies")
 
 
@@ -41,7 +44,7 @@ def weight_files(
         CheckpointError: if there are none, or an index is none or names a file elsewhere.
         OSError: if a file that an index names is not there.
     """
-    where = {key: value for key, value in where.items() if key in WHERE and value is not None}
+    where = place_of(where)
     kinds = {None: (SAFE, PICKLED), True: (SAFE,), False: (PICKLED,)}[use_safetensors]
     inside = f".{variant}" if variant else ""
     for stem, ending in kinds:
@@ -53,6 +56,11 @@ def weight_files(
             if found is not None:
                 return [str(found)]
     raise CheckpointError(f"{name} has no model.safetensors: nothing to load weights from")
+
+
+def place_of(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Pick those of transformers' keywords that say where to look for a file."""
+    return {key: value for key, value in kwargs.items() if key in WHERE and value is not None}
 
 
 def parts_of(index: Path, ending: str) -> list[str]:
@@ -90,6 +98,16 @@ def leaves(part: str) -> bool:
     return any(path.anchor or ".." in path.parts for path in flavours)
 
 
+def shapes_of(files: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of all tensors in a repository's files.
+
+    Raises:
+        CheckpointError: as :func:`shapes_in`.
+        SafetensorError: for a damaged header.
+    """
+    return {key: shape for file in files for key, shape in shapes_in(file).items()}
+
+
 def shapes_in(file: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a file, from its header or its pickle.
 
@@ -97,12 +115,17 @@ def shapes_in(file: str) -> dict[str, tuple[int, ...]]:
     a command, and what it is given to read comes from a stranger, so it may fail in any way.
 
     Raises:
-        CheckpointError: for a pickle of anything but a dict of tensors.
+        CheckpointError: for a pickle of anything but a dict from names to tensors, and for tensors
+            of whole numbers, booleans or complex numbers, which would be cast in silence.
         SafetensorError: for a damaged header.
     """
     if file.endswith(SAFE[1]):
         with safe_open(file, framework="pt") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}
+            for key, part in slices.items():
+                if not part.get_dtype().startswith(FLOATING):
+                    raise not_floating(key, file, part.get_dtype())
+            return {key: tuple(part.get_shape()) for key, part in slices.items()}
     try:
         held = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
@@ -110,11 +133,33 @@ def shapes_in(file: str) -> dict[str, tuple[int, ...]]:
             f"{file} could not be read: it is damaged, or holds more than tensors, which could be "
             "commands; nothing of it was run. Give the weights as safetensors"
         ) from error
-    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+    if not isinstance(held, dict) or not all(
+        isinstance(key, str) and isinstance(x, Tensor) for key, x in held.items()
+    ):
         raise CheckpointError(
             f"{file} is no state dict: a pytorch_model.bin must be a dict from names to tensors"
         )
-    return {str(key): tuple(tensor.shape) for key, tensor in held.items()}
+    check_floating(held, file)
+    return {key: tuple(tensor.shape) for key, tensor in held.items()}
+
+
+def check_floating(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that a model's parameters would cast in silence.
+
+    Raises:
+        CheckpointError: for whole numbers, booleans and complex numbers, naming the first.
+    """
+    for key, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+            raise not_floating(key, source, str(tensor.dtype))
+
+
+def not_floating(key: Any, source: str, dtype: str) -> CheckpointError:
+    """The error for a tensor that is not floating point."""
+    return CheckpointError(
+        f"{key} in {source} is {dtype}: weights are floating point, and nothing is cast; if they "
+        "are quantized, save them as the numbers that they stand for"
+    )
 
 
 def unreadable(name: Any, error: Exception) -> CheckpointError:

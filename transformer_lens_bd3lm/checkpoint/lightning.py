@@ -27,22 +27,30 @@ from torch import Tensor
 from transformer_lens_bd3lm.checkpoint.archive import Archive, Stored
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
-from transformer_lens_bd3lm.checkpoint.settings import Settings, child, shown
+from transformer_lens_bd3lm.checkpoint.rules import check_settings, shown
+from transformer_lens_bd3lm.checkpoint.settings import Settings, child
 from transformer_lens_bd3lm.checkpoint.unpickle import Made, entry
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
 
 Progress = Callable[[int, int], object]
 
 COMPILED = "_orig_mod."
-MAX_LAYERS = 1000
-MAX_WIDTH = 2**17
-MAX_LENGTH = 2**20
+# What the training code calls the keys of a published config.
+PATHS = {
+    "parameterization": "algo.parameterization",
+    "model_length": "model.length",
+    "hidden_dim": "model.hidden_size",
+    "n_blocks": "model.n_blocks",
+    "n_heads": "model.n_heads",
+    "dropout": "model.dropout",
+    "cross_attn": "algo.cross_attn",
+    "causal": "algo.causal_attention",
+    "time_conditioning": "algo.time_conditioning",
+}
 # Which weights our modules have is seen from the weights: the training code's own rules for it are
 # not all in its config.
 CONDITIONED = "backbone.sigma_map.mlp.0.weight"
 CLIPPED = "sampling_eps_min"
-# What the network's logits are. Scores (SEDD) are not log-probabilities of tokens.
-PARAMETERIZATIONS = ("subs", "ar")
 VERSION = "pytorch-lightning_version"
 TOLD = (
     *("algo.name", "algo.parameterization", "data.train", "data.tokenizer_name_or_path"),
@@ -136,38 +144,30 @@ def config_of(settings: Settings, state: dict[str, Stored]) -> BD3LMConfig:
     Raises:
         CheckpointError: if something is missing, absurd, or another kind of model.
     """
-    kind = settings.get("algo.parameterization")
-    if kind not in PARAMETERIZATIONS:
-        raise CheckpointError(
-            f"algo.parameterization of {settings.name} is {shown(kind)}: its logits are not "
-            f"log-probabilities of tokens; supported are {' and '.join(PARAMETERIZATIONS)}"
-        )
+    read = {key: settings.get(path) for key, path in PATHS.items() if key != "causal"}
     embedding = state.get("backbone.vocab_embed.embedding")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
             f"the state_dict of {settings.name} has no backbone.vocab_embed.embedding "
             "[vocab, width]: it is not one of the public BD3LM training code"
         )
-    length = settings.whole("model.length", MAX_LENGTH)
-    causal = settings.flag("algo.causal_attention", kind == "ar")
-    cross_attn = settings.flag("algo.cross_attn")
+    causal = read["causal"] = settings.get(PATHS["causal"], read["parameterization"] == "ar")
+    if CONDITIONED in state:
+        read["cond_dim"] = settings.get("model.cond_dim")
+    if read["cross_attn"]:
+        read["block_size"] = settings.get("block_size")
+    check_settings(
+        read, f"the training config of {settings.name}", PATHS | {"cond_dim": "model.cond_dim"}
+    )
     # Without the block mask there are no blocks, whatever the config's block_size is.
-    block_size = settings.whole("block_size", length) if cross_attn else 1 if causal else length
+    read.setdefault("block_size", 1 if causal else read["model_length"])
+    del read["parameterization"]
     return BD3LMConfig(
-        block_size=block_size,
-        model_length=length,
+        **read,
         vocab_size=embedding.shape[0],
-        hidden_dim=settings.whole("model.hidden_size", MAX_WIDTH),
-        cond_dim=settings.whole("model.cond_dim", MAX_WIDTH) if CONDITIONED in state else 129,
-        n_blocks=settings.whole("model.n_blocks", MAX_LAYERS),
-        n_heads=settings.whole("model.n_heads", MAX_WIDTH),
-        dropout=settings.fraction("model.dropout"),
         adaln=CONDITIONED in state,
-        cross_attn=cross_attn,
-        causal=causal,
-        time_conditioning=settings.flag("algo.time_conditioning"),
         var_min=CLIPPED in state,
-        architectures=["BD3LM" if cross_attn else "AR" if causal else "MDLM"],
+        architectures=["BD3LM" if read["cross_attn"] else "AR" if causal else "MDLM"],
         return_dict=False,
         dtype=embedding.dtype,
     )

@@ -18,16 +18,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, MDLMConfig
-from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
-from transformer_lens_bd3lm.checkpoint.views import View, read_input, read_sigma
-from transformer_lens_bd3lm.errors import CheckpointError
+from transformer_lens_bd3lm.checkpoint.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
+from transformer_lens_bd3lm.checkpoint.files import (
+    check_floating,
+    place_of,
+    shapes_of,
+    unreadable,
+    weight_files,
+)
+from transformer_lens_bd3lm.checkpoint.views import (
+    View,
+    check_keywords,
+    read_input,
+    read_padding,
+    read_sigma,
+)
+from transformer_lens_bd3lm.errors import CheckpointError, InputError
 
 MAX_PERIOD = 10_000
 TIMESTEP_FEATURES = 256
@@ -93,7 +105,9 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
         """The conditioning vector before its SiLU."""
-        return self.mlp(timestep_features(sigma).to(next(self.mlp.parameters()).dtype))
+        features = timestep_features(sigma)
+        # Quantized linears have no parameters, and compute in float32.
+        return self.mlp(features.to(next((p.dtype for p in self.mlp.parameters()), features.dtype)))
 
 
 class KeptFrequencies:
@@ -230,15 +244,28 @@ class Backbone(nn.Module):
         self.output_layer = OutputLayer(config)
 
     def forward(
-        self, view: View, sigma: Float[Tensor, " batch"]
+        self,
+        view: View,
+        sigma: Float[Tensor, " batch"],
+        real: Bool[Tensor, "batch length"] | None = None,
+        streams: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Raw logits at every position of the view (dual: both halves)."""
+        """Raw logits at every position of the view (dual: both halves).
+
+        ``real`` says where there is no padding, None that there is none. The embedded ids and what
+        each layer returns are appended to ``streams``.
+        """
         x = self.vocab_embed(view.ids)
         c = F.silu(self.sigma_map(sigma)) if hasattr(self, "sigma_map") else None
         cos, sin = rotary_tables(view.positions(), self.rotary_emb.inv_freq, x.dtype)
         mask = view.mask()
-        for block in self.blocks:
-            x = block(x, c, cos, sin, mask)
+        if real is not None:
+            keys = (real.repeat(1, 2) if view.dual else real)[:, None, None]
+            mask = keys if mask is None else mask & keys
+        for block in (None, *self.blocks):
+            x = x if block is None else block(x, c, cos, sin, mask)
+            if streams is not None:
+                streams.append(x)
         return self.output_layer(x, c)
 
 
@@ -252,6 +279,7 @@ class BD3LM(PreTrainedModel):
     _no_split_modules = ["Block"]
 
     def __init__(self, config: BD3LMConfig):
+        config.check()
         super().__init__(config)
         self.backbone = Backbone(config)
         if config.var_min:
@@ -290,12 +318,17 @@ class BD3LM(PreTrainedModel):
                 of another shape, where transformers alone would go on with random weights; or if
                 an index names a file elsewhere, or a pickle holds more than tensors.
         """
+        check_floating(kwargs.get("state_dict") or {}, "state_dict")
         wants_info = kwargs.pop("output_loading_info", False)
         # A tensor of another shape is told of below, by name, beside what is missing or left over.
         kwargs["ignore_mismatched_sizes"] = True
         try:
-            for file in [] if name is None else weight_files(name, **kwargs):
-                shapes_in(file)  # before transformers reads what should not be read
+            if name is not None:
+                # Before transformers reads what should not be read, and makes room for the rest.
+                config: Any = kwargs.get("config")
+                if not isinstance(config, BD3LMConfig):
+                    config = cls.config_class.from_pretrained(config or name, **place_of(kwargs))
+                check_fills(name, shapes_of(weight_files(name, **kwargs)), config)
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise unreadable(name, error) from error
@@ -309,9 +342,29 @@ class BD3LM(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, but tensors other than floating point are refused, not cast.
+
+        Raises:
+            CheckpointError: naming the tensor and its dtype; nothing was loaded.
+        """
+        check_floating(state_dict, "state_dict")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The token table's module."""
         return self.backbone.vocab_embed
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refuse another vocabulary size.
+
+        Raises:
+            InputError: always: the config's vocabulary, the mask's id among it, is the model's.
+        """
+        raise InputError(
+            f"resize_token_embeddings: the model's vocabulary is {self.config.vocab_size} tokens, "
+            "the mask among them, and has no room for others; make a model with another vocab_size"
+        )
 
     def get_output_embeddings(self) -> nn.Module:
         """The unembedding, never tied to the embedding."""
@@ -325,7 +378,12 @@ class BD3LM(PreTrainedModel):
         clean: Int[Tensor, "batch pos"] | None = None,
         block_size: int | str | None = None,
         return_dict: bool | None = None,
-    ) -> MaskedLMOutput | Float[Tensor, "batch pos d_vocab"]:
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        store_kv: bool | None = None,
+        labels: Any = None,
+    ) -> MaskedLMOutput | Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Raw logits of the sampling view, or of the dual view's noisy half.
 
         Args:
@@ -337,18 +395,63 @@ class BD3LM(PreTrainedModel):
             clean: the clean tokens x_0 of the dual view, shaped like ``input_ids``.
             block_size: tokens a block for this call, or ``"full"``; the config's by default.
             return_dict: a ``MaskedLMOutput`` instead of the bare tensor; the config's by default.
+            attention_mask: True at real tokens ``[batch, pos]``, for rows padded on the right.
+            token_type_ids: zeros, which a tokenizer may add; the model has no token types.
+            output_hidden_states: return the residual streams too, as ``hidden_states`` or as a
+                second value: the embedded ids and the stream after every layer, at the positions
+                that have logits. The config's by default.
+            store_kv: refused where it is True: the denoising loop keeps keys and values.
+            labels: refused: the loss of block diffusion is over masked positions.
 
         Raises:
-            InputError: if ids, shapes, timesteps or the block size do not fit.
+            InputError: if ids, shapes, timesteps or the block size do not fit, or padding is on the
+                left, or for a keyword that would do nothing.
         """
+        check_keywords(token_type_ids, store_kv)
+        if labels is not None:
+            raise InputError(
+                "labels: the plain model computes no loss; bd3lm.diffusion_loss(bridge, ...) is "
+                "the loss of block diffusion, over masked positions"
+            )
         view = read_input(
             self.config, input_ids, clean=clean, sample_mode=sample_mode, block_size=block_size
         )
         sigma = read_sigma(self.config, timesteps, view.ids, self.dtype)
-        logits = self.backbone(view, sigma)[:, : view.length]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        streams: list[Tensor] | None = [] if output_hidden_states else None
+        logits = self.backbone(view, sigma, read_padding(view, attention_mask), streams)
+        logits = logits[:, : view.length]
+        hidden = None if streams is None else tuple(x[:, : view.length] for x in streams)
         if self.config.return_dict if return_dict is None else return_dict:
-            return MaskedLMOutput(logits=logits)
-        return logits
+            return MaskedLMOutput(logits=logits, hidden_states=hidden)
+        return logits if hidden is None else (logits, hidden)
+
+
+def check_fills(name: Any, shapes: dict[str, tuple[int, ...]], config: BD3LMConfig) -> None:
+    """Compare the names and shapes of a repository's tensors with what its config calls for.
+
+    Raises:
+        CheckpointError: naming what is missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        model = BD3LM(config)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    missing = sorted(set(wanted) - set(shapes))
+    unknown = sorted(set(shapes) - set(wanted))
+    misshapen = sorted(key for key in set(wanted) & set(shapes) if wanted[key] != shapes[key])
+    if missing or unknown or misshapen:
+        raise CheckpointError(
+            f"the weights of {name} do not fill the model that its config describes "
+            f"(missing: {missing[:5]}, unexpected: {unknown[:5]}, other shape: {misshapen[:5]}). "
+            "Nothing was left at random: check that config.json and the weights belong together"
+        )
+
+
+class BAMDLM(BD3LM):
+    """The same modules under the ``model_type`` of released repositories' first revisions."""
+
+    config_class = BAMDLMConfig
 
 
 class MDLM(BD3LM):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_bd3lm.checkpoint.config import ARCHITECTURES
 from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
+from transformer_lens_bd3lm.checkpoint.rules import ARCHITECTURES
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 
 EMBEDDED = ("tiny", "grammar")

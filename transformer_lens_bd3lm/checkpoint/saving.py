@@ -23,7 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
+from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, trained_block_sizes
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.errors import CheckpointError, InputError, NotExactError
 
@@ -64,10 +64,16 @@ def save(bridge: Any, folder: str | Path) -> None:
 
 
 def config_of(bridge: Any) -> BD3LMConfig:
-    """The checkpoint's config, with the dial and the dtype as they are now."""
+    """Make the checkpoint's config, with the bridge's block size and dtype.
+
+    The block sizes that it was trained at stay those of the checkpoint that was booted.
+    """
     settings = bridge.original_model.config.to_dict()
     config = BD3LMConfig(**{key: x for key, x in settings.items() if key not in NOT_KEPT})
-    config.block_size = bridge.cfg.block_size
+    if config.block_size != bridge.cfg.block_size:
+        # Another block size on the bridge is no training at it.
+        config.trained_block_sizes = list(trained_block_sizes(config))
+        config.block_size = bridge.cfg.block_size
     config.dtype = bridge.embed.weight.dtype
     return config
 

@@ -3,15 +3,17 @@
 It pickles a tree of nodes: a container's children are under ``_content`` of its state, a leaf's
 value is under ``_val``. A plain dict, a namespace or an attribute dict is read the same way::
 
-    settings.whole("model.n_blocks", most=1000)
+    settings.get("model.n_blocks")
 
-Of interpolations only ``${another.key}`` is followed. One that calls a resolver, ``${oc.env:HOME}``
-say, would let a stranger's file read this machine, and is refused where its value is needed.
+Of interpolations ``${another.key}`` and the relative ``${.key}`` and ``${..key}`` are followed. One
+that calls a resolver, ``${oc.env:HOME}`` say, would let a stranger's file read this machine, and is
+refused where its value is needed.
 """
 
 import re
 from typing import Any
 
+from transformer_lens_bd3lm.checkpoint.rules import shown
 from transformer_lens_bd3lm.checkpoint.unpickle import Made, entry
 from transformer_lens_bd3lm.errors import CheckpointError
 
@@ -34,13 +36,17 @@ def plain(node: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else MISSING
 
 
-def shown(value: Any) -> str:
-    """A value for an error or a card, however long or strange it is."""
-    if value is MISSING:
-        return "no plain value"
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"a number of {value.bit_length()} bits"
-    return repr(value[:80]) if isinstance(value, str) else repr(value)
+def absolute(reference: str, path: str) -> str:
+    """Resolve a reference at ``path``: one leading dot is the container there, two the one above.
+
+    More dots than containers lead to a name that no container has.
+    """
+    name = reference.lstrip(".")
+    dots = len(reference) - len(name)
+    if dots == 0:
+        return name
+    above = path.split(".")
+    return ".".join([*above[:-dots], name]) if dots <= len(above) else reference
 
 
 class Settings:
@@ -76,52 +82,11 @@ class Settings:
                     f"{asked} in the training config of {self.name} is {shown(value)}: what that "
                     "stands for is not looked up. Save the checkpoint anew with a resolved config"
                 )
-            path = reference[1]
+            path = absolute(reference[1], path)
         if default is MISSING:
             raise CheckpointError(
-                f"the training config of {self.name} has no {asked}: supported are checkpoints of "
-                "the public BD3LM training code (Arriola et al., ICLR 2025)"
+                f"the training config of {self.name} has no {asked}"
+                f"{f', which stands for {path}' if path != asked else ''}: supported are "
+                "checkpoints of the public BD3LM training code (Arriola et al., ICLR 2025)"
             )
         return default
-
-    def whole(self, path: str, most: int) -> int:
-        """A whole number from 1 to ``most``.
-
-        Raises:
-            CheckpointError: if it is anything else.
-        """
-        value = self.get(path)
-        if type(value) is not int or not 1 <= value <= most:
-            raise CheckpointError(
-                f"{path} in the training config of {self.name} is {shown(value)}: it must be a "
-                f"whole number from 1 to {most}"
-            )
-        return value
-
-    def flag(self, path: str, default: Any = MISSING) -> bool:
-        """Yes or no.
-
-        Raises:
-            CheckpointError: if it is anything else.
-        """
-        value = self.get(path, default)
-        if type(value) is not bool:
-            raise CheckpointError(
-                f"{path} in the training config of {self.name} is {shown(value)}: it must be true "
-                "or false"
-            )
-        return value
-
-    def fraction(self, path: str) -> float:
-        """A number from 0 to 1.
-
-        Raises:
-            CheckpointError: if it is anything else.
-        """
-        value = self.get(path)
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise CheckpointError(
-                f"{path} in the training config of {self.name} is {shown(value)}: it must be a "
-                "number from 0 to 1"
-            )
-        return float(value)

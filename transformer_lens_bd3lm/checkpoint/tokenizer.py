@@ -6,8 +6,11 @@ looked for in the Hub cache (or on the Hub, when online); a wrong guess is refus
 BERT has no BOS of its own: its models were trained with ``[CLS]`` as BOS and ``[SEP]`` as EOS.
 """
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -19,6 +22,7 @@ from transformers import (
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.hub import cached_file
 
+from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
 from transformer_lens_bd3lm.errors import TokenizerError
 
 MASK_TOKEN = "[MASK]"
@@ -30,7 +34,14 @@ BY_VOCABULARY = {
 WHOLE = "tokenizer.json"
 # A vocabulary alone: whose files these are.
 OLDER = ((("vocab.json", "merges.txt"), GPT2Config), (("vocab.txt",), BertConfig))
-UNREAD = ("tokenizer_config.json", "vocab.json", "tokenizer.model")
+SETTINGS = "tokenizer_config.json"
+UNREAD = (SETTINGS, "vocab.json", "tokenizer.model")
+# Vocabularies that some class of transformers reads.
+WORDS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+BERT_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+BERT_WORDS = ("##", "[unused")
+# What TransformerLens gives a tokenizer that has no end of text.
+ADDED_EOS = "<|endoftext|>"
 
 
 class BD3LMTokenizer(PreTrainedTokenizerFast):
@@ -46,25 +57,19 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
             **kwargs: as transformers'.
 
         Raises:
-            TokenizerError: if neither is to be found.
+            TokenizerError: if neither is to be found, or the repository's is not one to be run.
         """
         where = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-        quiet = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_gated_repo": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
-
-        def there(file: str) -> bool:
-            return cached_file(name, file, **where, **quiet) is not None
-
-        if there(WHOLE):
+        check_files(name, **where)
+        if find(name, WHOLE, **where):
             return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
         for files, config in OLDER:
-            if all(there(file) for file in files):
+            if all(find(name, file, **where) for file in files):
+                if config is BertConfig:
+                    check_bert(name, **where)
                 return with_bos(name, *args, config=config(), **kwargs)
         for file in UNREAD:
-            if there(file):
+            if find(name, file, **where):
                 raise TokenizerError(
                     f"{name} has {file} but no tokenizer.json: load the tokenizer with the class "
                     "that wrote it and save it into the folder, or pass tokenizer=... to "
@@ -72,6 +77,72 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
                 )
         size = AutoConfig.from_pretrained(name, **where).vocab_size
         return known_tokenizer(size, f"{name} has no tokenizer files, and")
+
+
+def find(name: Any, file: str, **where: Any) -> Path | None:
+    """Find a file of a repository, if it has it."""
+    quiet = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    try:
+        path = cached_file(name, file, **where, **quiet)
+    except (OSError, ValueError):  # a name that is no repository's
+        return None
+    return None if path is None else Path(path)
+
+
+def check_files(name: Any, **where: Any) -> None:
+    """Refuse a repository's tokenizer files that cannot be read, or not without risk.
+
+    Args:
+        name: a folder or Hub id.
+        **where: of transformers' keywords those that say where to look, as ``revision``.
+
+    Raises:
+        TokenizerError: if ``tokenizer.json`` could take any time or memory, or if there is a
+            ``tokenizer_config.json`` and no vocabulary.
+    """
+    whole = find(name, WHOLE, **where)
+    if whole is not None:
+        check_tokenizer(whole.read_text(encoding="utf-8", errors="replace"), f"{name}/{WHOLE}")
+    elif find(name, SETTINGS, **where) and not any(find(name, file, **where) for file in WORDS):
+        raise TokenizerError(
+            f"{name} has {SETTINGS} but no tokenizer.json: put the tokenizer's files into the "
+            f"folder, or remove {SETTINGS} and pass tokenizer=... to boot_transformers"
+        )
+
+
+def check_bert(name: Any, **where: Any) -> None:
+    """Refuse a ``vocab.txt`` that is not a BERT vocabulary, or not said to be cased or uncased.
+
+    Other models have a file of that name, 6-letter words of DNA say, and read as BERT's it would
+    give other ids in silence.
+
+    Raises:
+        TokenizerError: naming what is missing.
+    """
+    vocabulary = cast(Path, find(name, "vocab.txt", **where)).read_text(encoding="utf-8")
+    words = vocabulary.splitlines()
+    settings_file = find(name, SETTINGS, **where)
+    settings = {} if settings_file is None else json.loads(settings_file.read_text())
+    missing = sorted(BERT_TOKENS - set(words))
+    is_bert = "do_lower_case" in settings or any(w.startswith(BERT_WORDS) for w in words)
+    cased = any(word != word.lower() for word in words if not word.startswith("["))
+    if missing:
+        wrong = f"has no {', '.join(missing)}"
+    elif not is_bert:
+        wrong = "has no word pieces (##), and no tokenizer_config.json says do_lower_case"
+    elif cased and "do_lower_case" not in settings:
+        wrong = "has upper-case words, and no tokenizer_config.json says do_lower_case"
+    else:
+        return
+    raise TokenizerError(
+        f"vocab.txt of {name} is not known to be BERT's: it {wrong}. Load the tokenizer with the "
+        "class that wrote it and save it into the folder, or pass tokenizer=... to "
+        "boot_transformers"
+    )
 
 
 def known_tokenizer(vocab_size: int, why: str) -> PreTrainedTokenizerBase:
@@ -109,6 +180,31 @@ def with_bos(name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name, *args, **kwargs)
 
 
+def drop_added_eos(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Take back the end of text that TransformerLens added to a tokenizer without one.
+
+    Its id is one past the checkpoint's vocabulary, or the one that the mask should have. The
+    tokenizer has no end of text then, as the checkpoint's has none, and BOS pads.
+    """
+    last = len(tokenizer) - 1
+    fits = len(tokenizer) + (tokenizer.mask_token_id is None) == vocab_size
+    own = tokenizer.init_kwargs.get("eos_token") is not None
+    if fits or own or tokenizer.eos_token != ADDED_EOS or tokenizer.eos_token_id != last:
+        return
+    if tokenizer.bos_token in (None, ADDED_EOS):
+        raise TokenizerError(
+            "the checkpoint's tokenizer has no BOS token, and the id of one that is added is none "
+            'of the checkpoint\'s: set its bos_token, "bos_token" in tokenizer_config.json'
+        )
+    backend: Any = cast(Any, tokenizer).backend_tokenizer
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [x for x in state["added_tokens"] if x["id"] != last]
+    cast(Any, tokenizer)._tokenizer = Tokenizer.from_str(json.dumps(state))
+    if tokenizer.pad_token == ADDED_EOS:
+        tokenizer.pad_token = tokenizer.bos_token
+    cast(Any, tokenizer).eos_token = None
+
+
 def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """Make the mask a token of the tokenizer, and return its id.
 
@@ -117,6 +213,7 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     Raises:
         TokenizerError: if tokenizer and checkpoint do not share a vocabulary.
     """
+    drop_added_eos(tokenizer, vocab_size)
     if tokenizer.mask_token_id is None:
         # lstrip: "to [MASK]" is one token after "to", without a stray space token between.
         mask = AddedToken(MASK_TOKEN, lstrip=True, special=True, normalized=False)

@@ -96,12 +96,20 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
         raise InputError(
             f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
         )
-    low, high = (int(end) for end in ids.aminmax())
-    if low < 0 or high >= vocab_size:
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):
+        low, high = (int(end) for end in ids.aminmax())
         raise InputError(
             f"{name} holds id {low if low < 0 else high}: the vocabulary is 0..{vocab_size - 1}"
         )
     return ids
+
+
+def fill_hidden(
+    ids: Int[Tensor, "batch pos"], hidden: Bool[Tensor, "batch pos"], vocab_size: int, filler: int
+) -> Int[Tensor, "batch pos"]:
+    """Replace ids that no token has where nobody reads them: padding may be any number."""
+    outside = (ids < 0) | (ids >= vocab_size)
+    return ids.masked_fill(hidden.to(ids.device) & outside, filler)
 
 
 def read_input(
@@ -203,3 +211,48 @@ def read_sigma(
             "finite and not negative"
         )
     return sigma.to(wide) if config.time_conditioning else torch.zeros_like(sigma, dtype=wide)
+
+
+def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
+    """Which positions are real, ``[batch, pos]``; None where all are.
+
+    Raises:
+        InputError: if the mask does not fit, or pads on the left, where positions would shift.
+    """
+    if attention_mask is None:
+        return None
+    attention_mask = torch.as_tensor(attention_mask)
+    shape = (view.ids.shape[0], view.length)
+    if attention_mask.shape != shape:
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give [batch, pos] = "
+            f"{list(shape)}"
+        )
+    real = attention_mask.to(view.ids.device).bool()
+    if bool(real.all()):
+        return None
+    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
+        raise InputError(
+            "attention_mask hides a token before a visible one: positions would shift, and blocks "
+            "with "
+            'them; pad on the right (padding_side="right")'
+        )
+    return real
+
+
+def check_keywords(token_type_ids: Any, store_kv: Any) -> None:
+    """Refuse keywords that tokenizers and the public code pass and that would change nothing here.
+
+    Raises:
+        InputError: for token types other than 0, and for a cache of keys and values.
+    """
+    if token_type_ids is not None and bool(torch.as_tensor(token_type_ids).any()):
+        raise InputError(
+            "token_type_ids holds other types than 0: the model has no token types; leave it out, "
+            "and pass one text a row"
+        )
+    if store_kv:
+        raise InputError(
+            "store_kv=True: a forward pass keeps no keys and values here; "
+            "bd3lm.denoise(bridge, ..., kv_cache=True) does"
+        )

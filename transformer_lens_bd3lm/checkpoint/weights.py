@@ -7,13 +7,11 @@ compared with ours.
 
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from transformer_lens_bd3lm.checkpoint.files import shapes_in, unreadable, weight_files
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.files import shapes_of, unreadable, weight_files
+from transformer_lens_bd3lm.checkpoint.modeling import check_fills
 from transformer_lens_bd3lm.checkpoint.remote import plain_config
-from transformer_lens_bd3lm.errors import CheckpointError
 
 
 def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
@@ -22,13 +20,10 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
     Raises:
         CheckpointError: if there is no such file, or one cannot be read or holds more than tensors.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        for file in weight_files(name, revision=revision):
-            shapes |= shapes_in(file)
+        return shapes_of(weight_files(name, revision=revision))
     except (OSError, SafetensorError) as error:
         raise unreadable(name, error) from error
-    return shapes
 
 
 def check_weights(name: str, config: Any, revision: str | None = None) -> None:
@@ -37,17 +32,4 @@ def check_weights(name: str, config: Any, revision: str | None = None) -> None:
     Raises:
         CheckpointError: naming what is missing, left over or of another shape.
     """
-    found = weight_shapes(name, revision)
-    with torch.device("meta"):
-        model = BD3LM(plain_config(config))
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    missing = sorted(set(wanted) - set(found))
-    unknown = sorted(set(found) - set(wanted))
-    misshapen = sorted(key for key in set(wanted) & set(found) if wanted[key] != found[key])
-    if missing or unknown or misshapen:
-        raise CheckpointError(
-            f"the weights of {name} do not fill the model that its config describes "
-            f"(missing: {missing[:5]}, unexpected: {unknown[:5]}, other shape: {misshapen[:5]}). "
-            "Check that "
-            "config.json and the weights belong together"
-        )
+    check_fills(name, weight_shapes(name, revision), plain_config(config))

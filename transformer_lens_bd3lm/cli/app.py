@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.errors import BD3LMError, InputError
 from transformer_lens_bd3lm.terminal import errors
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ ModelArgument = Annotated[
         help='Hub id, folder, .ckpt file or REPOSITORY::FILE.ckpt; "tiny", "grammar": embedded.'
     ),
 ]
+MOST = 2**31 - 1  # of anything that is counted; more is no number that a tensor takes
 
 
 def path_of(model: str) -> str:
@@ -42,6 +44,7 @@ def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
     """The bridge of a checkpoint's name, or of an embedded model; the default for None."""
     from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
 
+    check_device(device)
     try:
         with errors.status("loading ..."), quiet():
             return boot_checkpoint(path_of(model or "tiny"), device=device, **how)
@@ -51,6 +54,47 @@ def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
         raise typer.BadParameter(
             f"{model} could not be loaded: {str(error).splitlines()[0]}"
         ) from error
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that PyTorch does not have here, before a model is loaded for it."""
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_texts(texts: list[str]) -> None:
+    """Refuse the name of a file where a text is meant, and what is no text in the terminal's."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{text!r} is not text in UTF-8") from error
+        try:
+            named = Path(text).is_file()
+        except (OSError, ValueError):
+            named = False
+        if named or (text.endswith((".txt", ".jsonl")) and len(text.split()) == 1):
+            raise typer.BadParameter(
+                f"{text} names a file, and would be read as the text itself: give the text, as in "
+                f'"$(cat {text})"'
+            )
+
+
+def read_file(path: Path) -> str:
+    """The text of a file, in UTF-8; a device, which may have no end, is refused."""
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8-sig")
+        why = "it is no file"
+    except (OSError, UnicodeError) as error:
+        why = str(error)
+    raise typer.BadParameter(f"{path} cannot be read: {why}")
 
 
 def short_names(models: list[str]) -> list[str]:
@@ -92,17 +136,66 @@ def check_writable(path: Path | None, kinds: tuple[str, ...] = ()) -> None:
         return
     if kinds and path.suffix.lower() not in kinds:
         raise typer.BadParameter(f"{path}: give a name that ends in {', '.join(kinds)}")
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        folder = path.resolve().parent
+        fine = not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+    except (OSError, ValueError, RuntimeError):
+        fine = False
+    if not fine:
         raise typer.BadParameter(f"{path} cannot be written: give a file in a folder that exists")
 
 
+def check_new(folder: Path | None) -> None:
+    """Refuse a folder that could not be made in the end, before the work."""
+    if folder is None:
+        return
+    try:
+        above = next(path for path in folder.absolute().parents if path.exists())
+        fine = not os.path.lexists(folder) and above.is_dir() and os.access(above, os.W_OK)
+    except (OSError, ValueError):
+        fine = False
+    if not fine:
+        raise typer.BadParameter(f"{folder} cannot be made: give a folder that does not exist yet")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file, or folder, that could not be written after all.
+
+    Raises:
+        InputError: in place of the system's own error.
+    """
+    try:
+        yield
+    except BD3LMError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{path} could not be written: {why}") from error
+
+
+def save_figure(figure: Any, path: Path | None) -> None:
+    """Write a figure where it was asked for."""
+    if path is not None:
+        with writing(path):
+            figure().savefig(path, dpi=160)
+
+
 def write_json(found: Any, path: Path | None) -> None:
-    """Write figures where they were asked for: a file, or standard output for ``-``."""
+    """Write figures where they were asked for: a file, or standard output for ``-``.
+
+    What the encoding of standard output does not have is escaped as JSON does.
+    """
     if path is None:
         return
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    encoding = (sys.stdout.encoding if str(path) == "-" else None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(found, indent=1) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
-    else:
+        return
+    with writing(path):
         path.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of
+from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of, read_file
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import console
 
@@ -18,7 +18,11 @@ def info(model: ModelArgument) -> None:
     """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig, kind_of
+    from transformer_lens_bd3lm.checkpoint.config import (
+        BD3LMConfig,
+        kind_of,
+        trained_block_sizes,
+    )
     from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
 
     name = path_of(model)
@@ -49,7 +53,8 @@ def info(model: ModelArgument) -> None:
         "parameters": f"{parameters / 1e6:.1f} M, names and shapes as the config calls for",
         "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
         "context": f"{config.model_length} tokens",
-        "block size": f"{config.block_size} (trained); the dial goes from 1 to "
+        "block size": f"{config.block_size}, trained at "
+        f"{', '.join(map(str, trained_block_sizes(config)))}; the dial goes from 1 to "
         f"{config.model_length}"
         if config.cross_attn
         else "no blocks",
@@ -75,7 +80,7 @@ def train(
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run goes on.")],
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, other than the recipe's.")
+        int | None, typer.Option(help="Optimizer steps, other than the recipe's.", min=1, max=MOST)
     ] = None,
 ) -> None:
     """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
@@ -83,9 +88,10 @@ def train(
     from transformer_lens_bd3lm.diffusion.train import train as run
 
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
+    texts = [read_file(file) for file in (train_file, valid_file)]
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=recipe.steps)
-        for report in run(recipe, train_file.read_text(), valid_file.read_text(), out):
+        for report in run(recipe, *texts, out):
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
             progress.update(task, completed=report["step"])
             progress.console.print(told)

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from transformer_lens_bd3lm.cli.app import app, boot, check_writable, short_names, write_json
+from transformer_lens_bd3lm.cli.app import (
+    app,
+    boot,
+    check_writable,
+    save_figure,
+    short_names,
+    write_json,
+)
 from transformer_lens_bd3lm.cli.measure import (
     Device,
     Field,
@@ -61,13 +68,12 @@ def compare(
     names = short_names(models)
     bridges = {name: boot(model, device) for name, model in zip(names, models, strict=True)}
     found = bd3lm.compare_models(bridges, text, **how)
-    if str(json) != "-":
-        console.print(found.table())
     told = [
         {"model": each.name, "kind": each.kind} | figures(each.measured) for each in found.members
     ]
     write_json(told, json)
-    if plot is not None:
-        found.plot().savefig(plot, dpi=160)
-        if str(json) != "-":
+    save_figure(found.plot, plot)
+    if str(json) != "-":
+        console.print(found.table())
+        if plot is not None:
             console.print(f"figure in {plot}")

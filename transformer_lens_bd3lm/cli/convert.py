@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import app
 from transformer_lens_bd3lm.errors import BD3LMError
@@ -56,8 +56,8 @@ def convert(
         raise
     except OSError as error:
         raise typer.BadParameter(f"{out} could not be written: {error}") from error
-    console.print(f"[bold green]{escape(str(out))}[/]: its README.md says what it is. Next:")
-    console.print(f"  bd3lm verify {escape(str(out))}", soft_wrap=True)
+    console.print(Text(str(out), "bold green"), ": its README.md says what it is. Next:", sep="")
+    console.print(f"  bd3lm verify {out}", soft_wrap=True)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import ModelOption, app, boot
+from transformer_lens_bd3lm.cli.app import MOST, ModelOption, app, boot
 from transformer_lens_bd3lm.terminal import Canvases, compare, console, hook_tree
 
 
@@ -18,12 +19,14 @@ def demo(
     masked: Annotated[
         str, typer.Option(help="A text with one [MASK], for the single forward.")
     ] = "To be, or not to [MASK]",
-    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1, max=MOST)] = 32,
     layer: Annotated[
         int | None, typer.Option(help="Layer of the edit; the middle by default.")
     ] = None,
     toward: Annotated[str, typer.Option(help="The token that the edit pushes to.")] = " king",
-    seed: Annotated[int, typer.Option(help="Of the noise that both runs share.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the noise that both runs share.", min=0, max=2**64 - 1)
+    ] = 0,
 ) -> None:
     """One forward with every hook, then denoising with an edit at chosen steps, against none."""
     bridge = boot(model)
@@ -36,10 +39,12 @@ def show_model(bridge: Any) -> None:
     """One line about what was booted, and by whose adapter."""
     cfg = bridge.cfg
     console.print(
-        f"[bold]{Path(cfg.model_name).name}[/]: {bridge.n_params_total / 1e6:.1f} M parameters, "
+        Text(Path(cfg.model_name).name, "bold"),
+        f": {bridge.n_params_total / 1e6:.1f} M parameters, "
         f"{cfg.n_layers} "
         f"layers, context {cfg.n_ctx}, block size {cfg.block_size} on the dial 1..{cfg.n_ctx}; "
-        f"adapter {type(bridge.adapter).__module__.split('.')[0]}"
+        f"adapter {type(bridge.adapter).__module__.split('.')[0]}",
+        sep="",
     )
 
 
@@ -63,13 +68,16 @@ def show_forward(bridge: Any, text: str) -> None:
         1,
     )
     console.print(
-        f'\n[bold]One forward[/]   logits, cache = bridge.run_with_cache("{text}", pad_block=True)'
+        Text("\nOne forward", "bold"),
+        f"   logits, cache = bridge.run_with_cache({text!r}, pad_block=True)",
+        sep="",
     )
     console.print(hook_tree(bridge, cache))
     shape = tuple(cache["blocks.0.attn.hook_pattern"].shape)
     console.print(f'cache["blocks.0.attn.hook_pattern"]: {shape}, batch x head x query x key')
 
-    table = Table(title=f"what each layer would put at [MASK] in {text!r}", title_justify="left")
+    title = Text(f"what each layer would put at [MASK] in {text!r}", "table.title")
+    table = Table(title=title, title_justify="left")
     table.add_column("after", justify="right")
     for rank in range(1, 4):
         table.add_column(f"top {rank}")
@@ -100,12 +108,15 @@ def show_denoising(
     name = f"blocks.{layer}.hook_resid_post"
     hooks = bd3lm.StepHooks().add(name, push, step=0)
     console.print(
-        f'\n[bold]Denoising[/]   StepHooks().add("{name}", push, step=0): at the first step of '
-        "every block, the "
-        f"residual is pushed toward {bridge.tokenizer.decode([target])!r}"
+        Text("\nDenoising", "bold"),
+        f'   StepHooks().add("{name}", push, step=0): at the first step of every block, the '
+        f"residual is pushed toward {bridge.tokenizer.decode([target])!r}",
+        sep="",
     )
     how = {"max_new_tokens": tokens, "noise": bd3lm.Noise(seed), "progress": False}
     with Canvases(bridge, "without the hook", tokens) as canvases:
         run = bd3lm.denoise(bridge, prompt, on_step=canvases.show, **how)
-    console.print('[bold]Replay[/]      bd3lm.replay(run, hooks, "coupled"): the same noise')
+    console.print(
+        Text("Replay", "bold"), '      bd3lm.replay(run, hooks, "coupled"): the same noise', sep=""
+    )
     compare(bd3lm.replay(run, hooks, "coupled"))

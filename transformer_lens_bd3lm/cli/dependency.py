@@ -1,16 +1,19 @@
 """``bd3lm dependency``: likelihood, order of reveal and a probe by dependency depth."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from transformer_lens_bd3lm.analysis.diff import finite
 from transformer_lens_bd3lm.cli.app import (
+    MOST,
     app,
     boot,
     check_writable,
     read_dial,
+    read_file,
+    save_figure,
     short_names,
     write_json,
 )
@@ -37,8 +40,12 @@ def dependency(
     block_size: Annotated[
         str | None, typer.Option(help='The dial: tokens a block, or "full".')
     ] = None,
-    deepest: Annotated[int, typer.Option(help="Depths from here on are counted as one.")] = 8,
-    shuffles: Annotated[int, typer.Option(help="Of the probe's labels; 0: no probe.", min=0)] = 5,
+    deepest: Annotated[
+        int, typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST)
+    ] = 8,
+    shuffles: Annotated[
+        int, typer.Option(help="Of the probe's labels; 0: no probe.", min=0, max=MOST)
+    ] = 5,
     max_states: MaxStates = 256,
     replicates: Replicates = 4,
     weights: Annotated[
@@ -58,21 +65,22 @@ def dependency(
     check_writable(plot, (".png", ".svg", ".pdf"))
     check_writable(json)
     dial = None if block_size is None else read_dial(block_size)
-    given = parses if text is None else parse(text.read_text(encoding="utf-8"))
+    given = parse(read_file(text)) if text is not None else read_file(cast(Path, parses))
     sentences, found = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)
         how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
         how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
         found.append(measure(bridge, sentences, **how))
-        if str(json) != "-":
-            console.print(found[-1].table())
     write_json([figures(each) for each in found], json)
     if plot is not None:
         from transformer_lens_bd3lm.plots_checkpoints import dependency_figure
 
-        dependency_figure(found).savefig(plot, dpi=160)
-        if str(json) != "-":
+        save_figure(lambda: dependency_figure(found), plot)
+    if str(json) != "-":
+        for each in found:
+            console.print(each.table())
+        if plot is not None:
             console.print(f"figure in {plot}")
 
 

@@ -7,11 +7,14 @@ import torch
 import typer
 
 from transformer_lens_bd3lm.cli.app import (
+    MOST,
     app,
     boot,
+    check_texts,
     check_writable,
     read_dial,
     write_json,
+    writing,
 )
 from transformer_lens_bd3lm.cli.convert import Weights
 from transformer_lens_bd3lm.cli.measure import Device, Json, Method, Replicates, Seed, Split
@@ -38,14 +41,16 @@ def diff(
     block_size: Annotated[
         str | None, typer.Option(help='The dial of both: tokens a block, or "full".')
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of the text to read, the first.")] = 8,
+    windows: Annotated[
+        int, typer.Option(help="Windows of the text to read, the first.", min=1, max=MOST)
+    ] = 8,
     split: Split = None,
     method: Annotated[
         Method | None, typer.Option(help="Of the bound; exact where its states are few.")
     ] = None,
     replicates: Replicates = 8,
     seed: Seed = 0,
-    top: Annotated[int, typer.Option(help="Rows of a table.")] = 10,
+    top: Annotated[int, typer.Option(help="Rows of a table.", min=0, max=MOST)] = 10,
     plot: Annotated[Path | None, typer.Option(help="A figure: .html, .png, .svg, .pdf.")] = None,
     json: Json = None,
     device: Device = None,
@@ -55,6 +60,7 @@ def diff(
     # A command of the same name is in this module.
     from transformer_lens_bd3lm.analysis import diff as library
 
+    check_texts(text or [])
     check_writable(plot, (".html", ".png", ".svg", ".pdf"))
     check_writable(json)
     bridges = [
@@ -71,13 +77,14 @@ def diff(
         replicates=replicates,
         seed=seed,
     )
-    if str(json) != "-":
-        console.print(found.table(top))
     write_json(found.to_dict(), json)
     if plot is not None:
         # Slow to import, and not always asked for.
         from transformer_lens_bd3lm.plots_checkpoints import write_figure
 
-        write_figure(found.plot(), plot, f"{found.a} and {found.b}")
-        if str(json) != "-":
+        with writing(plot):
+            write_figure(found.plot(), plot, f"{found.a} and {found.b}")
+    if str(json) != "-":
+        console.print(found.table(top))
+        if plot is not None:
             console.print(f"figure in {plot}")

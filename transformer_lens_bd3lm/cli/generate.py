@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, boot, read_dial
+from transformer_lens_bd3lm.cli.app import (
+    MOST,
+    ModelArgument,
+    app,
+    boot,
+    check_new,
+    check_texts,
+    read_dial,
+    writing,
+)
 from transformer_lens_bd3lm.terminal import Canvases, console
 
 
@@ -24,15 +33,15 @@ class Order(str, Enum):
 def generate(
     model: ModelArgument,
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more; BOS if none.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.", min=0, max=MOST)] = 64,
     block_size: Annotated[
         str | None, typer.Option(help='The dial: tokens a block, or "full".')
     ] = None,
     sampler: Annotated[Order, typer.Option(help="Who is revealed next.")] = Order.first_hitting,
-    steps: Annotated[int, typer.Option(help="Steps a block, for ancestral.")] = 64,
+    steps: Annotated[int, typer.Option(help="Steps a block, for ancestral.", min=1, max=MOST)] = 64,
     temperature: Annotated[float, typer.Option(help="1 is the model's own; 0 the argmax.")] = 1.0,
     nucleus_p: Annotated[float, typer.Option(help="Mass of the (usual) nucleus.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**64 - 1)] = 0,
     stop: Annotated[bool, typer.Option(help="End a row at its end-of-text token.")] = False,
     stream: Annotated[bool, typer.Option(help="Show the canvas filling in.")] = False,
     save: Annotated[Path | None, typer.Option(help="A new folder for the run.")] = None,
@@ -41,6 +50,8 @@ def generate(
     """Write text by denoising, block after block."""
     import transformer_lens_bd3lm as bd3lm
 
+    check_texts(prompt or [])
+    check_new(save)
     if sampler is Order.ancestral:
         how = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
     else:
@@ -61,9 +72,13 @@ def generate(
             progress=False if stream else None,
             on_step=canvases.show if canvases else None,
         )
-    for text in run.text:
-        console.print(text, markup=False, soft_wrap=True)
-    console.print(f"[dim]{escape(repr(run))}[/]")
+    try:
+        if save is not None:
+            with writing(save):
+                run.save(save)
+    finally:
+        for text in run.text:
+            console.print(text, soft_wrap=True)
+        console.print(Text(repr(run), "dim"))
     if save is not None:
-        run.save(save)
         console.print(f"saved in {save}")

@@ -10,11 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import (
+    MOST,
     ModelArgument,
     app,
     boot,
+    check_texts,
     check_writable,
     read_dial,
+    save_figure,
     write_json,
 )
 from transformer_lens_bd3lm.terminal import console, number
@@ -34,14 +37,17 @@ Files = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help='Cut plain files before each match, as "^Scene ".')]
 Field = Annotated[str, typer.Option(help="Where a .jsonl line has its text.")]
-Stride = Annotated[int | None, typer.Option(help="Slide by so many tokens; wrapped if not given.")]
+Stride = Annotated[
+    int | None,
+    typer.Option(help="Slide by so many tokens; wrapped if not given.", min=1, max=MOST),
+]
 MethodOption = Annotated[
     Method | None, typer.Option(help="Exact where its states are few, else Monte Carlo.")
 ]
-Replicates = Annotated[int, typer.Option(help="Independent draws of an estimate.")]
-MaxStates = Annotated[int, typer.Option(help="Sum exactly up to so many states a block.")]
-Seed = Annotated[int, typer.Option(help="Of the draws.")]
-Rows = Annotated[int, typer.Option(help="Rows of a pass; memory grows with it.")]
+Replicates = Annotated[int, typer.Option(help="Independent draws of an estimate.", min=1, max=MOST)]
+MaxStates = Annotated[int, typer.Option(help="Sum exactly up to so many states a block.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**63 - 1)]
+Rows = Annotated[int, typer.Option(help="Rows of a pass; memory grows with it.", min=1, max=MOST)]
 Out = Annotated[Path | None, typer.Option(help="A folder; a stopped run given it again goes on.")]
 Plot = Annotated[Path | None, typer.Option(help="A figure: .png, .svg or .pdf.")]
 Json = Annotated[Path | None, typer.Option("--json", help='Figures to a file, or "-".')]
@@ -62,19 +68,13 @@ def exact(
     """Exact NLL, bound and reveal order of one text, summed over every order."""
     import transformer_lens_bd3lm as bd3lm
 
+    check_texts([text])
     check_writable(json)
     bridge = boot(model, device)
     dial = None if block_size is None else read_dial(block_size)
     found = bd3lm.exact(bridge, text, dial, max_states=max_states)
     words = [bridge.tokenizer.decode([i]) for i in found.tokens[0].tolist()]
     ranks = found.order_posterior[0] @ torch.arange(found.block_size, dtype=torch.float64)
-    if str(json) != "-":
-        console.print(token_table(found, words, ranks))
-        console.print(
-            f"NLL {float(found.nll[0]):.4f} nats ({found.bits_per_token:.4f} bits a token, "
-            f"{found.bits_per_character:.4f} a character); NELBO {float(found.nelbo[0]):.4f}; "
-            f"gap {float(found.gap[0]):.4f}. BOS is given."
-        )
     write_json(
         {
             "block_size": found.block_size,
@@ -88,6 +88,13 @@ def exact(
         },
         json,
     )
+    if str(json) != "-":
+        console.print(token_table(found, words, ranks))
+        console.print(
+            f"NLL {float(found.nll[0]):.4f} nats ({found.bits_per_token:.4f} bits a token, "
+            f"{found.bits_per_character:.4f} a character); NELBO {float(found.nelbo[0]):.4f}; "
+            f"gap {float(found.gap[0]):.4f}. BOS is given.{untrained(bridge, dial)}"
+        )
 
 
 def token_table(found: Any, words: list[str], ranks: torch.Tensor) -> Table:
@@ -168,9 +175,22 @@ def likelihood(
     found = bd3lm.likelihood(bridge, texts, dial, **how)
     if not is_main():
         return
-    if str(json) != "-":
-        console.print(figures_table(Path(bridge.cfg.model_name).name, found))
     write_json(figures(found), json)
+    if str(json) != "-":
+        table = figures_table(Path(bridge.cfg.model_name).name, found)
+        table.caption = f"{table.caption}.{untrained(bridge, dial)}"
+        console.print(table)
+
+
+def untrained(bridge: Any, block_size: int | str | None) -> str:
+    """A sentence about a block size that the checkpoint was not trained at; nothing for others."""
+    from transformer_lens_bd3lm.bridge import forward
+    from transformer_lens_bd3lm.checkpoint.config import trained_block_sizes
+
+    sizes = trained_block_sizes(bridge.original_model.config)
+    if forward.read_dial(bridge, block_size) in sizes:
+        return ""
+    return f" Not trained at this block size but at {', '.join(map(str, sizes))}: off-distribution."
 
 
 def measures(found: Any) -> dict[str, Any]:
@@ -268,10 +288,9 @@ def sweep(
     found = bd3lm.sweep_block_sizes(bridge, texts, sizes, **how)
     if not is_main():
         return
+    write_json([figures(each) for each in found.settings], json)
+    save_figure(found.plot, plot)
     if str(json) != "-":
         console.print(found.table())
-    write_json([figures(each) for each in found.settings], json)
-    if plot is not None:
-        found.plot().savefig(plot, dpi=160)
-        if str(json) != "-":
+        if plot is not None:
             console.print(f"figure in {plot}")

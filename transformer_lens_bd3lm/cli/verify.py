@@ -6,9 +6,16 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
+from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import ModelArgument, app, path_of, quiet, write_json
+from transformer_lens_bd3lm.cli.app import (
+    ModelArgument,
+    app,
+    check_device,
+    path_of,
+    quiet,
+    write_json,
+)
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.terminal import console
 
@@ -46,6 +53,7 @@ def verify(
     # A command of the same name is in this module.
     from transformer_lens_bd3lm.analysis import verify as library
 
+    check_device(device)
     try:
         with quiet():
             found = library.verify(
@@ -64,6 +72,6 @@ def verify(
         write_json(found.to_dict(), Path("-"))
     else:
         console.print(found.table())
-        console.print(f"[bold {'green' if found.ok else 'red'}]{escape(found.message)}[/]")
+        console.print(Text(found.message, f"bold {'green' if found.ok else 'red'}"))
     if not found.ok:
         raise typer.Exit(1)

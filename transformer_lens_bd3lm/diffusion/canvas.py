@@ -34,8 +34,9 @@ class Canvas:
             completes a row's last block, or makes rows equally long.
         mask_id: the mask token's id.
         context: positions that the network can read at once.
-        left: masks that are to be denoised ``[batch, pos]`` on the CPU, where a run goes on from
-            another's canvas; by default those that ``lengths`` asks for.
+        writes: positions that the run writes ``[batch, pos]`` on the CPU, where it goes on from
+            another's canvas: also those that were written before. By default the masks of every
+            block that holds a mask that ``lengths`` asks for.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -43,7 +44,7 @@ class Canvas:
     lengths: Int[Tensor, " batch"]
     mask_id: int
     context: int
-    left: Bool[Tensor, "batch pos"] | None = None
+    writes: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def reach(self) -> int | None:
@@ -66,23 +67,35 @@ class Canvas:
         """Positions within a row's length, on the CPU."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
+    def masks(self) -> Bool[Tensor, "batch pos"]:
+        """Positions that hold the mask, on the CPU."""
+        return (self.tokens == self.mask_id).cpu()
+
+    def written(self) -> Bool[Tensor, "batch pos"]:
+        """Positions that the run writes, those that a fork was given written included."""
+        masks = self.masks()
+        return masks & self.asked_blocks(masks) if self.writes is None else self.writes
+
     def to_denoise(self) -> Bool[Tensor, "batch pos"]:
-        """Masks of every block that holds a mask that was asked for in its row, on the CPU."""
-        if self.left is not None:
-            return self.left
-        masked = (self.tokens == self.mask_id).cpu()
-        wanted = torch.zeros_like(masked)
-        for start in range(0, masked.shape[1], self.block_size):
+        """Those of them that are masked, in blocks of which something was asked for, on the CPU.
+
+        A row that ended before a fork asks for nothing behind its end.
+        """
+        return self.masks() & self.asked_blocks(self.written())
+
+    def asked_blocks(self, which: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Whole blocks of which some of these positions were asked for."""
+        blocks = torch.zeros_like(which)
+        for start in range(0, which.shape[1], self.block_size):
             part = slice(start, start + self.block_size)
-            some = (masked & self.asked())[:, part].any(-1, keepdim=True)
-            wanted[:, part] = masked[:, part] & some
-        return wanted
+            blocks[:, part] = (which & self.asked())[:, part].any(-1, keepdim=True)
+        return blocks
 
     def windows(self) -> list[tuple[int, int]]:
-        """``start, end`` of every block with something to denoise in some row."""
-        wanted = self.to_denoise().any(0)
-        grid = (self.window(b) for b in range(-(-wanted.shape[0] // self.block_size)))
-        return [(start, end) for start, end in grid if bool(wanted[start:end].any())]
+        """``start, end`` of every block that is written in some row, a fork's past included."""
+        written = self.written().any(0)
+        grid = (self.window(b) for b in range(-(-written.shape[0] // self.block_size)))
+        return [(start, end) for start, end in grid if bool(written[start:end].any())]
 
 
 def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
@@ -140,6 +153,11 @@ def read_canvas(
     if not whole or max_new_tokens < 0:
         raise InputError(f"max_new_tokens={max_new_tokens!r}: give an int ≥ 0")
     rows = read_prompts(bridge, prompt)
+    if any(len(row) == 0 or int(row[0]) == cfg.mask_token_id for row in rows):
+        raise InputError(
+            "position 0 of the prompt is masked: it is BOS, which is given and never masked in "
+            "training. Put BOS before the prompt"
+        )
     lengths = torch.tensor([len(row) + max_new_tokens for row in rows])
     length = int(lengths.max())
     if config.cross_attn:

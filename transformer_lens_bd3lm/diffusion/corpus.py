@@ -110,7 +110,7 @@ def read_file(path: Path, field: str, split: str | None) -> Iterator[Text]:
                 if line.strip():
                     where = f"{path.name}:{number}"
                     yield Text(where, text_of(json.loads(line), field, where))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {error}") from error

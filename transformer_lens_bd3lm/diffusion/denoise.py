@@ -26,6 +26,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
+from transformer_lens_bd3lm.diffusion.made_with import MadeWith, Unchanged, hooks_on
 from transformer_lens_bd3lm.diffusion.network import Network, make_network
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
@@ -50,6 +51,7 @@ class Loop:
         noise: all the randomness.
         plan: reveals that are decided beforehand.
         stop: when a row ends.
+        made_with: what the bridge was when the run began; see :mod:`.made_with`.
         start: a step to go on from, whose canvas is the network's; from the beginning by default.
         ceiling: reveal times of the first block are scaled by it, row by row: the time at ``start``
             where the noise is new ``[batch]``.
@@ -60,16 +62,24 @@ class Loop:
     noise: Noise
     plan: Plan
     stop: Stop
+    made_with: MadeWith
     start: Step | None = None
     ceiling: Float[Tensor, " batch"] | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Run it, a step at a time."""
+        """Run it, a step at a time.
+
+        Raises:
+            NotExactError: if the bridge's weights changed between two steps.
+        """
         canvas, network = self.network.canvas, self.network
         tokens, wanted = canvas.tokens, canvas.to_denoise()
+        unchanged = Unchanged(network.bridge, self.made_with)
         first = self.start
-        index, first_block = (0, 0) if first is None else (first.index, first.block)
-        for block, window in enumerate(canvas.windows(), first_block):
+        index = 0 if first is None else first.index
+        for block, window in enumerate(canvas.windows()):
+            if not self.masked(tokens, wanted, window).any():
+                continue  # every row has ended, or it is a fork's past
             times = self.noise.times(tokens.shape[0], *window)
             in_block = 0
             if first is not None and block == first.block:
@@ -77,6 +87,7 @@ class Loop:
                 times = times if self.ceiling is None else times * self.ceiling[:, None]
             step = None
             while (masked := self.masked(tokens, wanted, window)).any():
+                unchanged.require()
                 t = self.sampler.next_time(masked, times)
                 step = Step(index, block, in_block, window, t, masked, tokens, canvas.mask_id)
                 step = replace(step, masked_logits=network.logits(step))
@@ -85,9 +96,10 @@ class Loop:
                 tokens = step.after
                 yield step
                 index, in_block = index + 1, in_block + 1
-            if step is not None:
-                network.finish(step)
-                self.stop.ask(step)
+            assert step is not None
+            network.finish(step)
+            self.stop.ask(step)
+        self.made_with.require_weights(network.bridge)
 
     def masked(
         self, tokens: Tensor, wanted: Tensor, window: tuple[int, int]
@@ -163,13 +175,34 @@ def choices(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:
     """
     sampler = FirstHitting() if sampler is None else sampler
     noise = Noise() if noise is None else noise
-    if not isinstance(sampler, Sampler) or not isinstance(noise, Noise):
-        raise InputError(
-            f"sampler is {type(sampler).__name__} and noise {type(noise).__name__}: give a sampler "
-            "such as FirstHitting(), and a Noise"
-        )
+    if not isinstance(sampler, Sampler) or isinstance(sampler, type):
+        raise InputError(f"sampler is {sampler!r}: give a sampler such as FirstHitting()")
+    if not isinstance(noise, Noise):
+        raise InputError(f"noise is {noise!r}: give a Noise, or seed= alone")
     noise.row(canvas.tokens.shape[0] - 1)
     return sampler, noise
+
+
+def spelled_out(
+    sampler: Any, noise: Any, temperature: Any, nucleus_p: Any, seed: Any
+) -> tuple[Any, Any]:
+    """A sampler and noise from TransformerLens's keywords, or those that were given.
+
+    Raises:
+        InputError: for a keyword beside the object that it would be a part of.
+    """
+    drawing = {"temperature": temperature, "nucleus_p": nucleus_p}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if drawing and sampler is not None:
+        raise InputError(
+            f"sampler was given beside {' and '.join(drawing)}: set them on it, as in "
+            "FirstHitting(temperature=0.7)"
+        )
+    if seed is not None and noise is not None:
+        raise InputError(f"noise was given beside seed={seed!r}: give one of the two")
+    if drawing:
+        sampler = FirstHitting(**drawing)
+    return sampler, noise if seed is None else Noise(seed)
 
 
 @dataclass(frozen=True)
@@ -229,7 +262,8 @@ class Request:
         if self.record is not None:
             shared_pace = isinstance(sampler, Drawing) and self.force is None
             self.record.check_budget(bridge, canvas, not shared_pace, plan.order)
-        return Loop(network, sampler, noise, plan, stop, self.start, self.ceiling)
+        made_with = MadeWith.of(bridge)
+        return Loop(network, sampler, noise, plan, stop, made_with, self.start, self.ceiling)
 
 
 def denoise_steps(
@@ -245,13 +279,18 @@ def denoise_steps(
     stop: Any = None,
     force: Force | None = None,
     pad_block: bool = True,
+    temperature: int | float | None = None,
+    nucleus_p: int | float | None = None,
+    seed: int | None = None,
 ) -> Iterator[Step]:
     """The denoising loop, one :class:`Step` at a time; arguments and errors as :func:`denoise`.
 
     Everything is checked before the first step. Between steps nothing is held: no hook, no grad
-    mode.
+    mode. Hooks may be set on the bridge between two steps, and fire in the next ones. The bridge's
+    block size may change too, and the run keeps its own; weights and their device may not.
     """
     bridge = read_bridge(bridge)
+    sampler, noise = spelled_out(sampler, noise, temperature, nucleus_p, seed)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     return Request(sampler, noise, kv_cache, hooks, None, stop, force).loop(bridge, canvas).steps()
 
@@ -272,6 +311,9 @@ def denoise(
     pad_block: bool = True,
     progress: bool | None = None,
     on_step: Callable[[Step], None] | None = None,
+    temperature: int | float | None = None,
+    nucleus_p: int | float | None = None,
+    seed: int | None = None,
 ) -> Run:
     """Write text block by block (Arriola et al., algorithm 2), with hooks at chosen steps.
 
@@ -297,14 +339,20 @@ def denoise(
             not asked for; False leaves it ragged.
         progress: show a bar; by default for long runs on a terminal.
         on_step: called with every finished step, logits included.
+        temperature: of first hitting, in place of ``sampler``; 0 is the argmax.
+        nucleus_p: of first hitting, in place of ``sampler``: the (usual) nucleus's mass.
+        seed: of the noise, in place of ``noise``.
 
     Raises:
-        InputError: for a prompt, length or selector that does not fit.
-        NotExactError: for a cache or scope that would not be exact.
+        InputError: for a bridge of another architecture, and for a prompt, length or selector that
+            does not fit.
+        NotExactError: for a cache or scope that would not be exact, and where weights change
+            between two steps.
         HookNameError: for an unknown hook name, before anything has run.
         HookReturnError: for a hook that returns another shape, dtype or device.
     """
     bridge = read_bridge(bridge)
+    sampler, noise = spelled_out(sampler, noise, temperature, nucleus_p, seed)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     made = on_bridge(bridge, hooks)  # a copy: the run keeps the hooks that it was made with
     kept = Record.of(record, bridge)
@@ -320,7 +368,11 @@ def finish(
     progress: bool | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Run:
-    """Run a loop to its end and gather what it did."""
+    """Run a loop to its end and gather what it did.
+
+    Raises:
+        NotExactError: if the bridge's weights changed on the way.
+    """
     final, timeline = canvas.tokens, Timeline.empty()
     commit_step = torch.full(final.shape, -1, dtype=torch.long)
     log_p, lead = (torch.full(final.shape, torch.nan, dtype=torch.float64) for _ in range(2))
@@ -335,7 +387,9 @@ def finish(
         timeline.add(step)
         if on_step is not None:
             on_step(step)
-    network = loop.network
+    network, made_with = loop.network, loop.made_with
+    if hooks_on(bridge) != made_with.hooks:
+        made_with = replace(made_with, hooks=None)
     return Run(
         bridge=bridge,
         canvas=canvas,
@@ -351,6 +405,7 @@ def finish(
         noise=loop.noise,
         kv_cache=network.cache is not None,
         request=request,
+        made_with=made_with,
     )
 
 

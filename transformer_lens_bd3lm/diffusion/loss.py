@@ -19,15 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.forward import read_padding
 from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.views import View, check_ids
-from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
+from transformer_lens_bd3lm.checkpoint.views import View, check_ids, fill_hidden, read_padding
+from transformer_lens_bd3lm.diffusion.subs import masked_log_probs, read_mask_id
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 
 
 def masked_nll(
-    logits: Float[Tensor, "token d_vocab"], x_0: Int[Tensor, " token"], mask_id: int | None = None
+    logits: Float[Tensor, "token d_vocab"], x_0: Int[Tensor, " token"], mask_id: int
 ) -> Float[Tensor, " token"]:
     """``-log p(x_0 | x_t)`` of masked tokens, in nats, from raw logits, in float32 or wider."""
     log_p = masked_log_probs(at_least_float32(logits), mask_id)
@@ -57,7 +56,8 @@ def diffusion_loss(
         block_size: tokens a block, or ``"full"``; says where the blocks of ``t`` begin.
         attention_mask: True at real tokens ``[batch, pos]``, padded on the right; padding counts
             for nothing, whatever its ids.
-        mask_id: the mask token's id; the last id by default.
+        mask_id: the mask token's id; the last id by default, which ``x_t`` and ``x_0`` must bear
+            out: where they differ, ``x_t`` has the mask.
         per_token: what each position adds ``[batch, pos]``, in place of the sum over N tokens
             divided by N: 0 where nothing is masked.
 
@@ -71,7 +71,7 @@ def diffusion_loss(
     """
     logits, mask_id = read_logits(logits, mask_id)
     x_t, x_0 = (
-        check_ids(ids, logits.shape[-1], name).to(logits.device)
+        read_stream(ids, logits.shape[-1], name, attention_mask).to(logits.device)
         for ids, name in ((x_t, "x_t"), (x_0, "x_0"))
     )
     for ids, name in ((x_t, "x_t"), (x_0, "x_0")):
@@ -105,11 +105,21 @@ def read_logits(logits: Any, mask_id: Any) -> tuple[Float[Tensor, "batch pos d_v
             else type(logits).__name__
         )
         raise InputError(f"logits is {came}: give raw logits [batch, pos, d_vocab]")
-    last = logits.shape[-1] - 1
-    mask_id = last if mask_id is None else mask_id
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int) or not 0 <= mask_id <= last:
-        raise InputError(f"mask_id={mask_id!r}: the vocabulary is 0..{last}")
-    return logits, mask_id
+    d_vocab = logits.shape[-1]
+    return logits, read_mask_id(d_vocab - 1 if mask_id is None else mask_id, d_vocab)
+
+
+def read_stream(ids: Any, d_vocab: int, name: str, attention_mask: Any) -> Int[Tensor, "batch pos"]:
+    """Ids of one stream, whatever the padding is.
+
+    Raises:
+        InputError: for what are no ids of the vocabulary.
+    """
+    if isinstance(ids, Tensor) and attention_mask is not None and not ids.is_floating_point():
+        hidden = ~torch.as_tensor(attention_mask).bool()
+        if hidden.shape == ids.shape:
+            ids = fill_hidden(ids.long(), hidden, d_vocab, 0)
+    return check_ids(ids, d_vocab, name)
 
 
 def read_counted(x_0: Int[Tensor, "batch pos"], attention_mask: Any) -> Bool[Tensor, "batch pos"]:
@@ -141,7 +151,9 @@ def check_noise(
     real = counted.clone()
     real[:, 0] = True
     if bool(((x_0 == mask_id) & real).any()):
-        raise InputError(f"x_0 holds the mask (id {mask_id}): give a finished text")
+        raise InputError(
+            f"x_0 holds the mask (id {mask_id}; mask_id=... for another): give a finished text"
+        )
     if bool((x_t[:, 0] == mask_id).any()):
         raise InputError("x_t masks position 0: BOS is given, never masked and not counted")
     other = ((x_t != mask_id) & (x_t != x_0) & real).nonzero()

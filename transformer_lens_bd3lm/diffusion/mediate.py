@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.diffusion.network import make_network
 from transformer_lens_bd3lm.diffusion.replay import (
     Replay,
+    check_run,
     check_same,
     commits,
     divergence,
@@ -99,13 +100,21 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
 
     Raises:
         InputError: if no block comes later.
-        NotExactError: for scope "prefix", or where nothing is stored: with time conditioning, or
-            without blocks.
+        NotExactError: for scope "prefix", or where nothing is stored: with time conditioning,
+            without blocks, or on a run that slid past its context without the cache; and where the
+            bridge is no longer what the run was made with.
     """
+    check_run(run)
     run.request.need("hooks", "sampler", "stop")
     given = on_bridge(run.bridge, hooks).hooks
     if any(hook.scope == "prefix" for hook in given):
         raise NotExactError('scope="prefix" edits no cache: give hooks of scope active or commit')
+    if run.slid and not run.kv_cache:
+        raise NotExactError(
+            "this run slid past its context without the cache, where stored keys and values differ "
+            "from recomputed ones, and mediation goes through stored ones: make the run with "
+            "kv_cache=True"
+        )
     later = [(step, last) for step, last in with_ends(run) if step.block > block]
     if block < 0 or not later:
         raise InputError(
@@ -115,7 +124,8 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
     own = StepHooks.of(run.request.hooks)
     edit = [limited(hook, lambda step: step.block <= block) for hook in given]
     both = StepHooks([*own.hooks, *edit])
-    edited = replay(run, both, "coupled")
+    base_run, run = run, run.beside_bridge()
+    edited = replay(base_run, both, "coupled")
     boundary = later[0][0].window[0]
     shape = (2, 2, len(later), *later[0][0].masked.shape)
     kl = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -145,4 +155,4 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
                     network.finish(step)
     check_same(run, log_p[0, 0])
     length = run.length
-    return Mediation(run, edited, block, log_p[..., :length], kl)
+    return Mediation(base_run, edited, block, log_p[..., :length], kl)

@@ -11,12 +11,16 @@ Monte Carlo spreads its t over strata, one a block, and permutes the strata over
 public code's assignment (the j-th stratum always to the j-th block) early blocks always get low t,
 and since early blocks are harder the estimate is biased for a given text. It is here by name.
 
-``clip`` names three different things that are called clipping; each changes what is estimated:
+``clip`` names four different things that are called clipping; each changes what is estimated:
 
 - ``Clip("t", a, b)``: t is drawn from U[a, b] (training with less variance), weight 1/t.
-- ``Clip("fraction", a, b)``: a block's t and mask are drawn again, together, until its masked
-  fraction is in [a, b].
 - ``Clip("unweighted", a, b)``: as ``"t"``, with weight 1 in place of 1/t.
+- ``Clip("resample", a, b)``: as ``"t"``, and at that t the mask is drawn again until the block's
+  masked fraction is in [a, b]. It is the public code's ``resample``: BOS is a position like any
+  other, drawn and counted in the fraction, and is given back afterwards. (Beyond a = 1/2 the public
+  code also drops the weight.)
+- ``Clip("fraction", a, b)``: t is drawn from U[0, 1], and t and mask are drawn again, together,
+  until the masked fraction of the block's maskable positions is in [a, b].
 
 Draws of one replicate depend on each other; standard errors come from independent replicates.
 """
@@ -45,13 +49,15 @@ class Clip:
         high: b.
     """
 
-    kind: Literal["t", "fraction", "unweighted"]
+    kind: Literal["t", "unweighted", "resample", "fraction"]
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("t", "fraction", "unweighted"):
-            raise InputError(f'kind={self.kind!r}: give "t", "fraction" or "unweighted"')
+        if self.kind not in ("t", "unweighted", "resample", "fraction"):
+            raise InputError(
+                f'kind={self.kind!r}: give "t", "unweighted", "resample" or "fraction"'
+            )
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
 
@@ -124,7 +130,11 @@ def monte_carlo(
         u = ((order + within) / number).view(shape)
     low, high = (clip.low, clip.high) if clip and clip.kind != "fraction" else (0.0, 1.0)
     t = (low + (high - low) * u)[..., None]
-    masked = draw_mask(t, counted, generator)
+    if clip is not None and clip.kind == "resample":
+        places = by_block(torch.ones_like(text.counted), text.block_size)
+        masked = resampled(t, places, clip, generator) & counted
+    else:
+        masked = draw_mask(t, counted, generator)
     if clip is not None and clip.kind == "fraction":
         masked, t = redraw(masked, t, counted, clip, generator)
     weight = torch.ones_like(t) if clip is not None and clip.kind == "unweighted" else 1 / t
@@ -150,14 +160,7 @@ def redraw(
         InputError: if some block has no number of masks whose fraction does.
     """
     k = counted.sum(-1)
-    fractions = torch.arange(int(k.max()) + 1) / k[..., None].clamp(min=1)
-    fits = (fractions >= clip.low) & (fractions <= clip.high)
-    fits &= torch.arange(int(k.max()) + 1) <= k[..., None]
-    if not bool(fits[..., 1:].any(-1)[k > 0].all()):
-        raise InputError(
-            f"clip to {clip.low}..{clip.high}: no number of masks of some block has such a "
-            "fraction; widen it"
-        )
+    fitting(k, clip)
     while True:
         share = masked.sum(-1) / k.clamp(min=1)
         out = ((share < clip.low) | (share > clip.high)) & (k > 0)
@@ -166,6 +169,48 @@ def redraw(
         again = 1 - torch.rand(t.shape, generator=generator, dtype=torch.float64)
         t = torch.where(out[..., None], again, t)
         masked = torch.where(out[..., None], draw_mask(t, counted, generator), masked)
+
+
+def resampled(
+    t: Float[Tensor, "batch block one"],
+    places: Bool[Tensor, "batch block place"],
+    clip: Clip,
+    generator: torch.Generator,
+) -> Bool[Tensor, "batch block place"]:
+    """Draw masks of probability t, given that their fraction of the block lies within the clip.
+
+    It is what drawing again at the same t ends in, without doing it: the number m of masks is
+    binomial, cut to those that fit, and which m places it is does not matter.
+
+    Raises:
+        InputError: if some block has no number of masks whose fraction does.
+    """
+    k = places.sum(-1)
+    fits = fitting(k, clip)
+    m = torch.arange(fits.shape[-1], dtype=t.dtype)
+    left = (k[..., None] - m).clamp(min=0)
+    log_p = torch.xlogy(m, t) + torch.xlogy(left, 1 - t) - (m + 1).lgamma() - (left + 1).lgamma()
+    p = log_p.masked_fill(~fits, -torch.inf).softmax(-1)
+    number = p.flatten(0, 1).multinomial(1, generator=generator).view(t.shape)
+    draw = torch.rand(places.shape, generator=generator, dtype=torch.float64)
+    return draw.masked_fill(~places, 2.0).argsort(-1).argsort(-1) < number
+
+
+def fitting(k: Int[Tensor, "batch block"], clip: Clip) -> Bool[Tensor, "batch block number"]:
+    """Which numbers of masks, from 0, have a fraction of a block's k places within the clip.
+
+    Raises:
+        InputError: if some block has none beyond 0.
+    """
+    m = torch.arange(int(k.max()) + 1)
+    fraction = m / k[..., None].clamp(min=1)
+    fits = (fraction >= clip.low) & (fraction <= clip.high) & (m <= k[..., None])
+    if not bool(fits[..., 1:].any(-1)[k > 0].all()):
+        raise InputError(
+            f"clip to {clip.low}..{clip.high}: no number of masks of some block has such a "
+            "fraction; widen it"
+        )
+    return fits
 
 
 def whole(text: NoisyText, masked: Tensor, weight: Tensor) -> Masks:

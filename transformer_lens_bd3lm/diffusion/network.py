@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing, watched
+from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
+from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
@@ -73,6 +75,7 @@ class Network:
     @torch.no_grad()
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Raw logits of the step's masked positions, in row-major order."""
+        require_eval(self.bridge)
         model, (start, end) = self.bridge.original_model, step.window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
         ids = step.tokens[:, first:end]
@@ -197,11 +200,7 @@ def make_network(
     model = bridge.original_model
     config = model.config
     made = on_bridge(bridge, hooks)
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError(
-            f"the bridge is in training, with dropout={bridge.cfg.dropout}: two runs under one "
-            "noise would differ. Call bridge.eval()"
-        )
+    require_eval(bridge)
     exact = config.cross_attn and not config.time_conditioning
     if kv_cache and not exact:
         why = (

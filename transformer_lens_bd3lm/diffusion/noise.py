@@ -10,7 +10,7 @@ changed. Two runs with the same noise differ only by what was changed.
 ``sigma`` is the network's name for time; its schedule is here too. Nothing here looks at logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,10 @@ class Noise:
             or not 0 <= self.seed < 2**64
         ):
             raise InputError(f"seed={self.seed!r}: give an int in 0..2**64 - 1")
+        if isinstance(self.rows, Iterator):
+            object.__setattr__(self, "rows", tuple(self.rows))
+        if self.rows is not None and not isinstance(self.rows, Sequence):
+            raise InputError(f"rows={self.rows!r}: give a list of noise rows, one a batch row")
         rows = () if self.rows is None else self.rows
         if any(type(row) is not int or not 0 <= row < 2**64 for row in rows):
             raise InputError(f"rows={list(rows)}: noise rows are ints that count from 0")

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run, through_layers
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
@@ -184,8 +185,7 @@ def read_noisy_text(
             "this checkpoint sees t (time_conditioning=True): what it says of a masked state "
             "depends on when it is met, so no finite sum over states is exact"
         )
-    if bridge.training and bridge.cfg.dropout:
-        raise NotExactError("the bridge is in training, with dropout: call bridge.eval()")
+    require_eval(bridge)
     pass_hooks = read_pass_hooks(bridge, hooks, scope)
     several = tokens if isinstance(tokens, list | tuple) else [tokens]
     texts = [text for text in several if isinstance(text, str)]

@@ -4,6 +4,7 @@ Only the active block's rows are kept, so memory grows as steps x active positio
 steps x length. A pattern's keys are the exception: each row has as many as it can read.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,15 @@ from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS
-from transformer_lens_bd3lm.diffusion.steps import Chosen, Span, Step, Which, check_which, matches
+from transformer_lens_bd3lm.diffusion.steps import (
+    Chosen,
+    Span,
+    Step,
+    Which,
+    check_number,
+    check_which,
+    matches,
+)
 from transformer_lens_bd3lm.errors import InputError
 
 BY_HEAD = ("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
@@ -52,12 +61,14 @@ class Record:
     positions: Which = None
     device: str | torch.device = "cpu"
     dtype: torch.dtype | None = None
-    max_bytes: int = 4 * 2**30
+    max_bytes: int | float = 4 * 2**30
     chosen: Chosen = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", read_names(self.names))
         check_which("positions", self.positions)
+        rule = "give a number of bytes >= 0, or float('inf')"
+        check_number("max_bytes", self.max_bytes, 0, math.inf, rule)
         chosen = Chosen(self.block, self.step, self.index, self.t, self.masks_left, self.when)
         object.__setattr__(self, "chosen", chosen)
 
@@ -115,14 +126,14 @@ class Record:
         A forced ``order`` may also hold tokens back, for steps that reveal nothing. Every kept step
         takes as much as the widest, see :func:`stack_ragged`.
         """
-        wanted = canvas.to_denoise()
-        batch, index, total, rows, keys = wanted.shape[0], 0, 0, 0, 0
+        written, left = canvas.written(), canvas.to_denoise().any(0)
+        batch, index, total, rows, keys = written.shape[0], 0, 0, 0, 0
         for block, (start, end) in enumerate(canvas.windows()):
-            masks = wanted[:, start:end].sum(-1)
+            masks = written[:, start:end].sum(-1)
             steps = int(masks.sum() if one_row_at_a_time else masks.max())
             if order is not None:
                 steps += max(int(order[:, start:end].max()) + 1 - block, 0)
-            if matches(self.block, block):
+            if matches(self.block, block) and bool(left[start:end].any()):
                 named = sum(matches(self.step, i) for i in range(steps))
                 if self.index is not None:
                     # Earlier blocks may have taken fewer steps than they could.

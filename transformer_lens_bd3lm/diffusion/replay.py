@@ -6,7 +6,8 @@
   the edit (common random numbers), and one changed token changes no later draw of noise.
 - ``"fresh"``: new noise: how much of a coupled difference is more than chance.
 
-A run's base is what it was made with, its own hooks included; ``hooks`` replaces them.
+A run's base is what it was made with, its own hooks included; ``hooks`` replaces them. Where the
+bridge is no longer what the run was made with, all of them are refused; see :mod:`.made_with`.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.diffusion.denoise import Request, finish
+from transformer_lens_bd3lm.diffusion.denoise import Request, choices, finish
 from transformer_lens_bd3lm.diffusion.force import Force, Plan
 from transformer_lens_bd3lm.diffusion.network import Network, committed
 from transformer_lens_bd3lm.diffusion.noise import Noise
@@ -73,7 +74,7 @@ class Replay(Run):
             run.commit_step_all.masked_fill(run.commit_step_all < 0, never)
             for run in (self, self.base)
         )
-        differs = (self.final != self.base.final).cpu() | (mine != base)
+        differs = (self.final.cpu() != self.base.final.cpu()) | (mine != base)
         when = torch.minimum(mine, base).masked_fill(~differs, never)
         first, position = when.min(-1)
         none = first == never
@@ -105,8 +106,10 @@ def replay(
 
     Raises:
         InputError: for another mode, or a run from a file that lacks what it was made with.
-        NotExactError: for hooks of scope "prefix" on a run that slid past its context.
+        NotExactError: for hooks of scope "prefix" on a run that slid past its context, and where
+            the bridge is no longer what the run was made with.
     """
+    check_run(run)
     if mode not in ("pinned", "coupled", "fresh"):
         raise InputError(f'mode={mode!r}: give "pinned", "coupled" or "fresh"')
     if noise is not None and mode != "fresh":
@@ -119,9 +122,10 @@ def replay(
             "it: the two are not equal there"
         )
     kv_cache = run.kv_cache and not prefix
+    base, run = run, run.beside_bridge()
     request = replace(run.request, hooks=made, record=record, kv_cache=kv_cache)
     if mode == "pinned":
-        return pinned(run, request)
+        return pinned(base, request)
     run.request.need("sampler", "stop")
     sampler, kept = run.sampler, run.noise
     if mode == "fresh":
@@ -130,7 +134,19 @@ def replay(
         request = replace(request, ceiling=start)
     request = replace(request, sampler=sampler, noise=kept)
     other = finish(run.bridge, run.canvas, request.loop(run.bridge, run.canvas), request, progress)
-    return as_replay(other, run, mode, None)
+    return as_replay(other, base, mode, None)
+
+
+def check_run(run: Any) -> None:
+    """Refuse what is no run, and a run whose bridge has changed since.
+
+    Raises:
+        InputError: for anything else than a run.
+        NotExactError: if weights, or hooks on the bridge, are others than the run's.
+    """
+    if not isinstance(run, Run):
+        raise InputError(f"run is {type(run).__name__}: give a Run, as denoise returns it")
+    run.made_with.require(run.bridge)
 
 
 def as_replay(other: Run, base: Run, mode: str, kl: Tensor | None) -> Replay:
@@ -139,22 +155,23 @@ def as_replay(other: Run, base: Run, mode: str, kl: Tensor | None) -> Replay:
     return Replay(**values, base=base, mode=mode, kl=kl)
 
 
-def pinned(run: Run, request: Request) -> Replay:
+def pinned(base: Run, request: Request) -> Replay:
     """Both networks over the run's own steps, in lockstep."""
+    run = base.beside_bridge()
     run.request.need("hooks")
     if request.record is not None:
         request.record.check_budget(run.bridge, run.canvas, True, run.commit_step_all)
     mine = request.network(run.bridge, run.canvas)
-    base = replace(run.request, kv_cache=run.kv_cache, record=None).network(run.bridge, run.canvas)
+    own = replace(run.request, kv_cache=run.kv_cache, record=None).network(run.bridge, run.canvas)
     kl = torch.full((len(run.steps), *run.steps[0].masked.shape), torch.nan, dtype=torch.float64)
     log_p, again = (torch.full_like(run.log_p_all, torch.nan) for _ in range(2))
     for i, (step, last) in enumerate(with_ends(run)):
-        before, after = (log_probs_of(network, step) for network in (base, mine))
+        before, after = (log_probs_of(network, step) for network in (own, mine))
         kl[i, :, : step.masked.shape[1]][step.masked] = divergence(before, after)
         write_log_p(again, step, before)
         write_log_p(log_p, step, after)
         if last:
-            base.finish(step)
+            own.finish(step)
             mine.finish(step)
     check_same(run, again)
     other = replace(
@@ -166,7 +183,7 @@ def pinned(run: Run, request: Request) -> Replay:
         kv_cache=mine.cache is not None,
         request=request,
     )
-    return as_replay(other, run, "pinned", kl)
+    return as_replay(other, base, "pinned", kl)
 
 
 def with_ends(run: Run) -> Iterator[tuple[Step, bool]]:
@@ -209,8 +226,9 @@ def check_same(run: Run, again: Float[Tensor, "batch total"]) -> None:
     off = (again - run.log_p_all).abs() > within * (1 + run.log_p_all.abs())
     if bool(off.any()):
         raise NotExactError(
-            "this run does not come out again under its own hooks: the weights, or hooks set on "
-            "the bridge itself, have changed since, or a hook is random. Make the run anew"
+            "this run does not come out again under its own hooks: one of them answers otherwise "
+            "than it did (it is random, or remembers what it saw). Make the run anew, with hooks "
+            "that depend on nothing but what they are shown"
         )
 
 
@@ -238,13 +256,23 @@ def on_rows(step: Step, rows: Int[Tensor, " row"]) -> Step:
     return replace(step, t=step.t[rows], masked=step.masked[rows], tokens=ids, **nothing)
 
 
+class _RunsOwn:
+    """The default of ``fork(hooks=...)``, which no hooks can be mistaken for."""
+
+    def __repr__(self) -> str:
+        return "<the run's own>"
+
+
+RUNS_OWN = _RunsOwn()
+
+
 def fork(
     run: Run,
     step: int,
     n: int = 1,
     *,
     noise: Noise | None = None,
-    hooks: Any = "the run's own",
+    hooks: Any = RUNS_OWN,
     record: Any = None,
     force: Force | None = None,
     progress: bool | None = None,
@@ -253,7 +281,8 @@ def fork(
 
     Steps, blocks and hooks' selectors go on counting as in the run; what was written before the
     step is given (``commit_step`` -1). Stored keys and values are those of the run, commit edits
-    included.
+    included. Stop rules are asked again from this step on: a row that one of them ended later may
+    go on, and one that had ended before stays as it was.
 
     Args:
         run: a finished run.
@@ -268,42 +297,42 @@ def fork(
 
     Raises:
         InputError: for a step that the run does not have.
+        NotExactError: where the bridge is no longer what the run was made with.
     """
+    check_run(run)
     indices = run.timeline.indices
-    if step not in indices:
-        raise InputError(f"step={step}: this run has steps {indices[0]}..{indices[-1]}")
+    if isinstance(step, bool) or step not in indices:
+        raise InputError(f"step={step!r}: this run has steps {indices[0]}..{indices[-1]}")
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InputError(f"n={n!r}: give an int >= 1")
     run.request.need("sampler", "stop", "hooks")
+    own = StepHooks.of(run.request.hooks)
+    future = own if hooks is RUNS_OWN else on_bridge(run.bridge, hooks)
+    run = run.beside_bridge()
     at = run.steps[indices.index(step)]
     source = torch.arange(len(run.ends)).repeat_interleave(n)
-    over = run.ends < run.canvas.lengths
-    over &= run.commit_step_all.amax(-1) < step
+    over = (run.ends < run.canvas.lengths) & (run.ends <= at.window[0])
     lengths = torch.where(over, run.ends, run.canvas.lengths)[source]
     start = on_rows(at, source)
-    left = (run.commit_step_all >= step) & ~over[:, None]
-    canvas = replace(run.canvas, tokens=start.tokens, lengths=lengths, left=left[source])
+    written = run.canvas.written()[source]
+    canvas = replace(run.canvas, tokens=start.tokens, lengths=lengths, writes=written)
     if force is None and run.request.force is not None:
-        plan = Plan.of(run.bridge, run.canvas, run.request.force)
-        force = Force(*(x.masked_fill(~left, -1)[source] for x in (plan.tokens, plan.order)))
+        plan, left = Plan.of(run.bridge, run.canvas, run.request.force), canvas.to_denoise()
+        force = Force(*(x[source].masked_fill(~left, -1) for x in (plan.tokens, plan.order)))
     noise = Noise(run.noise.seed + 1) if noise is None else noise
+    sampler, noise = choices(canvas, run.sampler, noise)
     same = torch.tensor(
         [
             noise.seed == run.noise.seed and noise.row(i) == run.noise.row(row)
             for i, row in enumerate(source.tolist())
         ]
     )
-    begun = torch.ones(len(source), dtype=torch.float64)
-    if at.step > 0:
-        before = run.steps[indices.index(step) - 1]
-        begun = run.sampler.end_of(before.t)[source]
-    own = StepHooks.of(run.request.hooks)
-    future = own if isinstance(hooks, str) else on_bridge(run.bridge, hooks)
+    begun, ceiling = times_at(run, at)
     past = [limited(h, lambda s: s.index < step) for h in own.hooks if h.scope == "commit"]
     new = [limited(hook, lambda s: s.index >= step) for hook in future.hooks]
     request = replace(
         run.request,
-        sampler=run.sampler,
+        sampler=sampler,
         noise=noise,
         kv_cache=run.kv_cache and not any(hook.scope == "prefix" for hook in future.hooks),
         hooks=StepHooks([*past, *new]),
@@ -311,7 +340,23 @@ def fork(
         force=force,
         finished=[on_rows(done, source) for done in commits(run, at.block)],
         start=start,
-        started_at=begun,
-        ceiling=torch.where(same, 1.0, begun),
+        started_at=begun[source],
+        ceiling=torch.where(same, ceiling[source], begun[source]),
     )
     return finish(run.bridge, canvas, request.loop(run.bridge, canvas), request, progress)
+
+
+def times_at(run: Run, at: Step) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The time before a step of a run, and what its block's reveal times are scaled by, by row.
+
+    Both are 1 at the beginning of a block. In a run that is a fork itself, its first block goes on
+    from the time at which it began, under noise that may have been scaled already.
+    """
+    begun = ceiling = torch.ones(len(run.ends), dtype=torch.float64)
+    first = run.request.start
+    if first is not None and at.block == first.block:
+        ceiling = run.request.ceiling
+        begun = run.request.started_at
+    if at.step > 0 and at.index > run.timeline.indices[0]:
+        begun = run.sampler.end_of(run.steps[run.timeline.indices.index(at.index) - 1].t)
+    return begun, ceiling

@@ -198,6 +198,11 @@ def _in_pass(running: object, fn: Any, activation: Tensor, hook: HookPoint) -> T
         _running.reset(token)
 
 
+def is_step_hook(fn: Any) -> bool:
+    """Whether a function on a hook point was put there by :func:`attached`, for one pass."""
+    return isinstance(fn, partial) and fn.func.__module__ == __name__
+
+
 def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:
     """The same hook, shown the whole batch, whose edits are taken in the chosen batch rows alone.
 

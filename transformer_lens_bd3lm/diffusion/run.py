@@ -6,7 +6,7 @@ a position and one row a step, not a canvas a step.
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,6 +19,7 @@ from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.exact_tools import BD3LMActivationCache
 from transformer_lens_bd3lm.bridge.predictions import Predicted
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
+from transformer_lens_bd3lm.diffusion.made_with import MadeWith
 from transformer_lens_bd3lm.diffusion.network import Network
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import HAS_KEYS, stack_ragged
@@ -87,6 +88,7 @@ class Run:
         noise: the randomness of the run.
         kv_cache: whether finished blocks were stored; exact either way unless ``slid``.
         request: everything the run was asked for.
+        made_with: what the bridge was meanwhile; see :mod:`.made_with`.
     """
 
     bridge: Any = field(repr=False)
@@ -103,6 +105,7 @@ class Run:
     noise: Noise
     kv_cache: bool
     request: Any = field(repr=False)
+    made_with: MadeWith = field(repr=False)
 
     @property
     def block_size(self) -> int:
@@ -169,7 +172,9 @@ class Run:
 
         Raises:
             InputError: if that step was not recorded.
+            NotExactError: if the bridge's weights have changed since, which the cache would use.
         """
+        self.made_with.require_weights(self.bridge)
         if step not in self.recorded_steps:
             kept = list(self.recorded_steps)
             told = f"{kept[0]}..{kept[-1]} hold {len(kept)} recorded steps" if kept else "none was"
@@ -199,11 +204,25 @@ class Run:
         predicted = Predicted(ids[:, where] == self.canvas.mask_id, where, whole)
         return BD3LMActivationCache(found, self.bridge, predicted=predicted)
 
+    def beside_bridge(self) -> "Run":
+        """The same run, with its canvas on the device that the bridge is on now."""
+        device = self.bridge.embed.weight.device
+        if self.final.device == device:
+            return self
+        finished = [replace(s, tokens=s.tokens.to(device)) for s in self.request.finished]
+        return replace(
+            self,
+            canvas=replace(self.canvas, tokens=self.canvas.tokens.to(device)),
+            final=self.final.to(device),
+            request=replace(self.request, finished=finished),
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the run into a new folder, whole or not at all; see :mod:`.saved`.
 
         Raises:
             InputError: if the folder exists.
+            NotExactError: if the bridge's weights have changed since: the file names them.
             OSError: if it cannot be written; nothing is left behind then.
         """
         from transformer_lens_bd3lm.diffusion.saved import save

@@ -22,6 +22,8 @@ keeps it. Both are here, by name.
 A sampler never sees the network; the loop hands it log-probabilities and does what it says.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -30,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transformer_lens_bd3lm.diffusion.steps import check_number
 from transformer_lens_bd3lm.errors import InputError
 
 LogProbs = Callable[[], Float[Tensor, "masked d_vocab"]]
@@ -93,7 +96,7 @@ def nucleus(
 
 
 def ancestral_update(
-    log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int | None = None
+    log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int
 ) -> Float[Tensor, "*dims d_vocab"]:
     """``q(x_s | x_t)`` of a masked token: probability s/t that it stays the mask, else p.
 
@@ -103,7 +106,7 @@ def ancestral_update(
         log_p: what a revealed token is drawn from, in nats; the mask has probability 0 in it.
         t: time before the update, in (0, 1].
         s: time after it.
-        mask_id: the mask token's id; the last id by default.
+        mask_id: the mask token's id.
 
     Raises:
         InputError: unless 0 <= s < t <= 1.
@@ -111,7 +114,7 @@ def ancestral_update(
     if not 0.0 <= s < t <= 1.0:
         raise InputError(f"t={t}, s={s}: an update goes from t to s, with 0 <= s < t <= 1")
     q = log_p.exp() * (1 - s / t)
-    q[..., -1 if mask_id is None else mask_id] = s / t
+    q[..., mask_id] = s / t
     return q
 
 
@@ -130,10 +133,10 @@ class Drawing:
     nucleus: Literal["usual", "public"] = "usual"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}: give a number >= 0; 0 is the argmax")
-        if not 0.0 < self.nucleus_p <= 1.0:
-            raise InputError(f"nucleus_p={self.nucleus_p}: give a probability mass in (0, 1]")
+        rule = "give a finite number >= 0; 0 is the argmax"
+        check_number("temperature", self.temperature, 0.0, sys.float_info.max, rule)
+        rule = "give a probability mass in (0, 1]"
+        check_number("nucleus_p", self.nucleus_p, math.ulp(0.0), 1.0, rule)
         if self.nucleus not in ("usual", "public"):
             raise InputError(f'nucleus={self.nucleus!r}: give "usual" or "public"')
 
@@ -143,7 +146,9 @@ class Drawing:
             best = log_p.argmax(-1, keepdim=True)
             return torch.full_like(log_p, -torch.inf).scatter(-1, best, 0.0)
         if self.temperature != 1:
-            log_p = (log_p / self.temperature).log_softmax(-1)
+            # From the likeliest token down, so that a tiny temperature divides it as 0, not -inf.
+            below = log_p - log_p.amax(-1, keepdim=True)
+            log_p = (below / self.temperature).log_softmax(-1)
         return nucleus(log_p, self.nucleus_p, self.nucleus)
 
     def scores(
@@ -244,8 +249,12 @@ class Confidence(Drawing):
             raise InputError(f'by={self.by!r}: give "probability", "margin" or "entropy"')
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise InputError(f"k={self.k!r}: give an int >= 1")
-        if self.threshold is not None and self.k != 1:
+        if self.threshold is None:
+            return
+        if self.k != 1:
             raise InputError(f"k={self.k} and threshold={self.threshold}: give one of the two")
+        biggest = sys.float_info.max
+        check_number("threshold", self.threshold, -biggest, biggest, "give a finite number")
 
     def confidence(self, log_p: Float[Tensor, "masked d_vocab"]) -> Float[Tensor, " masked"]:
         """How sure the network is of each position."""

@@ -16,6 +16,7 @@ Hook names are TransformerLens's own, and never change with the step.
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -144,6 +145,17 @@ def check_which(name: str, which: Which) -> None:
         )
 
 
+def check_number(name: str, value: Any, low: int | float, high: int | float, rule: str) -> None:
+    """Refuse a setting that is no number of a range, ends included; NaN is none.
+
+    Raises:
+        InputError: with the rule.
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not (real and low <= float(value) <= high):
+        raise InputError(f"{name}={value!r}: {rule}")
+
+
 def check_span(name: str, span: Span) -> None:
     """Refuse a range of times that is none.
 
@@ -153,7 +165,7 @@ def check_span(name: str, span: Span) -> None:
     if span is None:
         return
     numbers = isinstance(span, tuple) and len(span) == 2
-    if not numbers or not all(isinstance(x, int | float) for x in span):
+    if not numbers or any(isinstance(x, bool) or not isinstance(x, Real) for x in span):
         raise InputError(f"{name}={span!r}: give (low, high), both within 0..1")
     if not 0 <= span[0] <= span[1] <= 1:
         raise InputError(f"{name}={span!r}: give (low, high) with 0 <= low <= high <= 1")

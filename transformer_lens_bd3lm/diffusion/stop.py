@@ -4,6 +4,7 @@ A rule is ``rule(step) -> Bool[batch]``, called with the last step of a block, w
 the canvas; a row it names is not denoised any further, and ends with that block.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
-from transformer_lens_bd3lm.diffusion.steps import Step
+from transformer_lens_bd3lm.diffusion.steps import Step, check_number
 from transformer_lens_bd3lm.errors import InputError
 
 StopRule = Callable[[Step], Bool[Tensor, " batch"]]
@@ -31,6 +32,11 @@ class EndOfText:
 
     token: int | None = None
 
+    def __post_init__(self) -> None:
+        whole = isinstance(self.token, int) and not isinstance(self.token, bool)
+        if self.token is not None and not whole:
+            raise InputError(f"token={self.token!r}: give the id of a token, an int")
+
 
 @dataclass(frozen=True)
 class LowEntropy:
@@ -47,6 +53,7 @@ class LowEntropy:
     def __post_init__(self) -> None:
         if isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 1:
             raise InputError(f"last={self.last!r}: give an int >= 1")
+        check_number("below", self.below, 0.0, sys.float_info.max, "give an entropy in nats, >= 0")
 
     def __call__(self, step: Step) -> Bool[Tensor, " batch"]:
         """Rows whose last tokens, up to the end of the block, have less entropy."""
@@ -80,7 +87,8 @@ class Stop:
     def __post_init__(self) -> None:
         self.ends = self.canvas.lengths.clone()
         self.stopped = torch.zeros(len(self.ends), dtype=torch.bool)
-        self._written = self.canvas.to_denoise()
+        self._written = self.canvas.written()
+        self._asked = self._written & self.canvas.asked()
 
     @classmethod
     def of(cls, bridge: Any, canvas: Canvas, stop: Any) -> "Stop":
@@ -122,7 +130,7 @@ class Stop:
         """
         assert step.after is not None
         start, end = step.window
-        begun = ~self.stopped & self._written[:, start:end].any(-1)
+        begun = ~self.stopped & self._asked[:, start:end].any(-1)
         if self.end_tokens:
             ids = step.after[:, start:end].cpu()
             found = torch.isin(ids, torch.tensor(self.end_tokens))

@@ -15,7 +15,8 @@ permuted.
 
 Where the rows come from is a function of the generator: windows of a text for the default,
 ``grammar.sample`` for the grammar. Everything random comes from (seed, step), so a run that was
-stopped resumes as if it had not been: ``bd3lm train TRAIN.txt VALID.txt OUT`` does both.
+stopped resumes as if it had not been: ``bd3lm train TRAIN.txt VALID.txt OUT`` does both. It resumes
+from the recipe and texts that it was begun with, and no others; see ``training_folder.py``.
 
 Nothing here is needed to study a checkpoint; several processes and mixed corpora are out of scope.
 """
@@ -25,10 +26,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -38,6 +40,13 @@ from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
 from transformer_lens_bd3lm.diffusion import grammar
 from transformer_lens_bd3lm.diffusion.loss import masked_nll
+from transformer_lens_bd3lm.diffusion.training_folder import (
+    begin,
+    fingerprint,
+    read_begun,
+    whole_files,
+)
+from transformer_lens_bd3lm.errors import InputError
 
 BOS = "<|endoftext|>"
 MASK = "[MASK]"
@@ -96,7 +105,7 @@ class Recipe:
             hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
             n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
             architectures=["BD3LM"], dtype="float32", bos_token_id=0,
-            eos_token_id=0,
+            eos_token_id=0, trained_block_sizes=sorted(set(self.block_sizes)),
         )  # fmt: skip
 
 
@@ -111,7 +120,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE as a fast tokenizer; BOS (also EOS) is id 0, the mask the last id.
 
     Raises:
-        ValueError: if the text is too short for that many tokens.
+        InputError: if the text is too short for that many tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,10 +134,9 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
     bpe.add_special_tokens([AddedToken(MASK, lstrip=True, special=True)])
     if bpe.get_vocab_size() != vocab_size:
-        raise ValueError(
+        raise InputError(
             f"the text gives {bpe.get_vocab_size()} tokens, not vocab_size={vocab_size}: train on "
-            "more "
-            "text, or with a smaller vocabulary"
+            "more text, or with a smaller vocabulary"
         )
     return fast(bpe)
 
@@ -150,7 +158,15 @@ def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def windows(ids: Int[Tensor, " text"], context: int) -> Rows:
-    """Rows of BOS (id 0) and ``context - 1`` consecutive tokens, from anywhere in a text."""
+    """Rows of BOS (id 0) and ``context - 1`` consecutive tokens, from anywhere in a text.
+
+    Raises:
+        InputError: if the text is shorter than a row.
+    """
+    if len(ids) < context - 1:
+        raise InputError(
+            f"a text of {len(ids)} tokens: a row is BOS and {context - 1} more, give a longer text"
+        )
 
     def draw(rows: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
         starts = torch.randint(len(ids) - context + 2, (rows, 1), generator=generator)
@@ -248,12 +264,21 @@ class Run:
         """Go on from a saved state.
 
         Raises:
-            ValueError: if it was written by another recipe.
+            InputError: if it was written by another recipe, or is not whole.
         """
+        try:
+            self._load(path)
+        except SafetensorError as error:
+            raise InputError(
+                f"{path} cannot be read as the state of a run ({error}): remove it to train anew"
+            ) from error
+
+    def _load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as saved:
-            metadata = saved.metadata()
-            if json.loads(metadata["recipe"]) != json.loads(json.dumps(asdict(self.recipe))):
-                raise ValueError(
+            metadata = saved.metadata() or {}
+            recipe = json.loads(metadata.get("recipe", "null"))
+            if recipe != json.loads(json.dumps(asdict(self.recipe))):
+                raise InputError(
                     f"{path} was written by another recipe: use another folder, or remove it"
                 )
             self.step = int(metadata["step"])
@@ -305,31 +330,44 @@ class Run:
         """Write the averaged weights as a checkpoint: float16 on disk, float32 when loaded."""
         model = BD3LM(self.recipe.config())
         model.load_state_dict(self.ema, strict=False)
-        model.config.save_pretrained(folder)
         state = {
             name: (p if name.endswith("inv_freq") else p.half()).contiguous()
             for name, p in model.state_dict().items()
         }
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        with whole_files(folder) as draft:
+            model.config.save_pretrained(draft)
+            save_file(state, draft / "model.safetensors", {"format": "pt"})
 
 
 def train(
     recipe: Recipe, train_text: str, valid_text: str, out: Path
 ) -> Iterator[dict[str, float]]:
-    """Train on a text, or go on, in ``out``; yields reports and ends with the export."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    else:
-        tokenizer = train_tokenizer(train_text, recipe.vocab_size)
-        tokenizer.save_pretrained(out)
-    texts = (torch.tensor(tokenizer(text)["input_ids"]) for text in (train_text, valid_text))
-    yield from go_on(recipe, *(windows(ids, recipe.context) for ids in texts), out)
+    """Train on a text, or go on, in ``out``; yields reports and ends with the export.
+
+    Raises:
+        InputError: if a text is too short, or ``out`` was begun with another recipe or other texts.
+    """
+    texts = {"training text": train_text, "validation text": valid_text}
+    made_of: dict[str, Any] = {"recipe": asdict(recipe)}
+    made_of |= {name: fingerprint(text.encode()) for name, text in texts.items()}
+    begun = read_begun(out, made_of)
+    tokenizer = train_tokenizer(train_text, recipe.vocab_size) if begun is None else begun
+    ids = (torch.tensor(tokenizer(text)["input_ids"]) for text in texts.values())
+    draws = [windows(each, recipe.context) for each in ids]
+    if begun is None:
+        begin(out, made_of, tokenizer)
+    yield from go_on(recipe, *draws, out)
 
 
 def train_grammar(out: Path, recipe: Recipe = GRAMMAR_RECIPE) -> Iterator[dict[str, float]]:
-    """Train on the grammar, or go on, in ``out``; yields reports and ends with the export."""
-    word_tokenizer(grammar.WORDS).save_pretrained(out)
+    """Train on the grammar, or go on, in ``out``; yields reports and ends with the export.
+
+    Raises:
+        InputError: if ``out`` was begun with something else.
+    """
+    made_of = {"recipe": asdict(recipe), "grammar": list(grammar.WORDS)}
+    if read_begun(out, made_of) is None:
+        begin(out, made_of, word_tokenizer(grammar.WORDS))
     yield from go_on(recipe, grammar.sample, grammar.sample, out)
 
 

@@ -1,0 +1,71 @@
+"""Where a pass is off-distribution: a block that reads masks in an earlier one.
+
+A block is trained beside clean earlier blocks. In the dual view it reads them from the clean
+stream, whatever is masked in the noisy one. The sampling view has one stream, so there only the
+last block of a row may have masks: a mask in a block that another follows, masked or clean itself,
+is read as it never was in training. At block size 1 that is any mask but one in the last position;
+at ``"full"`` there is one block, and nothing to say. What comes up to the end of the first masked
+block is on-distribution all the same.
+
+It is said in a warning, once a bridge. The package's own passes that put masks anywhere say it in
+their results, or compare modules and predict nothing: they run within ``masks_anywhere``.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from transformer_lens_bd3lm.checkpoint.views import View
+from transformer_lens_bd3lm.errors import OffDistributionWarning
+
+
+def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch pos"] | None) -> None:
+    """Warn of a mask in a block that another block of its row follows, unless it was said before.
+
+    Args:
+        model: the wrapped model, which keeps whether it was said.
+        view: the pass; only the sampling view of several blocks is looked at.
+        mask_id: the mask token's id.
+        real: which positions are no padding; None where all are.
+    """
+    one_block = view.kind != "block" or view.length <= view.block_size
+    if view.dual or one_block or model.warned_off_distribution or hidden(view.ids):
+        return
+    block = torch.arange(view.length, device=view.ids.device) // view.block_size
+    last = block[-1] if real is None else (real.sum(-1, keepdim=True) - 1) // view.block_size
+    early = (view.ids == mask_id) & (block < last)
+    if not bool(early.any()):
+        return
+    model.warned_off_distribution = True
+    row, position = early.nonzero()[0].tolist()
+    end = (position // view.block_size + 1) * view.block_size
+    warnings.warn(
+        f"row {row} has a mask at position {position}, and later blocks (block size "
+        f"{view.block_size}) that read it; in training earlier blocks are clean, so activations "
+        f"and predictions from position {end} on are off-distribution. Mask the last block alone "
+        "(pad_block=True completes it), give the finished text as clean=, or set a larger "
+        "block_size. This is said once a bridge",
+        OffDistributionWarning,
+        stacklevel=2,
+    )
+
+
+def hidden(ids: Tensor) -> bool:
+    """Whether values cannot be looked at: under ``torch.compile``, ``export`` or ``vmap``."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids)
+
+
+@contextmanager
+def masks_anywhere(bridge: Any) -> Iterator[None]:
+    """Run passes of the package's own, which say themselves what is off-distribution."""
+    model = bridge.original_model
+    before, model.warned_off_distribution = model.warned_off_distribution, True
+    try:
+        yield
+    finally:
+        model.warned_off_distribution = before
