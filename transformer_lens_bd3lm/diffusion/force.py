@@ -3,7 +3,7 @@
 Everything else stays as it is: same noise, same network, same cache.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Force:
     """
 
     tokens: Mapping[int, int | str] | Tensor | None = None
-    order: Mapping[int, int | Collection[int]] | Tensor | None = None
+    order: Mapping[int, int | Iterable[int]] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.order, Mapping):  # read again by a fork, and when the run is saved
