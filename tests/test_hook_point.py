@@ -72,7 +72,9 @@ def test_a_wrapped_forward_is_seen_at_every_step_of_a_run(bridge, ids):
     assert len(seen) == len(run.steps)
 
 
-@pytest.mark.parametrize("name", ["attn.hook_z", "attn.hook_q", "attn.hook_rot_k", "hook_resid_mid"])
+@pytest.mark.parametrize(
+    "name", ["attn.hook_z", "attn.hook_q", "attn.hook_rot_k", "hook_resid_mid"]
+)
 def test_a_gradient_may_come_back_alone_or_in_a_tuple_of_one(golden, device, ids, name):
     """Where heads are split too, whose gradient is shown by head."""
     bridge, found = boot(golden("bd3lm").path, device, torch.float64), []

@@ -36,8 +36,8 @@ from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.next_token import WithNextToken
 from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
-from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.tokenizer import teach_mask
 from transformer_lens_bd3lm.checkpoint.views import read_block_size

@@ -141,7 +141,7 @@ class BD3LMBlockBridge(BlockBridge):
 
     @property
     def drops(self) -> bool:
-        """Whether what this layer writes goes through dropout: it is in training mode, with some."""
+        """Whether what this layer writes goes through dropout, in training mode."""
         return self.training and bool(self.attn.config.dropout)
 
     def dropout(self, write: Tensor) -> Tensor:

@@ -27,9 +27,11 @@ from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
 from transformer_lens_bd3lm.checkpoint.saving import save
 from transformer_lens_bd3lm.checkpoint.views import (
     View,
+    has_values,
     read_block_size,
     read_input,
     read_sigma,
+    require_later,
 )
 from transformer_lens_bd3lm.errors import InputError
 
@@ -110,15 +112,17 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
             f"{list(shape)}"
         )
     real = attention_mask.to(view.ids.device).bool()
-    if bool(real.all()):
-        return None
-    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
-        raise InputError(
-            "attention_mask hides a token before a visible one: positions would shift, and blocks "
-            "with "
-            'them; pad on the right (padding_side="right")'
-        )
-    return real
+    on_the_right = real[:, 0] & (real[:, :-1] | ~real[:, 1:]).all(-1)
+    message = (
+        "attention_mask hides a token before a visible one: positions would shift, and blocks with "
+        'them; pad on the right (padding_side="right")'
+    )
+    if not has_values(real):
+        require_later(on_the_right, message)
+        return real
+    if not bool(on_the_right.all()):
+        raise InputError(message)
+    return None if bool(real.all()) else real
 
 
 def stand_ins(

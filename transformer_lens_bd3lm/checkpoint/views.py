@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from transformer_lens_bd3lm.checkpoint.masks import causal_mask, dual_mask, sampling_mask
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
@@ -96,12 +97,38 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
         raise InputError(
             f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
         )
+    if not has_values(ids):
+        require_later((ids >= 0) & (ids < vocab_size), f"{name}: an id outside the vocabulary")
+        return ids
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise InputError(
             f"{name} holds id {low if low < 0 else high}: the vocabulary is 0..{vocab_size - 1}"
         )
     return ids
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be read now.
+
+    There are none yet while a graph is captured (``torch.compile``, ``torch.export``), none in fake
+    tensors, and each is many under ``torch.func.vmap``.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def require_later(condition: Tensor, message: str) -> None:
+    """Make a check of values that are not there yet part of a captured graph, if one is captured.
+
+    The graph raises a RuntimeError with this message. Under vmap, and where there will never be
+    values, nothing is checked.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition.all(), message)
 
 
 def read_input(
@@ -196,7 +223,9 @@ def read_sigma(
             f"one a row [{batch}]"
         )
     fine = sigma.isfinite() & (sigma >= 0)
-    if not bool(fine.all()):
+    if not has_values(fine):
+        require_later(fine, "timesteps: a sigma that is not finite, or is negative")
+    elif not bool(fine.all()):
         raise InputError(
             f"timesteps holds {sigma[~fine][0].item()}: sigma = -log(1 - t) of a time t in [0, 1) "
             "is "
