@@ -112,17 +112,19 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
             f"{list(shape)}"
         )
     real = attention_mask.to(view.ids.device).bool()
-    on_the_right = real[:, 0] & (real[:, :-1] | ~real[:, 1:]).all(-1)
     message = (
         "attention_mask hides a token before a visible one: positions would shift, and blocks with "
         'them; pad on the right (padding_side="right")'
     )
+    hidden_before = real[:, 1:] & ~real[:, :-1]
     if not has_values(real):
-        require_later(on_the_right, message)
+        require_later(real[:, 0] & ~hidden_before.any(-1), message)
         return real
-    if not bool(on_the_right.all()):
+    if bool(real.all()):
+        return None
+    if bool(hidden_before.any()) or not bool(real[:, 0].all()):
         raise InputError(message)
-    return None if bool(real.all()) else real
+    return real
 
 
 def stand_ins(
