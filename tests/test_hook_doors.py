@@ -83,9 +83,9 @@ PASSES = {
     "detect_heads": lambda b, hooks=None: (
         bd3lm.detect_heads(b, NOISED, "previous_token", clean=IDS, hooks=hooks).attention
     ),
-    "compare_block_sizes": lambda b, hooks=None: (
-        bd3lm.compare_block_sizes(b, IDS, 1, 4, x_t=NOISED, hooks=hooks).kl.nan_to_num()
-    ),
+    "compare_block_sizes": lambda b, hooks=None: bd3lm.compare_block_sizes(
+        b, IDS, 1, 4, x_t=NOISED, hooks=hooks
+    ).kl.nan_to_num(),
     "sweep, look": sweep_look,
 }
 RUNS = {
@@ -94,9 +94,9 @@ RUNS = {
     "replay": lambda b, hooks=None: bd3lm.replay(denoised(b), hooks).log_p.nan_to_num(),
     "pinned": lambda b, hooks=None: bd3lm.replay(denoised(b), hooks, "pinned").log_p.nan_to_num(),
     "fork": lambda b, hooks=None: bd3lm.fork(denoised(b), 2, hooks=hooks).log_p.nan_to_num(),
-    "mediate": lambda b, hooks=None: (
-        bd3lm.mediate(denoised(b), [] if hooks is None else hooks, 1).log_p.nan_to_num()
-    ),
+    "mediate": lambda b, hooks=None: bd3lm.mediate(
+        denoised(b), [] if hooks is None else hooks, 1
+    ).log_p.nan_to_num(),
 }
 DOORS = SUMS | PASSES | RUNS
 DOORS |= {"exact_backward": gradient, "sweep": sweep_nats, "compare_models": family_nats}
@@ -168,7 +168,9 @@ def test_hooks_of_a_call_do_not_act_in_another_threads(bridge, inside, beside):
         assert over.wait(60)
         return turn(activation, hook)
 
-    thread = threading.Thread(target=lambda: found.append(DOORS[inside](bridge, [(RESID, waiting)])))
+    thread = threading.Thread(
+        target=lambda: found.append(DOORS[inside](bridge, [(RESID, waiting)]))
+    )
     thread.start()
     try:
         assert entered.wait(60)
@@ -424,7 +426,9 @@ def test_a_filter_hooks_every_hook_point_that_it_names_once(bridge, door, named)
 @pytest.mark.parametrize("named", NAMED)
 def test_step_hooks_take_filters_as_well(bridge, named):
     names = list(NAMED[named]) if named == "an iterator" else NAMED[named]
-    found = denoised(bridge, StepHooks().add(iter(names) if named == "an iterator" else names, shift))
+    found = denoised(
+        bridge, StepHooks().add(iter(names) if named == "an iterator" else names, shift)
+    )
     assert same(found, denoised(bridge, EACH))
 
 

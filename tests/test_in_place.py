@@ -6,6 +6,7 @@ the loop and in exact sums. What the caller gave is never written into.
 
 import functools
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -124,12 +125,13 @@ def test_in_place_is_returned_in_a_forward(kind, view, on):
     changed = 0
     with torch.no_grad():
         for name in names:
-            run = [
-                outcome(lambda fn=fn: bridge.run_with_hooks(ids, fwd_hooks=[(name, fn)], **kwargs))
+            run = partial(bridge.run_with_hooks, ids, **kwargs)
+            found = [
+                outcome(partial(run, fwd_hooks=[(name, fn)]))
                 for fn in (returned(name), in_place(name))
             ]
-            assert same(*run), name
-            changed += isinstance(run[0], torch.Tensor) and not torch.equal(run[0], plain)
+            assert same(*found), name
+            changed += isinstance(found[0], torch.Tensor) and not torch.equal(found[0], plain)
     assert changed > len(names) / 2
 
 
@@ -251,13 +253,13 @@ def test_in_place_is_returned_in_the_loop(kind, scope, kv_cache):
 def test_in_place_is_returned_in_exact_sums(kind, scope):
     bridge = bridge_of(kind)
     text = IDS[:1].clone()
+
+    def sums(hooks):
+        made = bd3lm.exact(bridge, text, 2, hooks, scope=scope)
+        return {"nll": made.nll, "bound": made.nelbo}
+
     for name in points_of(bridge, [1]):
-        found = []
-        for fn in (returned(name), in_place(name)):
-            sums = outcome(lambda fn=fn: bd3lm.exact(bridge, text, 2, [(name, fn)], scope=scope))
-            found.append(
-                sums if isinstance(sums, tuple) else {"nll": sums.nll, "bound": sums.nelbo}
-            )
+        found = (outcome(sums, [(name, fn)]) for fn in (returned(name), in_place(name)))
         assert same(*found), name
         assert torch.equal(text, IDS[:1])
 

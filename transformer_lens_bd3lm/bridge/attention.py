@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 
+from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.checkpoint.masks import dual_mask, sampling_mask
@@ -46,7 +47,8 @@ def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
         return
     with torch.no_grad():
         shown = hook(x.detach())
-    if not isinstance(shown, Tensor) or not torch.equal(shown, x):
+    same = isinstance(shown, Tensor) and shown.shape == x.shape and bool((shown == x).all())
+    if not same:
         raise InputError(f"an edit at {hook.name} is refused: {why}")
 
 
@@ -66,6 +68,8 @@ def rotated(
 ) -> Float[Tensor, "batch row head d_head"]:
     """Rotary embedding, ``x cos + [x2, x1] sin``, the sign of ``-x2`` in ``sin``'s first half."""
     half = x.shape[-1] // 2
+    if is_transformed():  # vmap has no rule for what is written in place
+        return x * cos[:, None] + x.roll(half, dims=-1) * sin[:, None]
     out, sin = x * cos[:, None], sin[:, None]
     out[..., :half].addcmul_(x[..., half:], sin[..., :half])
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
@@ -284,9 +288,7 @@ class Routing:
         """``z``, tile by tile, with the scores never in memory."""
         parts: list[tuple[int, Tensor]] = []
         for tile in tiles:
-            z = F.scaled_dot_product_attention(
-                rows(q, tile.queries), rows(k, tile.keys), rows(v, tile.keys), attn_mask=tile.mask
-            )
+            z = attend(rows(q, tile.queries), rows(k, tile.keys), rows(v, tile.keys), tile.mask)
             sizes = [part.stop - part.start for part in tile.queries]
             starts = [part.start for part in tile.queries]
             parts += zip(starts, z.split(sizes, dim=2), strict=True)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.views import View
+from transformer_lens_bd3lm.checkpoint.views import View, has_values
 from transformer_lens_bd3lm.errors import OffDistributionWarning
 
 
@@ -34,7 +34,7 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
         real: which positions are no padding; None where all are.
     """
     one_block = view.kind != "block" or view.length <= view.block_size
-    if view.dual or one_block or model.warned_off_distribution or hidden(view.ids):
+    if view.dual or one_block or model.warned_off_distribution or not has_values(view.ids):
         return
     block = torch.arange(view.length, device=view.ids.device) // view.block_size
     last = block[-1] if real is None else (real.sum(-1, keepdim=True) - 1) // view.block_size
@@ -53,11 +53,6 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
         OffDistributionWarning,
         stacklevel=2,
     )
-
-
-def hidden(ids: Tensor) -> bool:
-    """Whether values cannot be looked at: under ``torch.compile``, ``export`` or ``vmap``."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids)
 
 
 @contextmanager

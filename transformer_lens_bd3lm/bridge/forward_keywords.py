@@ -31,8 +31,16 @@ class WithForwardKeywords:
 
         Raises:
             NotExactError: if keys and values of a pass are asked for, or given.
-            InputError: for a layer that is not there, and for keywords that would do nothing.
+            InputError: for a layer that is not there, and for keywords that would do nothing; under
+                ``torch.export``, which cannot spell the names of a bridge's components.
         """
+        if torch.compiler.is_exporting():
+            raise InputError(
+                "torch.export of a bridge: components named as TransformerLens names them (mlp.in) "
+                "cannot be spelled in an exported graph. Export the plain modules, which "
+                "AutoModelForMaskedLM.from_pretrained loads and which compute the same; of a "
+                "fine-tuned bridge, those of the folder that bd3lm.save wrote"
+            )
         require_no_stored_keys(return_type, kwargs)
         for name in STORED:
             kwargs.pop(name, None)

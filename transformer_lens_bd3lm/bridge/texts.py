@@ -21,8 +21,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.distribution import hidden
-from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden
+from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden, has_values
 from transformer_lens_bd3lm.errors import InputError
 
 TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
@@ -282,7 +281,6 @@ class WithTexts:
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         attention_mask: Any = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """As TransformerLens's; strings, ``clean`` among them, and padded ids by one rule."""
@@ -293,16 +291,21 @@ class WithTexts:
             clean = self.to_tokens(clean, prepend_bos, padding_side)
         if attention_mask is None:
             attention_mask = kwargs.pop("one_zero_attention_mask", None)
-        if is_ids(input) and not hidden(input):
+        if is_ids(input) and has_values(input):
             input, clean, attention_mask = hide_padding(
                 self, input, clean, attention_mask, kwargs.get("sample_mode")
             )
         if clean is not None:
             kwargs["clean"] = clean
         return super().forward(
-            input, return_type, loss_per_token, prepend_bos, padding_side, attention_mask,
-            *args, **kwargs,
-        )  # fmt: skip
+            input,
+            return_type,
+            loss_per_token=loss_per_token,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
 
 
 def is_ids(x: Any) -> bool:

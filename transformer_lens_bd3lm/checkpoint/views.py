@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from transformer_lens_bd3lm.checkpoint.masks import causal_mask, dual_mask, sampling_mask
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
@@ -96,6 +97,9 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
         raise InputError(
             f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
         )
+    if not has_values(ids):
+        require_later((ids >= 0) & (ids < vocab_size), f"{name}: an id outside the vocabulary")
+        return ids
     if bool(((ids < 0) | (ids >= vocab_size)).any()):
         low, high = (int(end) for end in ids.aminmax())
         raise InputError(
@@ -110,6 +114,29 @@ def fill_hidden(
     """Replace ids that no token has where nobody reads them: padding may be any number."""
     outside = (ids < 0) | (ids >= vocab_size)
     return ids.masked_fill(hidden.to(ids.device) & outside, filler)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor's values can be read now.
+
+    There are none yet while a graph is captured (``torch.compile``, ``torch.export``), none in fake
+    tensors, and each is many under ``torch.func.vmap``.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def require_later(condition: Tensor, message: str) -> None:
+    """Make a check of values that are not there yet part of a captured graph, if one is captured.
+
+    The graph raises a RuntimeError with this message. Under vmap, and where there will never be
+    values, nothing is checked.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition.all(), message)
 
 
 def read_input(
@@ -204,7 +231,9 @@ def read_sigma(
             f"one a row [{batch}]"
         )
     fine = sigma.isfinite() & (sigma >= 0)
-    if not bool(fine.all()):
+    if not has_values(fine):
+        require_later(fine, "timesteps: a sigma that is not finite, or is negative")
+    elif not bool(fine.all()):
         raise InputError(
             f"timesteps holds {sigma[~fine][0].item()}: sigma = -log(1 - t) of a time t in [0, 1) "
             "is "
@@ -229,14 +258,18 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
             f"{list(shape)}"
         )
     real = attention_mask.to(view.ids.device).bool()
+    message = (
+        "attention_mask hides a token before a visible one: positions would shift, and blocks with "
+        'them; pad on the right (padding_side="right")'
+    )
+    hidden_before = real[:, 1:] & ~real[:, :-1]
+    if not has_values(real):
+        require_later(real[:, 0] & ~hidden_before.any(-1), message)
+        return real
     if bool(real.all()):
         return None
-    if bool((real[:, 1:] & ~real[:, :-1]).any()) or not bool(real[:, 0].all()):
-        raise InputError(
-            "attention_mask hides a token before a visible one: positions would shift, and blocks "
-            "with "
-            'them; pad on the right (padding_side="right")'
-        )
+    if bool(hidden_before.any()) or not bool(real[:, 0].all()):
+        raise InputError(message)
     return real
 
 
