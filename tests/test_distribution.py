@@ -86,6 +86,8 @@ def test_it_is_said_once_a_bridge(boot):
     assert warned(bridge, x_t)
     assert not warned(bridge, x_t) and not warned(bridge, text(2, 6))
     assert warned(other, x_t)
+    bridge.enable_compatibility_mode()
+    assert not warned(bridge, x_t)
 
 
 def test_a_later_row_is_named(boot):

@@ -175,9 +175,8 @@ def test_a_revision_is_the_one_that_is_loaded(golden, hub, tmp_path):
     ids = g["in/xt"]
     wanted = shared(g.path, CPU)(ids)
     for trust in (False, True):
-        kwargs = {"device": "cpu", "trust_remote_code": trust}
-        at_old = TransformerBridge.boot_transformers("someone/model", revision="old", **kwargs)
-        at_new = TransformerBridge.boot_transformers("someone/model", **kwargs)
+        at_old = boot("someone/model", CPU, revision="old", trust_remote_code=trust)
+        at_new = boot("someone/model", CPU, trust_remote_code=trust)
         assert torch.equal(at_old(ids), wanted)
         assert relative(at_new(ids), wanted + 1) < 1e-6
 
@@ -190,11 +189,10 @@ def test_weights_are_checked_at_the_revision_that_is_loaded(golden, hub, tmp_pat
     hub("someone/model", good, commit="d" * 40, ref="good")
     hub("someone/model", bad, commit="e" * 40)
     for trust in (False, True):
-        kwargs = {"device": "cpu", "trust_remote_code": trust}
-        bridge = TransformerBridge.boot_transformers("someone/model", revision="good", **kwargs)
+        bridge = boot("someone/model", CPU, revision="good", trust_remote_code=trust)
         assert torch.equal(bridge(g["in/xt"]), shared(g.path, CPU)(g["in/xt"]))
         with pytest.raises(CheckpointError, match="extra"):
-            TransformerBridge.boot_transformers("someone/model", **kwargs)
+            boot("someone/model", CPU, trust_remote_code=trust)
 
 
 def test_weights_in_several_files_are_one_model(golden, tmp_path):

@@ -20,6 +20,7 @@ from transformer_lens_bd3lm.analysis.by_depth import Parsed
 from transformer_lens_bd3lm.analysis.passes import NoisedText, residuals
 from transformer_lens_bd3lm.analysis.ridge import PARTS, Ridge
 from transformer_lens_bd3lm.diffusion.noise import Noise
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
 
 FEWEST = 5  # sentences of a probe, so that each part has one
@@ -133,7 +134,8 @@ class Probing:
                 ridges[name].add(x[:, : at.shape[1]][at], labels, split)
 
         with torch.no_grad():
-            text.pass_at(self.size if bridge.cfg.cross_attn else None, None, [], see)
+            nobody = read_pass_hooks(bridge, None)
+            text.pass_at(self.size if bridge.cfg.cross_attn else None, None, nobody, see)
 
 
 def probes(

@@ -39,6 +39,7 @@ from transformer_lens_bd3lm.analysis.weights import WeightDiff, check_finite, co
 from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.diffusion.nelbo import check_choices, nelbo
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import Nats
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 

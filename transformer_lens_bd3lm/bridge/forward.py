@@ -159,7 +159,13 @@ class FollowsCasts:
 
 
 class HookedForward(FollowsCasts):
-    """Mixed in front of the wrapped model's class; every pass of a bridge goes through here."""
+    """Mixed in front of the wrapped model's class; every pass of a bridge goes through here.
+
+    Attributes:
+        warned_off_distribution: whether it was said that blocks read masks in earlier ones.
+    """
+
+    warned_off_distribution = False
 
     def forward(
         self: Any,
@@ -293,7 +299,6 @@ def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
 def install(model: Any, cfg: Any) -> None:
     """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
     model.tl_cfg = cfg
-    model.warned_off_distribution = False
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

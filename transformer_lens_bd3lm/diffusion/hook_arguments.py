@@ -51,7 +51,7 @@ def as_step_fn(fn: Any, name: Any, unclear: bool) -> Callable[..., Tensor | None
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some built-in functions have none
-        return fn if unclear else WithoutStep(fn)
+        return made(fn, unclear)
 
     def takes(*args: Any, **kwargs: Any) -> bool:
         try:
@@ -72,6 +72,11 @@ def as_step_fn(fn: Any, name: Any, unclear: bool) -> Callable[..., Tensor | None
         )
     if with_step and without:
         with_step = unclear or bool(third)
+    return made(fn, with_step)
+
+
+def made(fn: Any, with_step: bool) -> Any:
+    """The function itself where it takes a step, else one that leaves the step out."""
     return fn if with_step else WithoutStep(fn)
 
 

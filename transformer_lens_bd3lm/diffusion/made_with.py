@@ -31,8 +31,8 @@ def checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, int]:
     """Hash a tensor's bits, with its dtype and shape; the same on every device."""
     if x.is_meta:
         return x.dtype, x.shape, 0
-    held = x.detach().cpu().contiguous().reshape(-1)
-    return x.dtype, x.shape, xxh3_64_intdigest(held.view(torch.uint8).numpy())
+    held: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return x.dtype, x.shape, xxh3_64_intdigest(held)
 
 
 def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:

@@ -122,9 +122,9 @@ class Network:
                 return
             fn = hook.fn if bool(chosen.all()) else on_batch_rows(hook.fn, chosen)
             part = slice(low - first, high - first)
-            unseen = self.unseen(hook.name, first, low)
-            look = partial(apply_on_rows, fn, seen, hook.name, part, width, unseen)
-            fns.append((hook.name, look))
+            name = str(hook.name)  # a filter was laid out in names when the bridge was known
+            unseen = self.unseen(name, first, low)
+            fns.append((name, partial(apply_on_rows, fn, seen, name, part, width, unseen)))
 
         for hook in self.hooks.hooks:
             # The readout has the active block's rows alone: there is nothing else to reach there.

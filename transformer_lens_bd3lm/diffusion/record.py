@@ -90,9 +90,8 @@ class Record:
         Raises:
             HookNameError: if it matches none.
         """
-        if not callable(self.names):
-            return self
-        return replace(self, names=list(matching(bridge, self.names)))
+        names = read_names(self.names)
+        return self if isinstance(names, list) else replace(self, names=[*matching(bridge, names)])
 
     def wants(self, step: Step) -> bool:
         """Whether this step is kept."""

@@ -293,7 +293,7 @@ def load(
     rules = manifest.stop
     try:
         if stop is None and all(isinstance(rule, dict) for rule in rules):
-            kinds["stop"] = [revived(rule, RULES) for rule in rules] or None
+            kinds["stop"] = [revived(r, RULES) for r in rules if isinstance(r, dict)] or None
         if sampler is None and isinstance(manifest.sampler, dict):
             kinds["sampler"] = revived(manifest.sampler, KNOWN)
         noise = Noise(manifest.noise.seed, manifest.noise.rows)
