@@ -205,6 +205,8 @@ def test_a_context_of_a_model_without_blocks_can_be_shorter_too(golden):
 
 
 def test_other_overrides_of_our_keys_are_honored(folder):
+    full = boot(folder, CPU, hf_config_overrides={"block_size": "full"})
+    assert full.cfg.block_size == full.original_model.config.block_size == 16
     how = {"block_size": 2, "dropout": 0.25, "time_conditioning": True}
     bridge = boot(folder, CPU, hf_config_overrides=how)
     assert bridge.cfg.block_size == 2 and bridge.cfg.time_conditioning

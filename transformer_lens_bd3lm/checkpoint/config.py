@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from transformer_lens_bd3lm.checkpoint.rules import OTHER_NAMES, check_settings, shown
+from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.errors import CheckpointError
 
 # Baselines of the same family, by the architecture that a config names: what that name says where
@@ -134,9 +135,12 @@ class BD3LMConfig(PretrainedConfig):
 
         Raises:
             CheckpointError: if an override cannot belong to a BD3LM checkpoint.
+            BlockSizeError: if it is the block size.
         """
         for other in OTHER_NAMES.keys() & vars(self).keys():
             setattr(self, OTHER_NAMES[other], vars(self).pop(other))
+        if self.cross_attn is True and isinstance(self.model_length, int):
+            self.block_size = read_block_size(self.block_size, self.model_length)
         self.check()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
