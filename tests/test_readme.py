@@ -10,7 +10,15 @@ PAGES = sorted((TOP / "docs").glob("*.md"))
 
 
 def snippets_of(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    """A page's code; what it says is printed as ``# True`` is asserted."""
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    said = re.compile(r"^( *)print\((.+)\) +# True$", re.MULTILINE)
+    return [said.sub(r"\1print(\2)\n\1assert \2", snippet) for snippet in snippets]
+
+
+def test_what_a_page_says_is_true_is_asserted():
+    pages = "".join("".join(snippets_of(page)) for page in PAGES)
+    assert pages.count("# True") == 0 and pages.count("\nassert torch.equal(") >= 2
 
 
 def test_the_snippets_of_the_readme_run(capsys):

@@ -1,5 +1,6 @@
 """A bridge in training: the plain modules' gradients, at every place; what is saved boots again."""
 
+import copy
 import itertools
 import json
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import transformer_lens_bd3lm as bd3lm
@@ -390,6 +391,20 @@ def test_what_is_saved_boots_to_the_same_logits(golden, device, tmp_path, name, 
     assert_equal(again, bridge, ids)
     assert relative(again(ids), shared(g.path, device, dtype)(ids)) > 1e-2
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
+
+
+@pytest.mark.parametrize("padding", range(0, 64, 8))
+def test_bits_do_not_depend_on_where_weights_lie_in_a_file(golden, device, tmp_path, padding):
+    """On a CPU a product's last bits depend on addresses, and a file is mapped as it is."""
+    g = golden("bd3lm")
+    folder = shutil.copytree(g.path, tmp_path / "moved")
+    state = load_file(folder / "model.safetensors")
+    save_file(state, folder / "model.safetensors", {"format": "pt", "moves": "x" * padding})
+    moved, bridge = boot(folder, device), shared(g.path, device)
+    assert_equal(moved, bridge, g["in/x0"].to(device))
+    assert_equal(copy.deepcopy(moved), bridge, g["in/x0"].to(device))
+    if device.type == "cpu":
+        assert not any(x.data_ptr() % 64 for x in moved.parameters() if x.numel() > 100)
 
 
 def test_the_models_own_name_for_it_saves_the_same(folder, device, tmp_path):

@@ -41,7 +41,7 @@ from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.texts import WithTexts
 from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
 from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
-from transformer_lens_bd3lm.checkpoint.placement import check_placement, check_range
+from transformer_lens_bd3lm.checkpoint.placement import align, check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
 from transformer_lens_bd3lm.checkpoint.rules import shown
@@ -157,6 +157,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         check_placement(getattr(hf_model, "hf_device_map", None))
         check_plain(hf_model)
         check_range(hf_model)
+        align(hf_model)
         self.cfg.time_conditioning = hf_model.config.time_conditioning
         self.cfg.causal = hf_model.config.causal
         self.cfg.dropout = hf_model.config.dropout

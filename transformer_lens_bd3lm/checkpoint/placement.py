@@ -5,7 +5,9 @@ several, or partly on disk, would be another machine; it is refused rather than 
 
 float16 ends at 65504, and a cast makes infinity of what is larger. bfloat16 has float32's range.
 
-It moves and casts nothing.
+A file's weights are mapped into memory where they lie in it, and on a CPU the last bits of a
+product depend on that address. So they are moved to aligned memory, where torch puts every tensor
+that it makes: a bridge, its copy and what was saved of it then agree to the bit.
 """
 
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from torch import nn
 
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
+
+ALIGNMENT = 64
 
 
 def check_placement(device_map: Any) -> None:
@@ -36,6 +40,13 @@ def check_placement(device_map: Any) -> None:
             'device, and none of it on disk. Give device="cuda", or device_map={"": "cuda:0"}; in '
             "dtype=torch.bfloat16 it takes half the memory"
         )
+
+
+def align(model: nn.Module) -> None:
+    """Move weights on the CPU to addresses that torch's own tensors have, one after another."""
+    for x in (*model.parameters(), *model.buffers()):
+        if x.device.type == "cpu" and x.data_ptr() % ALIGNMENT:
+            x.data = x.data.clone()
 
 
 def check_range(model: nn.Module) -> None:
