@@ -103,7 +103,8 @@ def test_the_table_says_what_is_exact_and_what_is_estimated(sweep):
 def test_the_table_names_the_block_sizes_that_the_checkpoint_was_not_trained_at(bridge, sweep):
     """It is of block size 4, by its config."""
     assert sweep.untrained == [1, 2, CONTEXT]
-    assert f"Not trained at block size 1, 2, {CONTEXT}: off-distribution" in printed(sweep.table())
+    told = " ".join(printed(sweep.table()).split())
+    assert f"Not trained at block size 1, 2, {CONTEXT}: off-distribution" in told
     assert "Not trained" not in printed(replace(sweep, trained=(1, 2, 4, CONTEXT)).table())
 
 
