@@ -643,12 +643,21 @@ def test_a_key_that_is_none_is_refused(bridge, query, key, told):
         detect_heads(bridge, ids, lambda text: keys, block_size=4)
 
 
-@pytest.mark.parametrize("given", [["w3 [MASK]"], 7, torch.zeros(1, 4)])
+@pytest.mark.parametrize("given", [7, torch.zeros(1, 4)])
 def test_other_things_than_texts_are_refused(bridge, given):
     with pytest.raises(InputError, match="tokens is .*give integer token ids"):
         detect_heads(bridge, given, "induction")
     with pytest.raises(InputError, match="clean is .*give integer token ids"):
         detect_heads(bridge, torch.tensor(FINE), "induction", clean=given)
+
+
+def test_strings_of_one_length_are_a_batch_and_others_are_refused(bridge):
+    strings, ids = ["w3 w1 [MASK] w9", "w4 [MASK] w4 w2"], [[0, 3, 1, MASK, 9], [0, 4, MASK, 4, 2]]
+    found = detect_heads(bridge, strings, "previous_token")
+    wanted = detect_heads(bridge, torch.tensor(ids), "previous_token")
+    assert torch.equal(found.attention, wanted.attention) and len(found.queries) == 2
+    with pytest.raises(InputError, match="4 to 5 tokens"):
+        detect_heads(bridge, [strings[0], "w4 [MASK] w4"], "previous_token")
 
 
 def test_a_string_is_its_ids_and_one_row_is_a_batch_of_one(bridge):

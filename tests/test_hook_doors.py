@@ -1,5 +1,6 @@
 """Hooks at every door that takes them: read once, one meaning each, checked, and nobody else's."""
 
+import math
 import threading
 from functools import partial
 from typing import Any, cast
@@ -591,6 +592,44 @@ def test_a_cache_takes_names_in_any_collection(bridge, several, how):
 def test_a_cache_refuses_a_name_that_is_none_beside_one_that_is(bridge):
     with pytest.raises(HookNameError, match="nearest are blocks.1.hook_resid_post"):
         bridge.run_with_cache(IDS, names_filter=[RESID, "blocks.1.hook_resid_pst"])
+
+
+# Several strings.
+
+
+def test_strings_of_one_length_are_rows_of_a_sum(bridge):
+    strings, ids = ["w1 w2 w3", "w10 w4 w4"], torch.tensor([[0, 1, 2, 3], [0, 10, 4, 4]])
+    found, wanted = (bd3lm.exact(bridge, given, 2) for given in (strings, ids))
+    assert torch.equal(found.nll_by_block, wanted.nll_by_block)
+    assert found.total_characters == 8 + 9 and wanted.total_characters is None
+    bits = float(wanted.nll.sum()) / math.log(2)
+    assert found.bits_per_character == pytest.approx(bits / 17, rel=1e-12)
+    for method in ("exact", "stratified", "monte_carlo"):
+        bounds = [bd3lm.nelbo(bridge, given, 2, method) for given in (strings, ids)]
+        assert torch.equal(bounds[0].by_token, bounds[1].by_token)
+        assert cast(Any, bounds[0].characters).tolist() == [8, 9]
+    changes = [bd3lm.compare_block_sizes(bridge, given, 1, 4).kl for given in (strings, ids)]
+    assert torch.equal(*(kl.nan_to_num() for kl in changes))
+
+
+@pytest.mark.parametrize("door", [bd3lm.exact, bd3lm.nelbo, bd3lm.exact_effect])
+def test_strings_of_several_lengths_are_refused_with_the_way_out(bridge, door):
+    how = {"hooks": [(RESID, turn)]} if door is bd3lm.exact_effect else {}
+    with pytest.raises(InputError, match=r"3 to 4 tokens.*bd3lm\.likelihood"):
+        door(bridge, ["w1 w2 w3", "w4 w5"], block_size=2, **how)
+
+
+# Gradients.
+
+
+def test_exact_backward_is_refused_where_there_are_no_gradients(bridge):
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        bd3lm.exact_backward(bridge, IDS, 2)
+    assert all(parameter.grad is None for parameter in bridge.parameters())
+    with torch.no_grad():
+        bd3lm.exact_backward(bridge, IDS, 2)
+    assert bool(bridge.embed.weight.grad.any())
+    bridge.zero_grad()
 
 
 # Results in a line.

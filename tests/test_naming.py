@@ -74,7 +74,7 @@ def test_an_embedded_model_has_a_name(name, path, device, tmp_path):
 
 
 def test_diff_and_verify_know_the_names_too():
-    assert bd3lm.verify("grammar", "grammar", length=4, block_sizes=(), progress=False).ok
+    assert bd3lm.verify("grammar", "grammar", block_sizes=(), progress=False).ok
     assert bd3lm.diff("grammar", bd3lm.GRAMMAR).names == ("grammar", "grammar")
 
 

@@ -380,7 +380,6 @@ def test_the_hosts_pairs_edit_like_step_hooks(bridge):
         ["hook_embed"],
         [("hook_embed",)],
         [("hook_embed", forbidden, "fwd")],
-        [(lambda name: True, forbidden)],
         {"hook_embed": forbidden},
     ],
 )
@@ -814,9 +813,8 @@ def test_a_name_given_twice_is_kept_once(bridge):
     assert torch.equal(twice.activations[RESID], once.activations[RESID])
 
 
-def test_a_record_of_one_name_must_be_a_list():
-    with pytest.raises(Exception, match="names"):
-        Record(RESID)
+def test_a_record_of_one_name_is_that_of_a_list():
+    assert Record(RESID).names == Record([RESID]).names == [RESID]
 
 
 @pytest.mark.parametrize(

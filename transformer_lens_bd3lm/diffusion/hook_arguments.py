@@ -25,8 +25,8 @@ class WithoutStep:
 
     fn: Callable[..., Tensor | None]
 
-    def __call__(self, activation: Tensor, hook: HookPoint, step: Any) -> Tensor | None:
-        """What the function returns without being told the step."""
+    def __call__(self, activation: Tensor, hook: HookPoint, step: Any) -> Any:
+        """What the function returns without being told the step, right or not."""
         return self.fn(activation, hook=hook)
 
 

@@ -35,6 +35,7 @@ from transformer_lens_bd3lm.checkpoint.naming import read_bridge
 from transformer_lens_bd3lm.diffusion.corpus import Text, Window, read_texts, windows
 from transformer_lens_bd3lm.diffusion.exact import exact
 from transformer_lens_bd3lm.diffusion.ledger import Job, Ledger, fingerprint
+from transformer_lens_bd3lm.diffusion.made_with import hooks_on
 from transformer_lens_bd3lm.diffusion.nelbo import Clip, check_choices, nelbo
 from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
@@ -194,7 +195,7 @@ def likelihood(
         scope=scope, stride=stride, max_states=max_states, rows=rows,
     )  # fmt: skip
     pass_hooks = read_pass_hooks(bridge, hooks, scope)
-    hooked = pass_hooks.fns or any(point.fwd_hooks for point in bridge.hook_dict.values())
+    hooked = pass_hooks.fns or hooks_on(bridge)
     if out is not None and hooked:
         raise InputError("out= cannot tell hooks apart when a run goes on: give one or the other")
     state = processes()
