@@ -96,7 +96,7 @@ class MadeWith:
         if now != self.hooks:
             was, is_now = (sorted({name for name, _ in hooks}) for hooks in (self.hooks, now))
             raise NotExactError(
-                f"this run does not come out again: it was made with hooks set on the bridge itself "
+                "this run does not come out again: it was made with hooks set on the bridge itself "
                 f"at {was or 'no hook point'}, and now there are some at "
                 f"{is_now or 'no hook point'}"
                 f"{', with other functions' if was == is_now else ''}. "
@@ -116,8 +116,8 @@ class MadeWith:
         if bridge._weights_processed != self.processed:
             raise NotExactError(
                 "this run does not come out again: the weights have been processed since it began "
-                "(enable_compatibility_mode, process_weights). Process them first, and make the run "
-                "anew"
+                "(enable_compatibility_mode, process_weights). Process them first, and make the "
+                "run anew"
             )
         names = [n for n in {**self.weights, **now} if now.get(n) != self.weights.get(n)]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
