@@ -106,19 +106,19 @@ def assert_goes_on(fork: Run, run: Run, step: int, n: int = 1) -> None:
         assert torch.equal(mine.after, theirs.after[here])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
 def test_under_the_same_noise_it_goes_on_as_the_run_did(bridge, rule, seed):
     run = Case.of(100 * seed + len(rule), RULES[rule]).run(bridge)
     rng = random.Random(seed)
-    for step in rng.sample(run.timeline.indices, min(4, len(run.steps))):
+    for step in rng.sample(run.timeline.indices, min(3, len(run.steps))):
         assert_goes_on(bd3lm.fork(run, step, noise=run.noise), run, step)
         n = rng.randint(2, 3)
         noise = repeated(run.noise, len(run.ends), n)
         assert_goes_on(bd3lm.fork(run, step, n, noise=noise), run, step, n)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
 def test_a_fork_of_a_fork_goes_on_as_the_fork_did(bridge, rule, seed, tmp_path):
     """Under new noise, whose times are scaled within the block; also read back from a file."""
@@ -129,7 +129,7 @@ def test_a_fork_of_a_fork_goes_on_as_the_fork_did(bridge, rule, seed, tmp_path):
     for number, made in enumerate((run, first)):
         made.save(tmp_path / str(number))
         back = Run.load(tmp_path / str(number), bridge, **stop)
-        for step in rng.sample(made.timeline.indices, min(3, len(made.steps))):
+        for step in rng.sample(made.timeline.indices, min(2, len(made.steps))):
             assert_goes_on(bd3lm.fork(made, step, noise=made.noise), made, step)
             assert_goes_on(bd3lm.fork(back, step, noise=back.noise), made, step)
         assert_goes_on(bd3lm.replay(back), made, made.timeline.indices[0])
@@ -142,7 +142,7 @@ def prefix_of(run: Run, at: Any) -> list[torch.Tensor]:
     return [ids[:length].cpu() for ids, length in rows]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rule", RULES)
 def test_under_other_noise_it_is_what_that_noise_writes_from_the_same_prefix(bridge, rule, seed):
     """From the beginning of a block, where no token of it was revealed before."""

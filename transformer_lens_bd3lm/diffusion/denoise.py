@@ -51,10 +51,10 @@ class Loop:
         noise: all the randomness.
         plan: reveals that are decided beforehand.
         stop: when a row ends.
-        made_with: what the bridge was when the run began; see :mod:`.made_with`.
         start: a step to go on from, whose canvas is the network's; from the beginning by default.
         ceiling: reveal times of the first block are scaled by it, row by row: the time at ``start``
             where the noise is new ``[batch]``.
+        made_with: what the bridge is when the run begins; see :mod:`.made_with`.
     """
 
     network: Network
@@ -62,9 +62,12 @@ class Loop:
     noise: Noise
     plan: Plan
     stop: Stop
-    made_with: MadeWith
     start: Step | None = None
     ceiling: Float[Tensor, " batch"] | None = None
+    made_with: MadeWith = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.made_with = MadeWith.of(self.network.bridge)
 
     def steps(self) -> Iterator[Step]:
         """Run it, a step at a time.
@@ -262,8 +265,7 @@ class Request:
         if self.record is not None:
             shared_pace = isinstance(sampler, Drawing) and self.force is None
             self.record.check_budget(bridge, canvas, not shared_pace, plan.order)
-        made_with = MadeWith.of(bridge)
-        return Loop(network, sampler, noise, plan, stop, made_with, self.start, self.ceiling)
+        return Loop(network, sampler, noise, plan, stop, self.start, self.ceiling)
 
 
 def denoise_steps(

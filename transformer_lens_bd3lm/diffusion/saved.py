@@ -149,7 +149,10 @@ def revived(entry: dict[str, Any], known: dict[str, Any]) -> Any:
     fields = {key: value for key, value in entry.items() if key != "name"}
     if kind is None or fields.keys() != names:
         raise InputError(f"{entry!r} describes none of {', '.join(known)}")
-    return kind(**fields)
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise InputError(f"{entry!r} describes no {kind.__name__}: {error}") from error
 
 
 def manifest_of(run: Run) -> dict[str, Any]:
@@ -430,7 +433,7 @@ def misfit(x: dict[str, Tensor], manifest: Manifest, vocab_size: int) -> str | N
         "ends": (whole, rows), "canvas/lengths": (whole, rows),
         "steps/t": (exact, (*steps, batch)), "steps/window": (whole, (*steps, 2)),
         "steps/index": (whole, steps), "steps/block": (whole, steps), "steps/step": (whole, steps),
-        "steps/recorded": (whole, x.get("steps/recorded", final[0]).shape[:1]),
+        "steps/recorded": (whole, (x.get("steps/recorded", final).numel(),)),
     }  # fmt: skip
     optional = {"canvas/writes": (torch.bool, grid)}
     optional |= dict.fromkeys(("started_at", "ceiling"), (exact, rows))
