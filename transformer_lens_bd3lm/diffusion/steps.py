@@ -295,7 +295,7 @@ class StepHooks:
         if isinstance(hooks, StepHooks):
             return cls(list(hooks.hooks))
         made = cls()
-        if not isinstance(hooks, Iterable):
+        if not isinstance(hooks, Iterable) or isinstance(hooks, str):
             raise InputError(
                 f"hooks is {type(hooks).__name__}: give StepHooks or a list of (name, fn)"
             )
