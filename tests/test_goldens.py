@@ -206,7 +206,7 @@ def test_the_stored_block_is_the_clean_one(golden, device, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_the_public_codes(golden, device, name, dtype):
-    # Float32 rounds these by up to 1.6e-5, by the processor; float64 is the goldens' own rounding off.
+    # Float32 rounds these by up to 1.6e-5 here; float64 is the goldens' own rounding off.
     within = WITHIN if dtype == torch.float64 else 3e-5
     g = golden(name)
     bridge = boot(g.path, device, dtype)

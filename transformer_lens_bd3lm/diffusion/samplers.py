@@ -128,8 +128,8 @@ class Drawing:
         nucleus: which definition, see :func:`nucleus`.
     """
 
-    temperature: float = 1.0
-    nucleus_p: float = 1.0
+    temperature: int | float = 1.0
+    nucleus_p: int | float = 1.0
     nucleus: Literal["usual", "public"] = "usual"
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ class Confidence(Drawing):
 
     by: Literal["probability", "margin", "entropy"] = "probability"
     k: int = 1
-    threshold: float | None = None
+    threshold: int | float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -325,7 +325,7 @@ class StepHooks:
         if hooks is None:
             return cls()
         if isinstance(hooks, StepHooks):
-            return cls(hooks.hooks)
+            return cls(list(hooks.hooks))
         if not isinstance(hooks, Iterable) or isinstance(hooks, str):
             raise InputError(
                 f"hooks is {type(hooks).__name__}: give StepHooks or a list of (name, fn)"

@@ -47,7 +47,7 @@ class LowEntropy:
         last: how many tokens are counted, fewer never end a row; the public code's 256 by default.
     """
 
-    below: float = 4.0
+    below: int | float = 4.0
     last: int = 256
 
     def __post_init__(self) -> None:
