@@ -6,7 +6,7 @@ function of names passes it among others.
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from transformer_lens.hook_points import HookPoint
 
@@ -24,7 +24,7 @@ def read_names(names: Any) -> list[str] | NameFilter:
     if isinstance(names, str):
         return [names]
     if callable(names):
-        return names
+        return cast(NameFilter, names)
     several = list(names) if isinstance(names, Iterable) else None
     if several is None or not all(isinstance(name, str) for name in several):
         raise InputError(

@@ -7,7 +7,7 @@ steps x length. A pattern's keys are the exception: each row has as many as it c
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
-from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
+from transformer_lens_bd3lm.bridge.hook_names import NameFilter, matching, read_names
 from transformer_lens_bd3lm.diffusion.canvas import Canvas
 from transformer_lens_bd3lm.diffusion.rows import HAS_KEYS
 from transformer_lens_bd3lm.diffusion.steps import (
@@ -92,7 +92,7 @@ class Record:
         """
         if not callable(self.names):
             return self
-        return replace(self, names=list(matching(bridge, self.names)))
+        return replace(self, names=list(matching(bridge, cast(NameFilter, self.names))))
 
     def wants(self, step: Step) -> bool:
         """Whether this step is kept."""
