@@ -36,7 +36,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checkpoint.views import check_ids
 from transformer_lens_bd3lm.diffusion.noise import Noise
-from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
+from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.diffusion.replay import divergence
 from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
@@ -186,7 +186,7 @@ class NoisedText:
         self,
         block_size: int | str | None,
         timesteps: Any,
-        hooks: PassHooks,
+        hooks: Any,
         see: Callable[[str, Tensor], None],
         names: Iterable[str] | None = None,
     ) -> Float[Tensor, "query d_vocab"]:
@@ -213,7 +213,8 @@ class NoisedText:
             x_t = x_t.masked_fill(self.masked, bridge.cfg.mask_token_id)
         if bridge.cfg.cross_attn:
             how = {"clean": self.tokens, "block_size": block_size}
-        with read_pass_hooks(bridge, [*hooks.fns, *own]).on():
+        given = read_pass_hooks(bridge, hooks).fns
+        with read_pass_hooks(bridge, [*given, *own]).on():
             logits = bridge(x_t, timesteps=timesteps, **how)
         return logits[queries]
 

@@ -7,7 +7,7 @@ also told the step.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -48,6 +48,7 @@ def as_step_fn(fn: Any, name: Any, unclear: bool) -> Callable[..., Tensor | None
         return fn
     if not callable(fn):
         raise InputError(f"the hook at {name!r} is {type(fn).__name__}: give a function")
+    fn = cast(Callable[..., Any], fn)
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some built-in functions have none

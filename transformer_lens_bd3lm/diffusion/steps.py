@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.hook_names import NameFilter, read_names
+from transformer_lens_bd3lm.bridge.hook_names import read_names
 from transformer_lens_bd3lm.diffusion.hook_arguments import as_step_fn
 from transformer_lens_bd3lm.diffusion.subs import log_probs
 from transformer_lens_bd3lm.errors import HookNameError, InputError
@@ -243,7 +243,7 @@ class StepHook:
         scope: how far it reaches; see the module.
     """
 
-    name: str | NameFilter
+    name: Any
     fn: StepFn
     chosen: Chosen = Chosen()
     scope: Scope = "active"
