@@ -167,7 +167,7 @@ def test_under_other_noise_it_is_what_that_noise_writes_from_the_same_prefix(bri
             later = wanted.commit_step_all[row] >= 0
             assert torch.equal(later, fork.commit_step_all[row] >= 0)
             difference = fork.log_p_all[row][later] - wanted.log_p_all[row][later]
-            assert float(difference.abs().max()) < EXACT
+            assert bool((difference.abs() < EXACT).all())
             compared += 1
     assert compared > 0
 

@@ -295,8 +295,9 @@ def load(
     kinds = {"hooks": made, "stop": stop, "sampler": sampler}
     rules = manifest.stop
     try:
-        if stop is None and all(isinstance(rule, dict) for rule in rules):
-            kinds["stop"] = [revived(r, RULES) for r in rules if isinstance(r, dict)] or None
+        described_rules = [rule for rule in rules if isinstance(rule, dict)]
+        if stop is None and len(described_rules) == len(rules):
+            kinds["stop"] = [revived(rule, RULES) for rule in described_rules] or None
         if sampler is None and isinstance(manifest.sampler, dict):
             kinds["sampler"] = revived(manifest.sampler, KNOWN)
         noise = Noise(manifest.noise.seed, manifest.noise.rows)
