@@ -30,7 +30,7 @@ FINE = [0, 3, 36, 5]
 
 # what is given, and what the error must say of it
 BAD = {
-    "an id past the vocabulary": ((ids([0, 38]), {}), "input_ids holds id 38.*0..36"),
+    "an id past the vocabulary": ((ids([0, 37]), {}), "input_ids holds id 37.*0..36"),
     "a negative id": ((ids([0, -1, 40]), {}), "input_ids holds id -1.*0..36"),
     "a clean id past the vocabulary": (
         (ids(FINE), {"clean": ids([0, 3, 99, 5])}),

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import transformer_lens_bd3lm as bd3lm
 from tests import small
 from tests.passes import boot
-from transformer_lens_bd3lm.bridge.adapter import require_bd3lm
+from transformer_lens_bd3lm.checkpoint.naming import require_bridge
 from transformer_lens_bd3lm.diffusion.noise import Noise
 from transformer_lens_bd3lm.diffusion.record import Record
 from transformer_lens_bd3lm.diffusion.samplers import Ancestral, Confidence, FirstHitting
@@ -242,16 +242,16 @@ def gpt2(tmp_path_factory):
 
 
 def test_a_bridge_of_another_architecture_is_refused(bridge, tmp_path, request):
-    others = ["a path", None, bridge.original_model, request.getfixturevalue("gpt2")]
+    others = [None, bridge.original_model, request.getfixturevalue("gpt2")]
     run = bd3lm.denoise(bridge, [[0, 3]], max_new_tokens=3)
     run.save(tmp_path / "run")
     for other in others:
-        for call in (bd3lm.denoise, bd3lm.denoise_steps, require_bd3lm):
-            with pytest.raises(InputError, match="give a BD3LM bridge"):
+        for call in (bd3lm.denoise, bd3lm.denoise_steps, require_bridge):
+            with pytest.raises(InputError, match="give a bridge of a BD3LM checkpoint"):
                 call(other)
-        with pytest.raises(InputError, match="give a BD3LM bridge"):
+        with pytest.raises(InputError, match="give a bridge of a BD3LM checkpoint"):
             bd3lm.Run.load(tmp_path / "run", other)
-    require_bd3lm(bridge)
+    require_bridge(bridge)
 
 
 # Mediation past the context.

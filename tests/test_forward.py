@@ -443,7 +443,7 @@ def test_no_pass_makes_a_tensor_on_another_device(elsewhere, hooks, flag):
     sampling = [{}, {"block_size": 3}, {"block_size": 1}, {"block_size": "full"}]
     for kwargs in sampling:
         for dual in ({}, {"clean": ids}):
-            unpadded = (False, False) if dual else (False,)
+            unpadded = (True, True) if dual else (True,)
             with Elsewhere(*unpadded, *FITS, *(FITS if dual else ())) as mode:
                 out = elsewhere.run_with_hooks(ids, fwd_hooks=hooks, **kwargs, **dual)
                 out.sum().backward()
@@ -454,7 +454,7 @@ def test_no_pass_makes_a_tensor_on_another_device(elsewhere, hooks, flag):
             ids, fwd_hooks=hooks, timesteps=sigma, attention_mask=padding, pad_block=False
         )
     assert not mode.script
-    with Elsewhere(False, *FITS, *FITS):
+    with Elsewhere(True, *FITS, *FITS):
         out = elsewhere.run_with_hooks(ids, fwd_hooks=hooks, pad_block=True)
     assert out.shape == (2, 12, 37)
 
@@ -474,7 +474,7 @@ def test_a_tensor_on_another_device_would_be_seen(elsewhere):
     ids = torch.zeros(2, 10, dtype=torch.long, device="meta")
     made_here = [("blocks.0.hook_resid_mid", lambda x, hook: torch.zeros(2, 10, 24))]
     with pytest.raises(AssertionError, match="met a tensor on cpu"):
-        with Elsewhere(*FITS):
+        with Elsewhere(True, *FITS):
             elsewhere.run_with_hooks(ids, fwd_hooks=made_here)
 
 

@@ -301,7 +301,9 @@ def test_text_that_spells_the_padding_is_refused(bridge, kind):
         with pytest.raises(InputError, match=r"spells '\[PAD\]'"):
             bridge("to be [PAD]")
     else:
-        assert bridge.cfg.pad_token_id == bridge.cfg.d_vocab, "which no text can spell"
+        assert bridge.cfg.pad_token_id > bridge.cfg.d_vocab, "which no text can spell"
+        padded = bridge.to_tokens(["to be", "to"])
+        assert bridge.to_str_tokens(padded[1])[-1] == "" and len(bridge.to_string(padded)) == 2
 
 
 def test_a_path_is_not_measured_as_a_text(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def read_rows(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise InputError(f"rows={rows!r}: give how many windows to read, at least 1")
     if isinstance(source, Tensor):
-        text = read_noised_text(bridge, source, x_t, seed)
+        text = read_noised_text(bridge, source, x_t, seed, "text")
         x_0, masked = text.tokens.cpu(), text.masked.cpu()
         every = torch.arange(len(x_0))
         parts = every.split(max(POSITIONS // x_0.shape[1], 1))

@@ -276,14 +276,16 @@ def patterns(bridge: Any) -> list[str]:
     return [f"blocks.{i}.attn.hook_pattern" for i in range(bridge.cfg.n_layers)]
 
 
-def read_noised_text(bridge: Any, tokens: Any, x_t: Any, seed: int) -> NoisedText:
+def read_noised_text(
+    bridge: Any, tokens: Any, x_t: Any, seed: int, name: str = "tokens"
+) -> NoisedText:
     """Read texts and masks at the door; nothing has been run then.
 
     Raises:
         InputError: for what does not fit.
     """
     config, mask_id = bridge.original_model.config, bridge.cfg.mask_token_id
-    ids = read_ids(bridge, tokens, prepend_bos=True)
+    ids = read_ids(bridge, tokens, name, prepend_bos=True)
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"

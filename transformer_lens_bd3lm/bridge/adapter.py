@@ -171,19 +171,19 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         model = bridge.original_model
         install(model, bridge.cfg)
         mount_frequencies(bridge, model.backbone)
-        put_in_front(bridge, WithNextToken if self.cfg.causal else WithoutShiftedLoss)
-        if not self.cfg.causal:
-            put_in_front(bridge, WithDenoising)
+        put_in_front(bridge, WithNextToken if self.cfg.causal else WithDenoising)
         put_in_front(bridge, WithExactTools)
+        put_in_front(bridge, WithTexts)
         put_in_front(bridge, WithForwardKeywords)
         put_in_front(bridge, FollowsCasts)
-        put_in_front(bridge, WithTexts)
+        if not self.cfg.causal:
+            put_in_front(bridge, WithoutShiftedLoss)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             mount_conditioning(bridge, model.backbone)
         own_hook_points(bridge)
         if bridge.tokenizer is not None:
             bridge.cfg.mask_token_id = teach_mask(bridge.tokenizer, model.config.vocab_size)
-            bridge.cfg.pad_token_id = padding_id(bridge.tokenizer, model.config.vocab_size)
+            bridge.cfg.pad_token_id = padding_id(bridge.tokenizer)
             return
         bridge.cfg.pad_token_id = None
         if getattr(bridge.cfg, "mask_token_id", None) is None:

@@ -13,6 +13,7 @@ text has the same tokens, and the same logits, alone, in a batch, and as padded 
 Attention itself, and what a mask hides, is in ``forward``.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden, has_values
 from transformer_lens_bd3lm.errors import InputError
@@ -89,8 +91,8 @@ def tokens_of(
     if not texts or not all(isinstance(text, str) for text in texts):
         kinds = sorted({type(text).__name__ for text in texts}) or ["nothing"]
         raise InputError(
-            f"a list of {', '.join(kinds)}: give a string, a list of strings, or integer ids "
-            "[batch, pos] as one tensor"
+            f"the text is a list of {', '.join(kinds)}: give a string, a list of strings, or "
+            "integer ids [batch, pos] as one tensor"
         )
     if prepend_bos is None:
         prepend_bos = getattr(bridge.cfg, "default_prepend_bos", True)
@@ -147,17 +149,29 @@ def refuse_path(text: str, name: str) -> None:
     if there or (not any(c.isspace() for c in text) and text.lower().endswith(TEXT_FILES)):
         kind = "a file" if there else "what looks like the path of a file"
         raise InputError(
-            f"{name} is {text!r}, {kind}, and a string is a text: give Path({text!r}) to read the "
-            "file, or bridge.to_tokens(...) to measure these characters"
+            f"{name} is {text!r}, {kind}, but a string is read as the text itself: give "
+            f"Path({text!r}) to read the file, or bridge.to_tokens(...) to measure these characters"
         )
 
 
 def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "batch pos"] | None:
-    """Where rows ``[batch, pos]`` are padded, on either side; None where nothing is."""
-    if pad_id is None or not bool(((ids[:, 0] == pad_id) | (ids[:, -1] == pad_id)).any()):
+    """Where rows ``[batch, pos]`` are padded, on the right; None where nothing is.
+
+    Raises:
+        InputError: if some rows are padded on the left. If all rows begin with the padding's id, it
+            is a token: padding leaves the longest row as it is.
+    """
+    if pad_id is None or bool(((ids[:, 0] != pad_id) & (ids[:, -1] != pad_id)).all()):
         return None
-    word = ids != pad_id
-    return (word.cumsum(1) == 0) | (word.flip(1).cumsum(1) == 0).flip(1)
+    left = ids[:, 0] == pad_id
+    if bool(left.any()) and not bool(left.all()):
+        row = int(left.nonzero()[0, 0])
+        raise InputError(
+            f"row {row} is padded on the left (id {pad_id}): positions would shift, and blocks "
+            'with them; pad on the right (padding_side="right")'
+        )
+    behind = ((ids != pad_id).flip(1).cumsum(1) == 0).flip(1)
+    return behind if bool(behind.any()) else None
 
 
 def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " word"]:
@@ -273,6 +287,7 @@ class WithTexts:
                 place[slice(None, len(row)) if side == "right" else slice(-len(row), None)] = row
         return ids.to(self.cfg.device) if move_to_device else ids
 
+    @functools.wraps(TransformerBridge.forward)
     def forward(
         self: Any,
         input: Any,

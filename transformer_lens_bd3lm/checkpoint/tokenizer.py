@@ -26,6 +26,7 @@ from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
 from transformer_lens_bd3lm.errors import TokenizerError
 
 MASK_TOKEN = "[MASK]"
+NO_TOKEN = 2**31 - 1
 BY_VOCABULARY = {
     50257: ("gpt2", "openai-community/gpt2"),
     50258: ("gpt2", "openai-community/gpt2"),
@@ -228,13 +229,13 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     return mask_id
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Choose the id that stands for padding: one that no text has.
 
     It is the tokenizer's own padding token, unless that is a word too: GPT-2's is its end-of-text
-    token, and then nobody could tell padding from a text that ends. In that case it is the first id
-    behind the vocabulary, which is no token and never reaches the network.
+    token, and then nobody could tell padding from a text that ends. In that case it is
+    ``NO_TOKEN``, the largest 32-bit integer, which never reaches the network.
     """
     words = {x for name, x in tokenizer.special_tokens_map.items() if name != "pad_token"}
     own = tokenizer.pad_token_id
-    return vocab_size if own is None or tokenizer.pad_token in words else int(cast(Any, own))
+    return NO_TOKEN if own is None or tokenizer.pad_token in words else int(cast(Any, own))

@@ -11,7 +11,6 @@ from rich.text import Text
 from transformer_lens_bd3lm.cli.app import (
     ModelArgument,
     app,
-    check_device,
     path_of,
     quiet,
     write_json,
@@ -53,7 +52,6 @@ def verify(
     # A command of the same name is in this module.
     from transformer_lens_bd3lm.analysis import verify as library
 
-    check_device(device)
     try:
         with quiet():
             found = library.verify(

@@ -195,7 +195,7 @@ def likelihood(
         scope=scope, stride=stride, max_states=max_states, rows=rows,
     )  # fmt: skip
     pass_hooks = read_pass_hooks(bridge, hooks, scope)
-    hooked = pass_hooks.fns or hooks_on(bridge)
+    hooked = pass_hooks.fns or any(name in bridge.hook_dict for name, _ in hooks_on(bridge))
     if out is not None and hooked:
         raise InputError("out= cannot tell hooks apart when a run goes on: give one or the other")
     state = processes()

@@ -58,7 +58,7 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
     path = folder / BEGUN
     if not path.exists():
         others = [name for name in RESULTS if (folder / name).exists()]
-        if others:
+        if others and any(name.endswith("text") for name in made_of):
             raise InputError(
                 f"{folder} has {others[0]} and no {BEGUN}, so what it was made of cannot be "
                 "compared: give another folder"
