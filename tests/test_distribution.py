@@ -165,10 +165,10 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_pass_asks_for_three_values_at_most(boot):
-    """Whether rows are padded, ids in the vocabulary, and whether to warn, if there are blocks."""
+def test_a_pass_asks_for_four_values_at_most(boot):
+    """Whether rows are padded, the smallest and largest id, and whether to warn, with blocks."""
     bridge = boot()
-    for block_size, wanted in ((4, 3), ("full", 2)):
+    for block_size, wanted in ((4, 4), ("full", 3)):
         with Asked() as asked, torch.no_grad():
             bridge(text(9), block_size=block_size)
         assert asked.number <= wanted, block_size

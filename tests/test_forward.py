@@ -428,7 +428,7 @@ def elsewhere(g, monkeypatch):
     return bridge
 
 
-FITS = (False,)  # no id is outside the vocabulary
+FITS = (0, 36)  # smallest and largest id
 LOOKED = [(name, lambda x, hook: None) for name in names_of(has_adaln=True)]
 
 

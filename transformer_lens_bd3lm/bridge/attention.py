@@ -41,14 +41,14 @@ def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
     """Fire a hook that may look and must not edit; an edit is refused, not lost.
 
     Raises:
-        InputError: if the hook wrote into what it was shown, or returned other values.
+        InputError: if the hook wrote into what it was shown, or returned anything else.
     """
     if not watched(hook):
         return
+    shown = x.detach().clone()
     with torch.no_grad():
-        shown = hook(x.detach())
-    same = isinstance(shown, Tensor) and shown.shape == x.shape and bool((shown == x).all())
-    if not same:
+        untouched = nn.Module.__call__(hook, shown) is shown  # no copy between, to tell by identity
+    if not untouched or not bool((shown == x).all()):
         raise InputError(f"an edit at {hook.name} is refused: {why}")
 
 

@@ -100,8 +100,8 @@ def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
     if not has_values(ids):
         require_later((ids >= 0) & (ids < vocab_size), f"{name}: an id outside the vocabulary")
         return ids
-    if bool(((ids < 0) | (ids >= vocab_size)).any()):
-        low, high = (int(end) for end in ids.aminmax())
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= vocab_size:
         raise InputError(
             f"{name} holds id {low if low < 0 else high}: the vocabulary is 0..{vocab_size - 1}"
         )
