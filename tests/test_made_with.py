@@ -292,3 +292,10 @@ def test_a_checksum_is_that_of_the_bits_and_of_nothing_else(dtype, shape):
         other = x.clone()
         other.view(-1)[i] += 1
         assert checksum(other) != checksum(x)
+
+
+def test_heads_that_change_places_show_in_a_checksum():
+    w_o = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+    swapped = w_o.clone()
+    swapped[:, :64], swapped[:, 64:128] = w_o[:, 64:128], w_o[:, :64]
+    assert checksum(swapped) != checksum(w_o)
