@@ -197,7 +197,9 @@ def test_the_loss_of_a_batch_counts_each_token_of_its_texts_once(booted, kind, d
         alone = [(ar(t, return_type="loss"), ar.to_tokens(t).shape[1] - 1) for t in texts]
         mean = sum(loss * n for loss, n in alone) / sum(n for _, n in alone)
         close(ar(texts, return_type="loss"), mean)
-        close(ar(ar.to_tokens(texts), return_type="loss"), mean)
+        ids = ar.to_tokens(texts)
+        close(ar(ids, return_type="loss"), mean)
+        close(ar.loss_fn(ar(ids), ids), mean)
 
 
 def test_nothing_is_appended_and_what_a_text_spells_stays(bridge, kind):
@@ -259,8 +261,9 @@ def test_the_training_loss_of_padded_texts_is_that_of_each(bridge):
 
 def test_padding_on_the_left_or_of_the_noisy_text_alone_is_refused(bridge):
     left = bridge.to_tokens(["to be or", "to"], padding_side="left")
-    with pytest.raises(InputError, match="pad on the right"):
-        bridge(left)
+    for call in (bridge, lambda ids: bd3lm.denoise(bridge, ids, max_new_tokens=2)):
+        with pytest.raises(InputError, match="pad on the right"):
+            call(left)
     x_0, x_t = (bridge.to_tokens(["to be or", text]) for text in ("to be or", "to"))
     with pytest.raises(InputError, match="row 1: the noisy text is padded"):
         bridge(x_t, clean=x_0)
@@ -319,3 +322,13 @@ def test_a_path_is_not_measured_as_a_text(tmp_path, monkeypatch):
             bd3lm.sweep_block_sizes(bridge, ["a b", path], (1, 2))
     wanted = bd3lm.exact(bridge, "a b c", 2).nll
     close(bd3lm.likelihood(bridge, Path("sonnets"), 2).nll.nats, wanted)
+
+
+def test_narrow_integers_are_the_same_ids():
+    bridge = TransformerBridge.boot_transformers(bd3lm.TINY)
+    ids = torch.tensor([[0, 30, 40, 255, 255]])
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        run = bd3lm.denoise(bridge, ids.to(dtype), max_new_tokens=3)
+        assert run.ends.tolist() == [8]
+        assert bd3lm.likelihood(bridge, ids.to(dtype), 2).nll.token_counts.tolist() == [4]
+        assert bd3lm.exact(bridge, ids.to(dtype), 2).total_tokens == 4

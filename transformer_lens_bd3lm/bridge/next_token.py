@@ -65,11 +65,18 @@ class WithNextToken:
         self.check_finished(tokens)
         if tokens.shape[-1] < 2:
             raise InputError("one token has no loss: give BOS and at least one more")
+        behind = padding(torch.atleast_2d(tokens), self.cfg.pad_token_id)
+        if behind is not None:
+            tokens = torch.atleast_2d(tokens).masked_fill(behind, 0)
+            if not args:
+                kwargs.setdefault("attention_mask", (~behind).long())
         return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
 
     def _causal_labels_loss(self: Any, logits: Any, labels: Any, *args: Any, **how: Any) -> Tensor:
         """As the host's, over the words alone."""
         self.check_finished(labels)
+        behind = padding(torch.atleast_2d(labels), self.cfg.pad_token_id)
+        labels = labels if behind is None else torch.atleast_2d(labels).masked_fill(behind, -100)
         return super()._causal_labels_loss(self.cut(logits), labels, *args, **how)
 
     def check_finished(self: Any, tokens: Tensor) -> None:

@@ -154,13 +154,14 @@ def refuse_path(text: str, name: str) -> None:
         )
 
 
-def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "batch pos"] | None:
+def padding(ids: Tensor, pad_id: int | None) -> Bool[Tensor, "batch pos"] | None:
     """Where rows ``[batch, pos]`` are padded, on the right; None where nothing is.
 
     Raises:
         InputError: if some rows are padded on the left. If all rows begin with the padding's id, it
             is a token: padding leaves the longest row as it is.
     """
+    ids = ids.long()  # a narrow integer would wrap the id that it is compared with
     if pad_id is None or bool(((ids[:, 0] != pad_id) & (ids[:, -1] != pad_id)).all()):
         return None
     left = ids[:, 0] == pad_id
@@ -174,9 +175,9 @@ def padding(ids: Int[Tensor, "batch pos"], pad_id: int | None) -> Bool[Tensor, "
     return behind if bool(behind.any()) else None
 
 
-def without_padding(ids: Int[Tensor, " pos"], pad_id: int | None) -> Int[Tensor, " word"]:
-    """The tokens of a row that may be padded on the right."""
-    words = (ids != pad_id).nonzero() if pad_id is not None else None
+def without_padding(ids: Tensor, pad_id: int | None) -> Tensor:
+    """The tokens ``[word]`` of a row ``[pos]`` that may be padded on the right."""
+    words = (ids.long() != pad_id).nonzero() if pad_id is not None else None
     return ids if words is None or not len(words) else ids[: int(words[-1]) + 1]
 
 

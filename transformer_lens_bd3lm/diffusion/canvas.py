@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, tokens_of, without_padding
+from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
 from transformer_lens_bd3lm.checkpoint.views import check_ids, read_block_size
 from transformer_lens_bd3lm.errors import InputError
 
@@ -121,6 +121,7 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
     if isinstance(prompt, list) and all(isinstance(part, list | Tensor) for part in prompt):
         rows = [torch.as_tensor(part) for part in prompt]
     elif is_ids(prompt):
+        padding(torch.atleast_2d(prompt), bridge.cfg.pad_token_id)  # on the left: refused
         rows = list(torch.atleast_2d(prompt))
     if not rows or not all(row.ndim == 1 for row in rows):
         return list(check_ids(prompt, size, "prompt"))

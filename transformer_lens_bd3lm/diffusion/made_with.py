@@ -40,6 +40,8 @@ def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:
     hooks = []
     for name, module in bridge.named_modules():
         held = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+        if isinstance(module, HookPoint) and "forward" in module.__dict__:  # a tool wrapped it
+            hooks.append((module.name or name, module.__dict__["forward"]))
         if not held:
             continue
         given = {}
