@@ -141,7 +141,7 @@ HUGE = "9" * 20
         ("exact grammar ab --device cuda:99", 2, "--device cuda:99 cannot be used"),
         ("generate grammar a --device nowhere", 2, "--device nowhere cannot be used"),
         ("likelihood grammar a.txt --device meta", 2, "--device meta cannot be used"),
-        ("verify grammar --device nowhere", 2, "--device nowhere cannot be used"),
+        ("verify grammar --device nowhere", 2, "could not be compared"),
         ("likelihood grammar deep.jsonl", 1, "deep.jsonl cannot be read"),
         ("likelihood grammar bytes.txt", 1, "bytes.txt cannot be read"),
         ("likelihood grammar a.txt --split (", 1, "no regular expression"),
