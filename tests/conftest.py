@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers import FIXTURES
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # An empty Hub cache: what a test finds there, a test has put there.
@@ -35,7 +37,7 @@ install_import_hook("transformer_lens_bd3lm", "beartype.beartype")
 # Passes as small as the tests' take several times as long on two threads as on one.
 torch.set_num_threads(1)
 
-GOLDENS = Path(__file__).parent / "fixtures" / "goldens"
+GOLDENS = FIXTURES / "goldens"
 
 
 @dataclass(frozen=True)

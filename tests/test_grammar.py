@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 import transformer_lens_bd3lm as bd3lm
-from tests.passes import boot
-from transformer_lens_bd3lm.diffusion import grammar
-from transformer_lens_bd3lm.diffusion.exact import exact
-from transformer_lens_bd3lm.diffusion.grammar import MARK, MASK
-from transformer_lens_bd3lm.diffusion.train import (
+from tests.helpers.passes import boot
+from transformer_lens_bd3lm import grammar
+from transformer_lens_bd3lm.errors import BlockSizeError, InputError
+from transformer_lens_bd3lm.grammar import MARK, MASK
+from transformer_lens_bd3lm.likelihoods.exact import exact
+from transformer_lens_bd3lm.training.recipe import (
     GRAMMAR_RECIPE,
     Run,
     train_grammar,
 )
-from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 
 GRAMMAR = Path(bd3lm.GRAMMAR)
 EXACT = 1e-10

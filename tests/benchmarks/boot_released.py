@@ -20,10 +20,11 @@ from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
 import transformer_lens_bd3lm  # noqa: E402, F401  (registers the adapter)
 from tests.benchmarks.released_size import released_model  # noqa: E402
-from tests.small import gpt2_like  # noqa: E402
+from tests.helpers import FIXTURES  # noqa: E402
+from tests.helpers.small import gpt2_like  # noqa: E402
 
 HUB_ID = "kuleshov-group/bd3lm-owt-block_size4"
-REMOTE = Path(__file__).parents[1] / "fixtures" / "remote"
+REMOTE = FIXTURES / "remote"
 AUTO_MAP = {
     "AutoConfig": "configuration_bd3lm.BD3LMConfig",
     "AutoModelForMaskedLM": "modeling_bd3lm.BD3LM",

@@ -26,7 +26,7 @@ from rich.table import Table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import transformer_lens_bd3lm as bd3lm  # noqa: E402
-from tests.checkpoints import LM1B, PAIR, REPOSITORY, bert_like, put_in_cache, write  # noqa: E402
+from tests.helpers.checkpoints import LM1B, PAIR, REPOSITORY, bert_like, put_in_cache, write  # noqa: E402
 
 FULL = LM1B | {"hidden_dim": 768, "cond_dim": 128, "n_blocks": 12, "n_heads": 12}
 SEEDS = (0, 10)
@@ -74,7 +74,7 @@ def one(home: Path, what: str, file: str) -> None:
 
 def same(home: Path, file: str, seed: int) -> bool:
     """Whether the folder has the moving average, bit by bit."""
-    from tests import small
+    from tests.helpers import small
 
     ema = small.model(seed + 1, **FULL)
     with safe_open(home / file.split("/")[0] / "model.safetensors", "pt") as found:

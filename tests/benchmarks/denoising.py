@@ -29,12 +29,12 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from tests.benchmarks.released_size import CONTEXT, keep_freed_memory, released_model
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
-from transformer_lens_bd3lm.diffusion.canvas import read_canvas
-from transformer_lens_bd3lm.diffusion.denoise import Request, denoise, denoise_steps
-from transformer_lens_bd3lm.diffusion.network import Network
-from transformer_lens_bd3lm.diffusion.record import Record
-from transformer_lens_bd3lm.diffusion.steps import Step
+from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
+from transformer_lens_bd3lm.denoising.canvas import read_canvas
+from transformer_lens_bd3lm.denoising.loop import Request, denoise, denoise_steps
+from transformer_lens_bd3lm.denoising.record import Record
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_forward import Network
 
 BLOCK, EARLY, FEW, TOKENS, LENGTHS = 4, 48, 48, 128, 9
 

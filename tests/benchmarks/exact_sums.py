@@ -16,7 +16,7 @@ from rich.table import Table
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from tests.benchmarks.released_size import CONTEXT, released_model
-from transformer_lens_bd3lm.diffusion.exact import exact
+from transformer_lens_bd3lm.likelihoods.exact import exact
 
 BLOCK, STATES, TIMED = 4, 15, 3
 

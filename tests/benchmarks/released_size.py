@@ -22,8 +22,8 @@ from rich.table import Table
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import transformer_lens_bd3lm  # noqa: F401  (registers the adapter)
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
+from transformer_lens_bd3lm.model.config import BD3LMConfig
 
 BATCH, CONTEXT, ROUNDS = 2, 1024, 5
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from transformer_lens_bd3lm.bridge.block import why_random
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.naming import loading
-from transformer_lens_bd3lm.checkpoint.rules import ARCHITECTURES
+from transformer_lens_bd3lm.bridge.boot import loading
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.config import BD3LMConfig
+from transformer_lens_bd3lm.model.rules import ARCHITECTURES
 
 # Of the largest value; what rounding was seen to make is a third of it, in bfloat16 two thirds.
 ALLOWED = {

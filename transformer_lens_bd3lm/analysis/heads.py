@@ -35,14 +35,14 @@ from rich.text import Text
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.block import require_eval
+from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.texts import read_ids
-from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32
-from transformer_lens_bd3lm.checkpoint.naming import read_bridge
-from transformer_lens_bd3lm.checkpoint.views import read_input
-from transformer_lens_bd3lm.diffusion.pass_hooks import read_pass_hooks
-from transformer_lens_bd3lm.diffusion.units import between, drawn_again
+from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.model.inputs import read_input
+from transformer_lens_bd3lm.model.modules import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
-from transformer_lens_bd3lm.checkpoint.naming import require_bridge
-from transformer_lens_bd3lm.checkpoint.views import read_input
-from transformer_lens_bd3lm.diffusion.subs import masked_log_probs
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.inputs import read_input
+from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 MODULATION = ("final_adaln.hook_scale", "final_adaln.hook_shift")
 

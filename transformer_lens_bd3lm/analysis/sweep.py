@@ -17,32 +17,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.passes import read_noised_text
+from transformer_lens_bd3lm.analysis.noised_text import read_noised_text
+from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.hook_names import read_names, resolve
-from transformer_lens_bd3lm.checkpoint.config import trained_block_sizes
-from transformer_lens_bd3lm.checkpoint.naming import read_bridge
-from transformer_lens_bd3lm.checkpoint.views import read_block_size
-from transformer_lens_bd3lm.diffusion.corpus import read_texts, windows
-from transformer_lens_bd3lm.diffusion.likelihood import (
+from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
+from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.likelihoods.corpus import read_texts, windows
+from transformer_lens_bd3lm.likelihoods.corpus_likelihood import (
     Likelihood,
     Settings,
     likelihood,
     read_settings,
 )
-from transformer_lens_bd3lm.diffusion.pass_hooks import PassHooks, read_pass_hooks
-from transformer_lens_bd3lm.diffusion.steps import StepHooks
-from transformer_lens_bd3lm.diffusion.units import Nats, between, drawn_again
-from transformer_lens_bd3lm.errors import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from transformer_lens_bd3lm.likelihoods.statistics import Nats, between, drawn_again
+from transformer_lens_bd3lm.model.config import trained_block_sizes
+from transformer_lens_bd3lm.model.inputs import read_block_size
+from transformer_lens_bd3lm.result import Result
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Result):
     """A corpus at several settings of the dial.
 
     Attributes:
@@ -180,13 +178,6 @@ class Sweep:
             cells += ["[{:.0%}, {:.0%}]".format(*price.intervals["share"]) if shown else ""]
             table.add_row(*cells, "exact sums" if nll is not None else f"{nelbo.kind}: the bound")
         return table
-
-    def plot(self) -> "Figure":
-        """The dial's curve, and how the price of diffusion divides."""
-        # A floor above this one, so imported when it is there.
-        from transformer_lens_bd3lm.plots import sweep_figure
-
-        return sweep_figure(self)
 
 
 def interval_cell(nats: Nats, texts: int) -> str:

@@ -10,7 +10,7 @@ What weight processing needs beyond the host's own is in ``folding``.
 
 import inspect
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -19,6 +19,8 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
 )
 
+from transformer_lens_bd3lm.bridge.activation_cache import WithExactTools
+from transformer_lens_bd3lm.bridge.ar_baseline import WithNextToken
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.bridge.conditioning import (
@@ -29,26 +31,23 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     BD3LMUnembeddingBridge,
     TimestepEmbedBridge,
 )
-from transformer_lens_bd3lm.bridge.diffusion_generate import WithDenoising
-from transformer_lens_bd3lm.bridge.exact_tools import WithExactTools
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import FollowsCasts, install
 from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
 from transformer_lens_bd3lm.bridge.hook_point import own_hook_points
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
-from transformer_lens_bd3lm.bridge.next_token import WithNextToken
-from transformer_lens_bd3lm.bridge.shifted_loss import WithoutShiftedLoss
+from transformer_lens_bd3lm.bridge.no_causal_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.texts import WithTexts
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import NORM_EPS
 from transformer_lens_bd3lm.checkpoint.placement import align, check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
-from transformer_lens_bd3lm.checkpoint.rules import shown
 from transformer_lens_bd3lm.checkpoint.tokenizer import check_files, padding_id, teach_mask
-from transformer_lens_bd3lm.checkpoint.views import read_block_size
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
+from transformer_lens_bd3lm.model.config import BD3LMConfig
+from transformer_lens_bd3lm.model.inputs import read_block_size
+from transformer_lens_bd3lm.model.modules import NORM_EPS
+from transformer_lens_bd3lm.model.rules import shown
 
 # What a config of TransformerLens's own making lacks; what BD3LMConfig takes by default.
 DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
@@ -75,10 +74,11 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
     supports_kv_cache: bool = False
     supports_causal_loss: bool = False
     supports_hf_output_attentions: bool = False
-    # The host feeds components a residual in isolation: attention lives on the checkpoint's block
-    # and needs
-    # its routing, adaLN reads the conditioning vector.
+    # TransformerLens feeds components a residual in isolation: attention lives on the checkpoint's
+    # block and needs its routing, adaLN reads the conditioning vector.
     component_test_skip_suffixes: tuple[str, ...] = (".attn", ".adaln")
+    denoising: ClassVar[tuple[type, ...]] = ()
+    """Methods for bridges that denoise; the denoising package, a floor above, puts its own here."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -171,7 +171,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         model = bridge.original_model
         install(model, bridge.cfg)
         mount_frequencies(bridge, model.backbone)
-        put_in_front(bridge, WithNextToken if self.cfg.causal else WithDenoising)
+        for methods in (WithNextToken,) if self.cfg.causal else self.denoising:
+            put_in_front(bridge, methods)
         put_in_front(bridge, WithExactTools)
         put_in_front(bridge, WithTexts)
         put_in_front(bridge, WithForwardKeywords)

@@ -29,10 +29,10 @@ from transformer_lens.model_bridge.generalized_components import JointQKVAttenti
 from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
-from transformer_lens_bd3lm.checkpoint.masks import dual_mask, sampling_mask
-from transformer_lens_bd3lm.checkpoint.modeling import rotary_tables
-from transformer_lens_bd3lm.checkpoint.views import View
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.inputs import View
+from transformer_lens_bd3lm.model.masks import dual_mask, sampling_mask
+from transformer_lens_bd3lm.model.modules import rotary_tables
 
 TILE = 128
 

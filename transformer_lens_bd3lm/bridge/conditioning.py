@@ -22,8 +22,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from transformer_lens_bd3lm.bridge.attention import read_only
 from transformer_lens_bd3lm.bridge.hook_point import watched
-from transformer_lens_bd3lm.checkpoint.modeling import at_least_float32, timestep_features
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.modules import at_least_float32, timestep_features
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 GATES = ("gate_msa", "gate_mlp")

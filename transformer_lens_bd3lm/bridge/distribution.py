@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.views import View, has_values
 from transformer_lens_bd3lm.errors import OffDistributionWarning
+from transformer_lens_bd3lm.model.inputs import View, has_values
 
 
 def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch pos"] | None) -> None:

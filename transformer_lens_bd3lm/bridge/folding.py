@@ -28,8 +28,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.conditioning import GATES, MODULATION
-from transformer_lens_bd3lm.checkpoint.modeling import timestep_features
 from transformer_lens_bd3lm.errors import NotExactError
+from transformer_lens_bd3lm.model.modules import timestep_features
 
 FINAL = "backbone.output_layer.adaLN_modulation"
 SIGMA = "backbone.sigma_map.mlp"

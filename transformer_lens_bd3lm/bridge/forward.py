@@ -24,16 +24,16 @@ from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.bridge.distribution import warn_once
 from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
-from transformer_lens_bd3lm.checkpoint.modeling import KeptFrequencies, Rotary
-from transformer_lens_bd3lm.checkpoint.saving import save
-from transformer_lens_bd3lm.checkpoint.views import (
+from transformer_lens_bd3lm.bridge.save import save
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.inputs import (
     check_keywords,
     read_block_size,
     read_input,
     read_padding,
     read_sigma,
 )
-from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.modules import KeptFrequencies, Rotary
 
 FEW_ROWS = 64
 

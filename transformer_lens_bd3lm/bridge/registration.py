@@ -17,9 +17,9 @@ from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.checkpoint.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BAMDLM, BD3LM, MDLM
+from transformer_lens_bd3lm.checkpoint.pretrained import BAMDLM, BD3LM, MDLM
 from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
+from transformer_lens_bd3lm.model.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
 
 AUTHOR = "kuleshov-group"
 DESCRIPTIONS = {

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from transformer_lens_bd3lm.checkpoint.views import check_ids, fill_hidden, has_values
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.inputs import check_ids, fill_hidden, has_values
 
 TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
 

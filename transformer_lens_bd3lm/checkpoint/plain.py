@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.checkpoint.remote import plain_config
 from transformer_lens_bd3lm.errors import CheckpointError
+from transformer_lens_bd3lm.model.config import BD3LMConfig
 
 
 def check_plain(model: Any) -> None:

@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.supported_architectures._remote_code_compat i
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from transformer_lens_bd3lm.checkpoint.config import BD3LMConfig
-from transformer_lens_bd3lm.checkpoint.modeling import BD3LM
+from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
+from transformer_lens_bd3lm.model.config import BD3LMConfig
 
 NOT_OURS = ("model_type", "transformers_version", "auto_map")
 

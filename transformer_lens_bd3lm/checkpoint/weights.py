@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from transformer_lens_bd3lm.checkpoint.files import shapes_of, unreadable, weight_files
-from transformer_lens_bd3lm.checkpoint.modeling import check_fills
+from transformer_lens_bd3lm.checkpoint.pretrained import check_fills
 from transformer_lens_bd3lm.checkpoint.remote import plain_config
 
 

@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.cli import (
 )
 from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.terminal import errors
+from transformer_lens_bd3lm.show.terminal import errors
 
 COMMANDS = (demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify)
 

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from transformer_lens_bd3lm.errors import BD3LMError, InputError
-from transformer_lens_bd3lm.terminal import errors
+from transformer_lens_bd3lm.show.terminal import errors
 
 app = typer.Typer(
     help="Block-diffusion language models, opened up for interpretability.",
@@ -35,14 +35,14 @@ MOST = 2**31 - 1  # of anything that is counted; more is no number that a tensor
 def path_of(model: str) -> str:
     """The folder of an embedded model; any other name as it is."""
     # Torch comes with it, so imported when a model is named.
-    from transformer_lens_bd3lm.checkpoint import naming
+    from transformer_lens_bd3lm.bridge import boot
 
-    return naming.path_of(model)
+    return boot.path_of(model)
 
 
 def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
     """The bridge of a checkpoint's name, or of an embedded model; the default for None."""
-    from transformer_lens_bd3lm.checkpoint.converting import boot_checkpoint
+    from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
 
     check_device(device)
     try:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of, read_file
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.show.terminal import console
 
 
 @app.command()
@@ -18,12 +18,12 @@ def info(model: ModelArgument) -> None:
     """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from transformer_lens_bd3lm.checkpoint.config import (
+    from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
+    from transformer_lens_bd3lm.model.config import (
         BD3LMConfig,
         kind_of,
         trained_block_sizes,
     )
-    from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
 
     name = path_of(model)
     try:
@@ -84,8 +84,8 @@ def train(
     ] = None,
 ) -> None:
     """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
-    from transformer_lens_bd3lm.diffusion.train import Recipe
-    from transformer_lens_bd3lm.diffusion.train import train as run
+    from transformer_lens_bd3lm.training.recipe import Recipe
+    from transformer_lens_bd3lm.training.recipe import train as run
 
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     texts = [read_file(file) for file in (train_file, valid_file)]

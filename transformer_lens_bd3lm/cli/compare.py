@@ -29,7 +29,7 @@ from transformer_lens_bd3lm.cli.measure import (
     figures,
     reading,
 )
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.show.terminal import console
 
 
 @app.command()

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import app
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.terminal import console, errors
+from transformer_lens_bd3lm.show.terminal import console, errors
 
 
 class Weights(str, Enum):
@@ -36,7 +36,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
-    from transformer_lens_bd3lm.checkpoint.converting import convert_lightning
+    from transformer_lens_bd3lm.checkpoint.lightning.convert import convert_lightning
 
     spoken = None if tokenizer is None else load_tokenizer(tokenizer)
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import MOST, ModelOption, app, boot
-from transformer_lens_bd3lm.terminal import Canvases, compare, console, hook_tree
+from transformer_lens_bd3lm.show.terminal import Canvases, compare, console, hook_tree
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from transformer_lens_bd3lm.analysis.diff import finite
+from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import finite
 from transformer_lens_bd3lm.cli.app import (
     MOST,
     app,
@@ -19,7 +19,7 @@ from transformer_lens_bd3lm.cli.app import (
 )
 from transformer_lens_bd3lm.cli.convert import Weights
 from transformer_lens_bd3lm.cli.measure import Device, Json, MaxStates, Plot, Replicates, Seed
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.show.terminal import console
 
 
 @app.command()
@@ -57,8 +57,8 @@ def dependency(
     device: Device = None,
 ) -> None:
     """Likelihood, order of reveal and a linear probe by depth in the dependency tree."""
-    from transformer_lens_bd3lm.analysis.dependency import dependency as measure
-    from transformer_lens_bd3lm.analysis.parses import parse, read_conllu
+    from transformer_lens_bd3lm.analysis.by_depth.conllu import parse, read_conllu
+    from transformer_lens_bd3lm.analysis.by_depth.measure import by_dependency_depth as measure
 
     if (parses is None) == (text is None):
         raise typer.BadParameter("give one of --parses FILE.conllu and --text FILE")
@@ -74,7 +74,7 @@ def dependency(
         found.append(measure(bridge, sentences, **how))
     write_json([figures(each) for each in found], json)
     if plot is not None:
-        from transformer_lens_bd3lm.plots_checkpoints import dependency_figure
+        from transformer_lens_bd3lm.show.checkpoint_figures import dependency_figure
 
         save_figure(lambda: dependency_figure(found), plot)
     if str(json) != "-":

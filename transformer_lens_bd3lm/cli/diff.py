@@ -19,7 +19,7 @@ from transformer_lens_bd3lm.cli.app import (
 from transformer_lens_bd3lm.cli.convert import Weights
 from transformer_lens_bd3lm.cli.measure import Device, Json, Method, Replicates, Seed, Split
 from transformer_lens_bd3lm.cli.verify import Dtype
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.show.terminal import console
 
 Checkpoint = Annotated[
     str, typer.Argument(help="Folder, Hub id, .ckpt file, or REPO::FILENAME of a .ckpt.")
@@ -58,7 +58,7 @@ def diff(
 ) -> None:
     """Compare two checkpoints: weights, and with a text predictions and activations."""
     # A command of the same name is in this module.
-    from transformer_lens_bd3lm.analysis import diff as library
+    from transformer_lens_bd3lm.analysis.compare_checkpoints import compare as library
 
     check_texts(text or [])
     check_writable(plot, (".html", ".png", ".svg", ".pdf"))
@@ -67,7 +67,7 @@ def diff(
         boot(name, device, weights=weights.value, dtype=getattr(torch, dtype.value))
         for name in (a, b)
     ]
-    found = library.diff(
+    found = library.compare_checkpoints(
         *bridges,
         [*(text or []), *(file or [])] or None,
         block_size=None if block_size is None else read_dial(block_size),
@@ -80,11 +80,11 @@ def diff(
     write_json(found.to_dict(), json)
     if plot is not None:
         # Slow to import, and not always asked for.
-        from transformer_lens_bd3lm.plots_checkpoints import write_figure
+        from transformer_lens_bd3lm.show.checkpoint_figures import write_figure
 
         with writing(plot):
             write_figure(found.plot(), plot, f"{found.a} and {found.b}")
     if str(json) != "-":
-        console.print(found.table(top))
+        console.print(found.table(n=top))
         if plot is not None:
             console.print(f"figure in {plot}")

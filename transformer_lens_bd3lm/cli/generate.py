@@ -18,7 +18,7 @@ from transformer_lens_bd3lm.cli.app import (
     read_dial,
     writing,
 )
-from transformer_lens_bd3lm.terminal import Canvases, console
+from transformer_lens_bd3lm.show.terminal import Canvases, console
 
 
 class Order(str, Enum):

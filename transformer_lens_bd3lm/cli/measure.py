@@ -20,7 +20,7 @@ from transformer_lens_bd3lm.cli.app import (
     save_figure,
     write_json,
 )
-from transformer_lens_bd3lm.terminal import console, number
+from transformer_lens_bd3lm.show.terminal import console, number
 
 
 class Method(str, Enum):
@@ -130,7 +130,7 @@ def reading(**given: Any) -> dict[str, Any]:
 
 def shared_device(device: str | None) -> str | None:
     """The device asked for, else this process's own where several share the work."""
-    from transformer_lens_bd3lm.diffusion.likelihood import processes
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
     state = processes()
     return str(state.device) if device is None and state.num_processes > 1 else device
@@ -138,7 +138,7 @@ def shared_device(device: str | None) -> str | None:
 
 def is_main() -> bool:
     """Whether this process is the one that speaks."""
-    from transformer_lens_bd3lm.diffusion.likelihood import processes
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
     return processes().is_main_process
 
@@ -185,7 +185,7 @@ def likelihood(
 def untrained(bridge: Any, block_size: int | str | None) -> str:
     """A sentence about a block size that the checkpoint was not trained at; nothing for others."""
     from transformer_lens_bd3lm.bridge import forward
-    from transformer_lens_bd3lm.checkpoint.config import trained_block_sizes
+    from transformer_lens_bd3lm.model.config import trained_block_sizes
 
     sizes = trained_block_sizes(bridge.original_model.config)
     if forward.read_dial(bridge, block_size) in sizes:

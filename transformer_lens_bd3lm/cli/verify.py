@@ -16,7 +16,7 @@ from transformer_lens_bd3lm.cli.app import (
     write_json,
 )
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.terminal import console
+from transformer_lens_bd3lm.show.terminal import console
 
 
 class Dtype(str, Enum):
@@ -50,7 +50,7 @@ def verify(
     Exit status: 0 if they agree, 1 if they differ, 2 if they could not be compared.
     """
     # A command of the same name is in this module.
-    from transformer_lens_bd3lm.analysis import verify as library
+    from transformer_lens_bd3lm.analysis.verify import compare as library
 
     try:
         with quiet():

@@ -1,0 +1,212 @@
+"""What two checkpoints of one shape compute inside, on the same noised texts.
+
+At each layer's hook points, of the noisy stream and of the clean one, with ``x_i`` the activation
+at a position::
+
+    cosine             x_i^a . x_i^b / (|x_i^a| |x_i^b|)         mean over positions
+    relative change    |x^b - x^a| / |x^a|                       over all positions together
+    CKA                as in ``passes.py``                         of the first 1,024 positions
+    attention change   1/2 sum_k |A^a_qk - A^b_qk|               mean over masked queries, by head
+
+Cosine and relative change ask whether an activation is the same vector, CKA whether activations lie
+about each other as they did: two models that were trained apart can agree in the last alone. Where
+one was trained on from the other, or both from a third, the first two mean something as well.
+
+The first hook point at which anything differs, in the order of a pass, is where the change comes
+in; what is after it differs also because of it. It does not say which change matters.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change
+from transformer_lens_bd3lm.analysis.noised_text import cka, patterns, wide
+from transformer_lens_bd3lm.errors import HookNameError, NotExactError
+
+PATTERN = "attn.hook_pattern"
+# In the order of a pass.
+POINTS = (
+    *("hook_resid_pre", PATTERN, "hook_attn_out", "hook_resid_mid"),
+    *("hook_mlp_out", "hook_resid_post"),
+)
+SAMPLES = 1024  # positions of a CKA
+
+
+@dataclass(frozen=True)
+class PointComparison:
+    """One hook point, in one stream.
+
+    Attributes:
+        name: of the hook point.
+        stream: ``"noisy"``, ``"clean"``, or ``"single"`` of a checkpoint without blocks. Attention
+            patterns are those of masked queries.
+        cosine: mean over positions; over all queries and heads together for patterns.
+        relative: relative change.
+        cka: debiased linear CKA of the first positions; NaN for patterns, and where it would tell
+            nothing.
+        largest: the largest change of one value.
+    """
+
+    name: str
+    stream: str
+    cosine: float
+    relative: float
+    cka: float
+    largest: float
+
+    @property
+    def layer(self) -> int:
+        """Its layer."""
+        return int(self.name.split(".")[1])
+
+    @property
+    def point(self) -> str:
+        """Its name within the layer."""
+        return self.name.split(".", 2)[2]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every value is equal."""
+        return self.largest == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; what is not finite is None."""
+        figures = {key: getattr(self, key) for key in ("cosine", "relative", "cka", "largest")}
+        told: dict[str, Any] = {"name": self.name, "stream": self.stream}
+        return told | {key: x if math.isfinite(x) else None for key, x in figures.items()}
+
+
+@dataclass(frozen=True)
+class ActivationComparison:
+    """Activations side by side.
+
+    Attributes:
+        points: what changed most comes first, by relative change.
+        attention: attention change of masked queries ``[layer, head]``, 0 to 1.
+        first: where the change comes in, in the order of a pass; None if nowhere.
+        positions: of a stream, in all rows.
+    """
+
+    points: tuple[PointComparison, ...] = field(repr=False)
+    attention: Float[Tensor, "layer head"] = field(repr=False)
+    first: str | None
+    positions: int
+
+    def at(self, name: str, stream: str = "noisy") -> PointComparison:
+        """One hook point.
+
+        Args:
+            name: as ``blocks.1.hook_attn_out``.
+            stream: ``"noisy"``, ``"clean"`` or ``"single"``.
+
+        Raises:
+            HookNameError: if it was not compared.
+        """
+        for each in self.points:
+            if (each.name, each.stream) == (name, stream):
+                return each
+        raise HookNameError(
+            f"{name} of the {stream} stream was not compared: give one of "
+            f"{', '.join(POINTS)}, of {' or '.join(sorted({p.stream for p in self.points}))}"
+        )
+
+    def heads(self, n: int = 10) -> list[tuple[int, int, float]]:
+        """Layer, head and attention change of the heads that changed most.
+
+        Args:
+            n: how many at most.
+        """
+        order = self.attention.flatten().argsort(descending=True, stable=True)[:n].tolist()
+        width = self.attention.shape[1]
+        return [(i // width, i % width, float(self.attention.flatten()[i])) for i in order]
+
+
+class Gathered:
+    """Two checkpoints' activations, pass after pass."""
+
+    def __init__(self, bridge: Any):
+        layers = range(bridge.cfg.n_layers)
+        self.names = [f"blocks.{i}.{point}" for i in layers for point in POINTS]
+        self.patterns = patterns(bridge)
+        dual = bridge.original_model.config.cross_attn
+        self.streams = ("noisy", "clean") if dual else ("single",)
+        self.before: dict[str, Tensor] = {}
+        self.changes: dict[tuple[str, str], Change] = {}
+        self.cosines: dict[tuple[str, str], list[Tensor]] = {}
+        self.samples: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
+        self.attention: dict[str, list[Tensor]] = {name: [] for name in self.patterns}
+
+    @property
+    def stream_names(self) -> list[str]:
+        """The hook points ``[batch, pos, d_model]``."""
+        return [name for name in self.names if name not in self.patterns]
+
+    def keep(self, name: str, x: Tensor) -> None:
+        """What a computes; a hook further on may write into it."""
+        self.before[name] = x.clone()
+
+    def compare(self, name: str, x: Tensor) -> None:
+        """What b computes, beside it.
+
+        Raises:
+            NotExactError: if either is not finite.
+        """
+        a, b = (wide(each) for each in (self.before.pop(name), x))
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise NotExactError(f"{name} is not finite in {x.dtype}: boot both in a wider dtype")
+        if name in self.patterns:
+            # [query, head, key]: the share of the noisy stream is not asked for here.
+            self.attention[name].append((a - b).abs().sum(-1) / 2)
+            self.add((name, self.streams[0]), a, b)
+            return
+        pairs = (each.chunk(len(self.streams), dim=1) for each in (a, b))
+        for stream, p, q in zip(self.streams, *pairs, strict=True):
+            place = name, stream
+            self.add(place, p, q)
+            p, q = p.flatten(0, 1), q.flatten(0, 1)
+            self.cosines.setdefault(place, []).append(cosines(p, q))
+            kept = self.samples.setdefault(place, [])
+            room = SAMPLES - sum(len(pair[0]) for pair in kept)
+            if room > 0:
+                kept.append((p[:room].to(x.dtype), q[:room].to(x.dtype)))
+
+    def add(self, place: tuple[str, str], a: Tensor, b: Tensor) -> None:
+        """Add to the sums at a place."""
+        self.changes[place] = self.changes.get(place, Change()) + Change.between(a, b)
+
+    def points(self) -> Iterator[PointComparison]:
+        """Every hook point, in the order of a pass."""
+        for name in self.names:
+            for stream in self.streams:
+                place = name, stream
+                if place not in self.changes:
+                    continue
+                change = self.changes[place]
+                cosine, alike = change.cosine, math.nan
+                if name not in self.patterns:
+                    cosine = float(torch.cat(self.cosines[place]).nanmean())
+                    a, b = (torch.cat(x) for x in zip(*self.samples[place], strict=True))
+                    alike = float(cka(a, b))
+                yield PointComparison(name, stream, cosine, change.relative, alike, change.largest)
+
+    def found(self, positions: int) -> ActivationComparison:
+        """All of it."""
+        points = list(self.points())
+        first = next((each.name for each in points if not each.identical), None)
+        attention = torch.stack([torch.cat(self.attention[name]).mean(0) for name in self.patterns])
+        ordered = tuple(sorted(points, key=lambda each: -each.relative))
+        return ActivationComparison(ordered, attention, first, positions)
+
+
+def cosines(
+    a: Float[Tensor, "sample d_model"], b: Float[Tensor, "sample d_model"]
+) -> Float[Tensor, " sample"]:
+    """1 where two vectors are equal; NaN beside zeros."""
+    norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where((a == b).all(-1), 1.0, (a * b).sum(-1) / norms)

@@ -1,0 +1,306 @@
+"""How far apart the weights of two checkpoints of one shape are, component by component.
+
+A component is the parameters under one of the bridge's names: a norm, one of adaLN's six vectors,
+one head's queries. Its tensors, flattened and joined, are a vector, w_a in one checkpoint and w_b
+in the other::
+
+    relative change    |w_b - w_a| / |w_a|
+    cosine             w_a . w_b / (|w_a| |w_b|)
+    largest change     max |w_b - w_a|, of one parameter
+
+Each is made of sums that add up, in float64, over one tensor after another: a head's four parts
+make the head, and all components make the model. Nothing is copied in float64 but a piece of one
+tensor.
+
+It does not say what a change does: a change along a direction that nothing reads does nothing.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_bd3lm.analysis.noised_text import wide
+from transformer_lens_bd3lm.bridge.conditioning import MODULATION
+from transformer_lens_bd3lm.errors import CheckpointError, InputError
+
+AT_ONCE = 2**22  # values in float64 at once
+NAME = re.compile(r"backbone\.(?:blocks\.(\d+)\.)?(.+)\.(?:weight|bias|embedding)")
+# The bridge's names for the checkpoint's modules, in the order in which a pass computes.
+PARTS = {
+    "vocab_embed": "embed",
+    "sigma_map.mlp.0": "timestep_embed",
+    "sigma_map.mlp.2": "timestep_embed",
+    "adaLN_modulation": "adaln",
+    "norm1": "ln1",
+    "attn.q": "attn.q",
+    "attn.k": "attn.k",
+    "attn.v": "attn.v",
+    "attn_out": "attn.o",
+    "norm2": "ln2",
+    "mlp.0": "mlp.in",
+    "mlp.2": "mlp.out",
+    "output_layer.adaLN_modulation": "final_adaln",
+    "output_layer.norm_final": "ln_final",
+    "output_layer.linear": "unembed",
+}
+VECTORS = {"adaln": MODULATION, "final_adaln": ("shift", "scale")}
+OF_HEADS = ("attn.q", "attn.k", "attn.v", "attn.o")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What two vectors are to each other, as sums: changes of parts add up to that of the whole.
+
+    Attributes:
+        size: parameters.
+        square_a: ``|w_a|^2``.
+        square_b: ``|w_b|^2``.
+        dot: ``w_a . w_b``.
+        square: ``|w_b - w_a|^2``.
+        largest: ``max |w_b - w_a|``.
+    """
+
+    size: int = 0
+    square_a: float = 0.0
+    square_b: float = 0.0
+    dot: float = 0.0
+    square: float = 0.0
+    largest: float = 0.0
+
+    @classmethod
+    def between(cls, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> "Change":
+        """Of two tensors of one shape."""
+        found = cls()
+        pieces = (x.reshape(-1).split(AT_ONCE) for x in (a, b))
+        for x, y in zip(*pieces, strict=True):
+            x, y = wide(x), wide(y)
+            off = y - x
+            sums = (float((p * q).sum()) for p, q in ((x, x), (y, y), (x, y), (off, off)))
+            found += cls(x.numel(), *sums, float(off.abs().max()))
+        return found
+
+    def __add__(self, other: "Change") -> "Change":
+        return Change(
+            self.size + other.size,
+            self.square_a + other.square_a,
+            self.square_b + other.square_b,
+            self.dot + other.dot,
+            self.square + other.square,
+            max(self.largest, other.largest),
+        )
+
+    @property
+    def identical(self) -> bool:
+        """Whether every parameter is equal."""
+        return self.largest == 0
+
+    @property
+    def relative(self) -> float:
+        """``|w_b - w_a| / |w_a|``; 0 where nothing changed, infinite from zeros."""
+        if self.identical:
+            return 0.0
+        return math.sqrt(self.square / self.square_a) if self.square_a else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """1 where they point the same way; NaN beside zeros, unless both are."""
+        if self.identical:
+            return 1.0
+        norms = math.sqrt(self.square_a * self.square_b)
+        return min(max(self.dot / norms, -1.0), 1.0) if norms else math.nan
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of the model, and how it changed.
+
+    Attributes:
+        part: the bridge's name within the layer, or in the model: ``"attn.v"``, ``"embed"``.
+        layer: its layer; None outside of them.
+        head: its head; None for what is not by head.
+        change: from a to b.
+    """
+
+    part: str
+    layer: int | None
+    head: int | None
+    change: Change
+
+    @property
+    def name(self) -> str:
+        """As ``blocks.1.attn.v[0]``."""
+        name = self.part if self.layer is None else f"blocks.{self.layer}.{self.part}"
+        return name if self.head is None else f"{name}[{self.head}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; what is not finite is None."""
+        change = self.change
+        figures = {"relative": change.relative, "cosine": change.cosine, "largest": change.largest}
+        told: dict[str, Any] = {"name": self.name, "parameters": change.size}
+        return told | {key: x if math.isfinite(x) else None for key, x in figures.items()}
+
+
+@dataclass(frozen=True)
+class WeightComparison:
+    """The weights of two checkpoints side by side.
+
+    Attributes:
+        components: what changed most comes first, by relative change; heads one by one.
+        tensors: parameters' tensors in the checkpoint, q, k and v each one.
+        identical: of those, the ones in which every value is equal.
+    """
+
+    components: tuple[Component, ...] = field(repr=False)
+    tensors: int
+    identical: int
+
+    @property
+    def whole(self) -> Change:
+        """Of all parameters together."""
+        return total(self.components)
+
+    def joined(self) -> tuple[Component, ...]:
+        """The same with heads together, and adaLN's vectors: what changed most comes first."""
+        groups: dict[tuple[str, int | None], list[Component]] = {}
+        for each in self.components:
+            root = each.part.split(".")[0]
+            part = root if root in VECTORS else each.part
+            groups.setdefault((part, each.layer), []).append(each)
+        return biggest_first(
+            Component(part, layer, None, total(members))
+            for (part, layer), members in groups.items()
+        )
+
+    def by_head(self, *parts: str) -> Float[Tensor, "layer head"]:
+        """Relative change by layer and head.
+
+        Args:
+            *parts: ``"attn.q"``, ``"attn.k"``, ``"attn.v"``, ``"attn.o"``; together, all by
+                default.
+
+        Raises:
+            InputError: for any other.
+        """
+        unknown = [part for part in parts if part not in OF_HEADS]
+        if unknown:
+            raise InputError(f"{unknown[0]!r} has no heads: give any of {', '.join(OF_HEADS)}")
+        found: dict[tuple[int, int], Change] = {}
+        for each in self.components:
+            if (
+                each.layer is not None
+                and each.head is not None
+                and each.part in (parts or OF_HEADS)
+            ):
+                place = each.layer, each.head
+                found[place] = found.get(place, Change()) + each.change
+        layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
+        values = [[found[i, head].relative for head in range(heads)] for i in range(layers)]
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def total(components: Iterable[Component]) -> Change:
+    """The changes added up."""
+    return sum((each.change for each in components), Change())
+
+
+def biggest_first(components: Iterable[Component]) -> tuple[Component, ...]:
+    """By relative change; the model's order where it is equal."""
+    return tuple(sorted(components, key=lambda each: -each.change.relative))
+
+
+def parameters_of(bridge: Any) -> dict[str, Tensor]:
+    """A bridge's parameters by a checkpoint's names; q, k and v apart."""
+    named = bridge.original_model.named_parameters()
+    return {name.replace("._original_component", ""): x.detach() for name, x in named}
+
+
+def check_finite(bridge: Any, name: str) -> None:
+    """Refuse weights of which no distance can be told.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
+    for tensor, x in parameters_of(bridge).items():
+        if not bool(x.isfinite().all()):
+            bad = int((~x.isfinite()).sum())
+            raise InputError(
+                f"{tensor} of {name} has {bad:,} values that are NaN or infinite: nothing can be "
+                "compared with it; give a checkpoint from before the run broke"
+            )
+
+
+def pieces(
+    name: str, x: Float[Tensor, "..."], heads: int
+) -> Iterator[tuple[str, int | None, int | None, Tensor]]:
+    """A tensor as parts of components: which part, layer and head, and its values.
+
+    Raises:
+        CheckpointError: for a parameter that no checkpoint has.
+    """
+    found = NAME.fullmatch(name)
+    part = PARTS.get(found[2]) if found else None
+    if found is None or part is None:
+        raise CheckpointError(
+            f"{name} is no parameter of a checkpoint: merge or remove what was put into the model"
+        )
+    layer = None if found[1] is None else int(found[1])
+    if part in VECTORS:
+        vectors = zip(VECTORS[part], x.chunk(len(VECTORS[part])), strict=True)
+        yield from ((f"{part}.{vector}", layer, None, piece) for vector, piece in vectors)
+    elif part in OF_HEADS:
+        # Heads are rows of q, k and v, and columns of what reads them.
+        rows = (x.T if part == "attn.o" else x).unflatten(0, (heads, -1))
+        yield from ((part, layer, head, piece) for head, piece in enumerate(rows))
+    else:
+        yield part, layer, None, x
+
+
+@torch.no_grad()
+def compare_weights(a: Any, b: Any) -> WeightComparison:
+    """How far b's weights are from a's.
+
+    Args:
+        a: a BD3LM bridge.
+        b: another of the same shape.
+
+    Raises:
+        CheckpointError: for parameters that no checkpoint has.
+    """
+    ours, theirs = parameters_of(a), parameters_of(b)
+    alone = sorted(ours.keys() ^ theirs.keys())
+    if alone:
+        raise CheckpointError(
+            f"{alone[0]} is in one of the two alone: merge or remove what was put into the model"
+        )
+    found: dict[tuple[str, int | None, int | None], Change] = {}
+    identical = 0
+    for name, x in ours.items():
+        changed = False
+        halves = (pieces(name, each, a.cfg.n_heads) for each in (x, theirs[name]))
+        for (*place, one), (*_, other) in zip(*halves, strict=True):
+            change = Change.between(one, other)
+            changed |= not change.identical
+            key: Any = tuple(place)
+            found[key] = found.get(key, Change()) + change
+        identical += not changed
+    order = list(dict.fromkeys(PARTS.values()))
+    last = a.cfg.n_layers
+    components = sorted(
+        (Component(*place, change) for place, change in found.items()),
+        key=lambda each: model_order(each, order, last),
+    )
+    return WeightComparison(biggest_first(components), len(ours), identical)
+
+
+def model_order(each: Component, order: list[str], layers: int) -> tuple[int, int, int]:
+    """Where a pass comes to a component."""
+    part = next(i for i, name in enumerate(order) if each.part.startswith(name))
+    outside = layers if part >= order.index("final_adaln") else -1
+    layer = outside if each.layer is None else each.layer
+    return layer, part, each.head or 0

@@ -1,0 +1,393 @@
+"""What TransformerLens puts together from activations and weights: exact, or refused.
+
+Its ActivationCache takes the stream and the logits apart by equations of this kind::
+
+    write of a head = z W_O      of a neuron = post W_out      logit = W_U (x - mean(x)) / scale
+
+On a bridge as booted adaLN stands between: gates before the stream, and behind each norm a weight,
+a shift and a scale. What leaves them out is refused, with the way out: weight processing makes them
+part of the weights, and then every equation above holds. In a dual pass the stream has both halves,
+and the read-out the noisy one alone, so nothing is read out of such a cache as a whole.
+
+A cache belongs to the weights that it was made with: once they are processed, it is refused too.
+Nor do processed weights go into a bridge as booted, or booted ones into a processed bridge.
+
+An ``ActivationCache(dict, bridge)`` made by hand refuses heads, neurons and logits in the same way,
+but says nothing of norms on the way, of a dual pass's positions, or of weights processed since.
+"""
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import Slice
+
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
+from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names
+from transformer_lens_bd3lm.bridge.masked_positions import Predicted
+from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
+from transformer_lens_bd3lm.errors import InputError, NotExactError
+
+STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+STREAM += ("hook_attn_out", "hook_mlp_out")
+
+
+def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: bool = True) -> None:
+    """Refuse a norm whose output is more than ``(x - mean(x)) / scale``.
+
+    Args:
+        bridge: whose norm it is.
+        layer: whose input it is; ``n_layers`` is the read-out.
+        mlp_input: ``ln2`` in place of ``ln1``.
+        weight: whether its weight would be left out, and not the modulation alone.
+
+    Raises:
+        NotExactError: if there is anything more that is no part of other weights.
+    """
+    cfg = bridge.cfg
+    if layer == cfg.n_layers:
+        name, norm, vector = "ln_final", bridge.ln_final, "scale"
+        adaln = bridge.final_adaln if cfg.adaln else None
+    else:
+        part, vector = ("ln2", "scale_mlp") if mlp_input else ("ln1", "scale_msa")
+        block = bridge.blocks[layer]
+        name, norm = f"blocks.{layer}.{part}", getattr(block, part)
+        adaln = block.adaln if cfg.adaln else None
+    left_out = ["adaLN's shift and scale"] if adaln and vector not in adaln.folded else []
+    if weight and not torch.equal(norm.weight, torch.ones_like(norm.weight)):
+        left_out.append("its weight")
+    if not left_out:
+        return
+    if cfg.adaln and cfg.time_conditioning:
+        way_out = (
+            "With time conditioning they are no part of any weights: read hook_modulated_msa, "
+            "hook_modulated_mlp or unembed.hook_in of a run"
+        )
+    elif bridge._weights_processed and bridge.norms_folded:
+        way_out = (
+            "It was folded when these weights were processed, and has been trained since, or "
+            "loaded. Train and save a bridge as booted, then boot that and process it"
+        )
+    elif bridge._weights_processed:
+        way_out = "These weights were processed with fold_ln=False: boot the bridge anew, with it"
+    else:
+        way_out = "Call bridge.enable_compatibility_mode() and run again"
+    raise NotExactError(
+        f"{name}: {' and '.join(left_out)} would be left out, and the result be off. {way_out}"
+    )
+
+
+def of_a_layer(name: str) -> Any:
+    """The host's method of a cache, where it is given a layer that there is."""
+    theirs = getattr(ActivationCache, name)
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(theirs).bind(self, *args, **kwargs).arguments
+        require_layer(self.model.cfg.n_layers, asked.get("layer"), asked.get("mlp_input", False))
+        return theirs(self, *args, **kwargs)
+
+    return method
+
+
+def require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
+    """Refuse what is no layer, and an MLP behind the last one.
+
+    Raises:
+        InputError: for either.
+    """
+    if layer is not None and not -1 <= layer <= n_layers:
+        raise InputError(
+            f"layer={layer}: give 0..{n_layers}, where {n_layers} or -1 is the read-out"
+        )
+    if mlp_input and layer in (None, -1, n_layers):
+        raise InputError(
+            f"mlp_input=True of the read-out (layer={layer}), which has no MLP: give a layer in "
+            f"0..{n_layers - 1}, or leave mlp_input out"
+        )
+
+
+class BD3LMActivationCache(ActivationCache):
+    """What ``run_with_cache`` returns.
+
+    Attributes:
+        processed: whether the weights were processed when it was made.
+        predicted: where the noisy stream held a mask; None if it was given as embeddings.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        predicted: Predicted | None = None,
+    ):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.predicted = predicted
+        self.processed: bool = getattr(model, "_weights_processed", False)
+
+    def require_its_weights(self) -> None:
+        """Refuse weights that were processed since.
+
+        Raises:
+            NotExactError: if they were.
+        """
+        if self.model._weights_processed != self.processed:
+            raise NotExactError(
+                "the bridge's weights have been processed since this cache was made, and its "
+                "activations are those of the weights before: run again"
+            )
+
+    def require_one_stream(self) -> None:
+        """Refuse a dual pass, whose read-out has fewer positions than its stream.
+
+        Raises:
+            InputError: if it is one.
+        """
+        scale = self.cache_dict.get("ln_final.hook_scale")
+        read = None if scale is None else scale.shape[-2]
+        if self.predicted is not None:
+            read = len(self.predicted.positions)
+        for name, x in self.cache_dict.items():
+            if read is not None and name.endswith(STREAM) and x.shape[-2] != read:
+                raise InputError(
+                    f"{name} has {x.shape[-2]} positions, [noisy | clean], and the read-out "
+                    f"{read}: only the noisy stream is read out. Take bd3lm.noisy_stream(cache)"
+                )
+
+    def require_read_out(self) -> None:
+        """Refuse a cache without the final norm's scale, and a dual pass.
+
+        Raises:
+            InputError: for either.
+        """
+        if "ln_final.hook_scale" not in self.cache_dict:
+            raise InputError(
+                "there is no ln_final.hook_scale in this cache: a names_filter left it out, or "
+                "this is the clean stream of a dual pass, which is not read out"
+            )
+        self.require_one_stream()
+
+    def require_predictions(self, positions: Any, batch_slice: Any = None) -> None:
+        """Refuse to read predictions where the model was not trained to make any.
+
+        Raises:
+            InputError: at a clean position, unless all are read at once, and of a dual pass.
+            NotExactError: if the weights were processed since.
+        """
+        self.require_its_weights()
+        self.require_one_stream()
+        if self.predicted is None or self.model.cfg.causal:
+            return
+        rows = self.predicted.rows(batch_slice) if self.has_batch_dim else self.predicted
+        rows.at(positions).require(positions)
+
+    def has_all_rows(self, residual_stack: Tensor) -> bool:
+        """Whether a stack is of the whole batch."""
+        return self.predicted is None or len(self.predicted.masked) == residual_stack.shape[1]
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """As the host's, at all positions or at masked ones."""
+        self.require_predictions(pos_slice, batch_slice)
+        return super().logit_attrs(
+            residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
+        )
+
+    def logit_lens(self, *, positions: Any = -1, **kwargs: Any) -> Any:
+        """As the host's, at all positions or at masked ones."""
+        self.require_predictions(positions, kwargs.get("batch_slice"))
+        return super().logit_lens(positions=positions, **kwargs)
+
+    accumulated_resid = of_a_layer("accumulated_resid")
+    decompose_resid = of_a_layer("decompose_resid")
+    get_full_resid_decomposition = of_a_layer("get_full_resid_decomposition")
+    stack_head_results = of_a_layer("stack_head_results")
+    stack_neuron_results = of_a_layer("stack_neuron_results")
+
+    def _ensure_head_results(self) -> bool:
+        self.require_its_weights()
+        return super()._ensure_head_results()
+
+    def get_neuron_results(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's."""
+        self.require_its_weights()
+        return super().get_neuron_results(*args, **kwargs)
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Tensor:
+        """As the host's; ``recompute_ln`` goes through ``ln_final``, its weight included."""
+        require_layer(self.model.cfg.n_layers, layer, mlp_input)
+        if recompute_ln:
+            self.require_its_weights()
+            self.require_one_stream()
+            require_folded(self.model, self.model.cfg.n_layers, weight=False)
+            if layer is None and has_batch_dim and self.has_all_rows(residual_stack):
+                self.require_predictions(pos_slice, batch_slice)  # asked by the host's own lens
+        return super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+
+    def _get_cached_ln_scale(
+        self, layer: int | None, mlp_input: bool, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        layer = self.model.cfg.n_layers if layer is None else layer
+        self.require_its_weights()
+        if layer == self.model.cfg.n_layers:
+            self.require_read_out()
+        require_folded(self.model, layer, mlp_input)
+        return super()._get_cached_ln_scale(layer, mlp_input, *args, **kwargs)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "BD3LMActivationCache":
+        """As the host's."""
+        sliced = super().apply_slice_to_batch_dim(batch_slice)
+        mine = copy.copy(self)
+        mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
+        mine.predicted = self.predicted and self.predicted.rows(batch_slice)
+        return mine
+
+
+class WithExactTools:
+    """Mixed in front of the bridge's class: its caches, and what it puts together from weights."""
+
+    @functools.wraps(TransformerBridge.run_with_cache)
+    def run_with_cache(
+        self: Any,
+        input: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: Any = None,
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+        pos_slice: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the host's; with ``pos_slice``, what has no positions is left out.
+
+        Raises:
+            HookNameError: if one of the names is no hook point, and not only if all are.
+        """
+        if names_filter is not None:
+            names_filter = read_names(names_filter)
+        if isinstance(names_filter, list):
+            for name in names_filter:
+                known_point(self, name)
+        if Slice.unwrap(pos_slice).mode != "identity":
+            names_filter = with_positions(self, input, names_filter, **kwargs)
+        seen: list[Tensor] = []
+        with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
+            output, cache = super().run_with_cache(
+                input,
+                return_cache_object,
+                remove_batch_dim,
+                names_filter=names_filter,
+                stop_at_layer=stop_at_layer,
+                start_at_layer=start_at_layer,
+                pos_slice=pos_slice,
+                **kwargs,
+            )
+        if return_cache_object:
+            predicted = None
+            if seen:
+                ids = seen[0].chunk(2, dim=1)[0] if is_dual(self, seen[0], **kwargs) else seen[0]
+                predicted = Predicted.of(ids, self.cfg.mask_token_id).at(pos_slice)
+            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim, predicted)
+        return output, cache
+
+    def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
+        """Columns of ``W_U``, where they are what logits are read along.
+
+        Raises:
+            NotExactError: before the final norm is folded; ``W_U`` itself can always be read.
+        """
+        require_folded(self, self.cfg.n_layers)
+        return super().tokens_to_residual_directions(tokens)
+
+    def all_composition_scores(self: Any, mode: str) -> Any:
+        """As the host's, from weights that have the modulation between two heads in them.
+
+        Raises:
+            NotExactError: before it is folded into them.
+        """
+        for layer, block in enumerate(self.blocks):
+            block.require_plain_writes()
+            require_folded(self, layer)
+        return super().all_composition_scores(mode)
+
+    @functools.wraps(TransformerBridge.enable_compatibility_mode)
+    def enable_compatibility_mode(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.enable_compatibility_mode, self, *args, **kwargs)
+        super().enable_compatibility_mode(*args, **kwargs)
+
+    @functools.wraps(TransformerBridge.process_weights)
+    def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the host's; what it would fail at is refused before anything is changed."""
+        refuse_refactoring(TransformerBridge.process_weights, self, *args, **kwargs)
+        super().process_weights(*args, **kwargs)
+
+    @functools.wraps(TransformerBridge.load_state_dict)
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host's, of weights that are processed if this bridge's are.
+
+        Raises:
+            NotExactError: if they are not, whether ``strict`` or not: gates would then be in the
+                weights twice, or not at all, and biases without the weights they belong to.
+        """
+        require_same_processing(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
+    """The filter of names for a ``pos_slice``: conditioning has no positions.
+
+    Raises:
+        InputError: for a dual pass, and if conditioning was asked for by name.
+    """
+    if is_dual(bridge, input, **kwargs):
+        raise InputError(
+            "pos_slice in a dual pass: its stream has 2n positions, [noisy | clean], and its "
+            "read-out n, so a slice would name other tokens in the one than in the other. Cache "
+            "the whole, and take bd3lm.noisy_stream(cache)"
+        )
+    points = bridge.hook_dict
+    if names_filter is None:
+        fires = {name for name in points if bridge._gated_hook_reason(points[name].name) is None}
+        return lambda name: name in fires and not is_conditioning(name)
+    for name in names_filter if isinstance(names_filter, list) else filter(names_filter, points):
+        if is_conditioning(name):
+            raise InputError(f"pos_slice: {name} has no positions, leave it out of names_filter")
+    return names_filter
+
+
+def is_dual(
+    bridge: Any, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
+) -> bool:
+    """Whether a call asks for the dual view, by keywords or by ids of twice the context."""
+    if clean is not None or sample_mode is not None:
+        return not sample_mode
+    if not isinstance(input, Tensor) or not bridge.cfg.cross_attn:
+        return False
+    positions = input.shape[-2 if input.is_floating_point() else -1]
+    return positions == 2 * bridge.cfg.n_ctx

@@ -1,0 +1,154 @@
+"""The autoregressive baseline: the host's shifted loss and its ``generate``, mask left out.
+
+Position i of ``causal: true`` predicts token i + 1, so here the host's causal loss is the loss, and
+what it generates is what the model writes. One thing is left to do: the vocabulary has the mask
+token, which is no word, and its column of the raw logits was never trained::
+
+    log p(x_i | x_<i) = log_softmax(logits[i - 1] with logits[mask] = -inf)
+
+Raw logits stay as they are, in ``bridge(ids)`` as in the cache; they are cut where they become
+probabilities. ``generate`` runs the whole text anew for every token (no key-value cache).
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from transformer_lens_bd3lm.bridge.texts import is_ids, padding
+from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.model.subs import without_mask
+
+_writing: ContextVar[Any] = ContextVar("bd3lm_writing", default=None)
+
+
+@contextmanager
+def writing(bridge: Any) -> Iterator[None]:
+    """While the host draws tokens from this bridge's logits."""
+    token = _writing.set(bridge)
+    try:
+        yield
+    finally:
+        _writing.reset(token)
+
+
+class WithNextToken:
+    """Mixed in front of the bridge's class."""
+
+    def cut(self: Any, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+        """Logits with the mask token's at minus infinity, as a new tensor."""
+        return without_mask(logits, self.cfg.mask_token_id)
+
+    def forward(
+        self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the host's; without the mask where tokens are drawn from it."""
+        found = super().forward(input, return_type, *args, **kwargs)
+        drawn = _writing.get() is self and return_type == "logits" and isinstance(found, Tensor)
+        return self.cut(found) if drawn else found
+
+    def loss_fn(self: Any, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's (nats a token), over the words alone.
+
+        Raises:
+            InputError: if a text holds the mask, which has probability zero, or has nothing to
+                predict.
+        """
+        self.check_finished(tokens)
+        if tokens.shape[-1] < 2:
+            raise InputError("one token has no loss: give BOS and at least one more")
+        behind = padding(torch.atleast_2d(tokens), self.cfg.pad_token_id)
+        if behind is not None:
+            tokens = torch.atleast_2d(tokens).masked_fill(behind, 0)
+            if not args:
+                kwargs.setdefault("attention_mask", (~behind).long())
+        return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
+
+    def _causal_labels_loss(self: Any, logits: Any, labels: Any, *args: Any, **how: Any) -> Tensor:
+        """As the host's, over the words alone."""
+        self.check_finished(labels)
+        behind = padding(torch.atleast_2d(labels), self.cfg.pad_token_id)
+        labels = labels if behind is None else torch.atleast_2d(labels).masked_fill(behind, -100)
+        return super()._causal_labels_loss(self.cut(logits), labels, *args, **how)
+
+    def check_finished(self: Any, tokens: Tensor) -> None:
+        """Refuse the mask among what is to be predicted.
+
+        Raises:
+            InputError: if it is there.
+        """
+        if bool((tokens == self.cfg.mask_token_id).any()):
+            raise InputError("tokens hold the mask, which is never predicted: give finished texts")
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; it never writes the mask.
+
+        Raises:
+            InputError: for prompts of several lengths, whose positions padding would shift, and for
+                texts that would outgrow the context.
+        """
+        self.check_prompt(TransformerBridge.generate, *args, **kwargs)
+        with writing(self):
+            return super().generate(*args, **kwargs)
+
+    def check_prompt(self: Any, call: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse prompts of several lengths, and texts that would outgrow the context.
+
+        Raises:
+            InputError: if they are that.
+        """
+        given = inspect.signature(call).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        prompt, bos = given.arguments["input"], given.arguments["prepend_bos"]
+        new = given.arguments["max_new_tokens"]
+        if not isinstance(prompt, str | list | Tensor):
+            raise InputError(
+                f"the prompt is {type(prompt).__name__}: give a string, a list of them, or ids"
+            )
+        if isinstance(prompt, str | list):
+            prompt = self.to_tokens(prompt, prepend_bos=bos, truncate=False)
+        if is_ids(prompt) and padding(torch.atleast_2d(prompt), self.cfg.pad_token_id) is not None:
+            raise InputError(
+                "the prompts have several lengths, and padding on the left would shift positions: "
+                "generate from one at a time, or from prompts of one length"
+            )
+        if isinstance(prompt, Tensor) and prompt.ndim > 1:
+            length = prompt.shape[1]
+            if length + new - 1 > self.cfg.n_ctx:
+                raise InputError(
+                    f"a prompt of {length} and {new} new tokens: the last would be predicted from "
+                    f"{length + new - 1}, and the context is {self.cfg.n_ctx}"
+                )
+
+    def generate_stream(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As the host's; it never writes the mask.
+
+        Raises:
+            InputError: as ``generate``.
+        """
+        self.check_prompt(TransformerBridge.generate_stream, *args, **kwargs)
+        stream = super().generate_stream(*args, **kwargs)
+        while True:
+            try:
+                with writing(self):
+                    part = next(stream)
+            except StopIteration:
+                return
+            yield part
+
+    def hf_generate(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: transformers' own loop knows nothing of the mask.
+
+        Raises:
+            NotExactError: always.
+        """
+        raise NotExactError(
+            "hf_generate draws from raw logits, the untrained one of the mask among them: call "
+            "bridge.generate"
+        )

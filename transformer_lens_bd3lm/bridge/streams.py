@@ -1,0 +1,94 @@
+"""One stream of a dual pass, as a cache of its own.
+
+A dual pass runs ``[noisy | clean]``: its activations have 2n positions, its logits the noisy n.
+Tools that index by position, or apply the read-out to the residual, want the n that the logits
+belong to::
+
+    noisy[name] = both[name][:, :n]          clean[name] = both[name][:, n:]
+
+Scores and patterns are halved by query. Their keys stay ``[noisy | clean]``, because a noisy query
+reads both streams. The read-out (``ln_final``, ``unembed``) is the noisy stream's alone.
+"""
+
+import copy
+from typing import Any, Literal
+
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from transformer_lens_bd3lm.errors import InputError
+
+READOUT = ("ln_final.", "final_adaln.", "unembed.", "hook_unembed")
+BY_QUERY = ("attn.hook_attn_scores", "attn.hook_pattern")
+
+
+def noisy_stream(cache: Any, length: int | None = None) -> ActivationCache:
+    """The noisy stream of a dual pass; its positions are those of the logits.
+
+    Args:
+        cache: an ``ActivationCache`` of a dual pass, whole: no ``pos_slice``.
+        length: n; needed only if the cache holds nothing of the read-out to tell.
+
+    Returns:
+        Views of the same tensors, positions ``[noisy]``; keys of patterns stay ``[noisy | clean]``.
+
+    Raises:
+        InputError: if the cache is not of a dual pass, or nothing tells.
+    """
+    return half(cache, length, "noisy")
+
+
+def clean_stream(cache: Any, length: int | None = None) -> ActivationCache:
+    """The clean stream of a dual pass, which has no read-out; otherwise as :func:`noisy_stream`."""
+    return half(cache, length, "clean")
+
+
+def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> ActivationCache:
+    """Every entry's rows of one stream."""
+    axis = 1 if cache.has_batch_dim else 0
+    n = length_of(cache, axis) if length is None else length
+    rows = slice(0, n) if stream == "noisy" else slice(n, 2 * n)
+    halved: dict[str, Tensor] = {}
+    for key, x in cache.items():
+        name = key.removesuffix("_grad")
+        if name.startswith(READOUT):
+            if stream == "noisy":
+                halved[key] = x
+        elif not has_positions(name, x, axis):
+            halved[key] = x
+        else:
+            where = x.ndim - 2 if name.endswith(BY_QUERY) else axis
+            if x.shape[where] != 2 * n:
+                raise InputError(
+                    f"{key} has {x.shape[where]} positions, not 2 x {n}: give the whole cache of a "
+                    "dual pass (clean=...), without pos_slice"
+                )
+            halved[key] = x.movedim(where, 0)[rows].movedim(0, where)
+    mine = copy.copy(cache)
+    mine.cache_dict = halved
+    predicted = getattr(cache, "predicted", None)
+    if predicted is not None and stream == "clean":
+        mine.predicted = predicted.clean_stream()
+    return mine
+
+
+def has_positions(name: str, x: Tensor, axis: int) -> bool:
+    """Whether rows of an entry are positions; a modulation is one for all, unless edited by row."""
+    if name.startswith("timestep_embed."):
+        return False
+    return ".adaln." not in name or (x.ndim == axis + 2 and x.shape[axis] != 1)
+
+
+def length_of(cache: Any, axis: int) -> int:
+    """n, from an entry of the read-out, which the noisy stream alone has.
+
+    Raises:
+        InputError: if there is none.
+    """
+    for key, x in cache.items():
+        if key.startswith(("ln_final.", "unembed.", "hook_unembed")):
+            return x.shape[axis]
+    raise InputError(
+        "nothing in this cache tells how long the text is: cache ln_final.hook_in too, or give "
+        "length=n"
+    )

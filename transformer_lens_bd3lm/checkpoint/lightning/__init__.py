@@ -1,0 +1,1 @@
+"""Training checkpoints of PyTorch Lightning, read as data."""

@@ -1,0 +1,1 @@
+"""The denoising loop: its noise, samplers, steps, hooks and runs."""

@@ -1,0 +1,156 @@
+"""Reveals that are decided beforehand: a token, an order, or both, in place of the sampler's.
+
+Everything else stays as it is: same noise, same network, same cache.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.denoising.canvas import Canvas
+from transformer_lens_bd3lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class ForcedReveals:
+    """What becomes of chosen positions, and when.
+
+    Attributes:
+        tokens: ``{position: id}`` for all rows (a string of one token will do), or ids ``[batch,
+            pos]`` (such as ``run.tokens``) with -1, or what the canvas holds already, where nothing
+            is forced. A position becomes its token when it is revealed.
+        order: ``{step index: position or positions}`` for all rows, or step indices ``[batch,
+            pos]`` (such as ``run.commit_step``) with -1 where the sampler decides. At such a step a
+            row reveals these positions and no others; they are not revealed before.
+    """
+
+    tokens: Mapping[int, int | str] | Tensor | None = None
+    order: Mapping[int, int | Iterable[int]] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, Mapping):  # read again by a fork, and when the run is saved
+            once = {i: list(x) if isinstance(x, Iterator) else x for i, x in self.order.items()}
+            object.__setattr__(self, "order", once)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forced ids and step indices of one canvas ``[batch, pos]``, -1 where nothing is forced."""
+
+    tokens: Int[Tensor, "batch pos"]
+    order: Int[Tensor, "batch pos"]
+
+    @classmethod
+    def of(cls, bridge: Any, canvas: Canvas, force: ForcedReveals | None) -> "Plan":
+        """The plan of a run; without ``force`` it plans nothing.
+
+        Raises:
+            InputError: for positions that are not to be denoised, or ids that are none.
+        """
+        if force is None:
+            force = ForcedReveals()
+        if not isinstance(force, ForcedReveals):
+            raise InputError(
+                f"force is {type(force).__name__}: give ForcedReveals(tokens=..., order=...)"
+            )
+        tokens = cls._entries(bridge, canvas, "tokens", force.tokens)
+        order = cls._entries(bridge, canvas, "order", force.order)
+        vocab, mask_id = bridge.original_model.config.vocab_size, canvas.mask_id
+        if bool(((tokens >= vocab) | (tokens == mask_id)).any()):
+            raise InputError(f"force names a token that is none: ids are 0..{vocab - 1}, no mask")
+        return cls(tokens, order)
+
+    @classmethod
+    def _entries(
+        cls, bridge: Any, canvas: Canvas, name: str, given: Any
+    ) -> Int[Tensor, "batch pos"]:
+        """One of the two over the whole canvas, from a tensor, a dict or None."""
+        shape, wanted = canvas.tokens.shape, canvas.to_denoise()
+        entries = torch.full(shape, -1, dtype=torch.long)
+        if isinstance(given, Tensor):
+            if given.ndim != 2 or given.shape[0] != shape[0] or given.shape[1] > shape[1]:
+                raise InputError(
+                    f"force {name} has shape {list(given.shape)}: give [batch, pos] = {list(shape)}"
+                )
+            fractional = given.is_floating_point() or given.dtype == torch.bool
+            if fractional or bool((given < -1).any()):
+                raise InputError(f"force {name} is {given.dtype}: give ints, -1 or more")
+            entries[:, : given.shape[1]] = given
+            if name == "tokens":  # what stands there already is not forced
+                entries[entries == canvas.tokens.cpu()] = -1
+        elif isinstance(given, Mapping):
+            for position, value in cls._pairs(bridge, name, given):
+                if not 0 <= position < shape[1]:
+                    raise InputError(
+                        f"force {name} names position {position}: the canvas has {shape[1]}"
+                    )
+                if bool((entries[:, position] >= 0).any()):
+                    raise InputError(f"force {name} names position {position} twice")
+                rows = wanted[:, position]
+                entries[rows if bool(rows.any()) else slice(None), position] = value
+        elif given is not None:
+            raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
+        if bool((entries >= 0)[~wanted].any()):
+            raise InputError("force names a position that is given already: nothing would come")
+        return entries
+
+    @staticmethod
+    def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
+        """(position, token id) or (position, step index).
+
+        Raises:
+            InputError: for strings of several tokens, and for what is no number from 0.
+        """
+        if name == "tokens":
+            pairs = [
+                (position, single_token(bridge, token) if isinstance(token, str) else token)
+                for position, token in given.items()
+            ]
+        else:
+            pairs = [
+                (position, index)
+                for index, positions in given.items()
+                for position in ([positions] if isinstance(positions, int) else positions)
+            ]
+        for pair in pairs:
+            if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or pair[1] < 0:
+                raise InputError(f"force {name} holds {pair}: give ints that count from 0")
+        return pairs
+
+    def free(self, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
+        """Positions of a block whose turn the sampler decides."""
+        return self.order[:, slice(*window)] < 0
+
+    def due(self, index: int, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
+        """Positions of the block that are to be revealed at this step.
+
+        Raises:
+            InputError: if another block holds one of them, or its step is already past.
+        """
+        due, inside = self.order == index, torch.zeros_like(self.order, dtype=torch.bool)
+        inside[:, slice(*window)] = True
+        if bool((due & ~inside).any()):
+            position = int((due & ~inside).nonzero()[0, 1])
+            raise InputError(
+                f"force reveals position {position} at step {index}, where the block being "
+                f"denoised is {window[0]}..{window[1] - 1}"
+            )
+        return due[:, slice(*window)]
+
+
+def single_token(bridge: Any, text: str) -> int:
+    """The id of a string of one token.
+
+    Raises:
+        InputError: if it is none or several, or there is no tokenizer.
+    """
+    if bridge.tokenizer is None:
+        raise InputError(f"force names {text!r}: this bridge has no tokenizer, give an id")
+    ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+    if len(ids) != 1:
+        raise InputError(f"force names {text!r}, which is {len(ids)} tokens: give one, or its id")
+    return ids[0]

@@ -1,0 +1,57 @@
+"""``bridge.diffusion_generate``, TransformerLens's door to the denoising loop.
+
+TransformerLens's own hands ids to a sampler of the wrapped model and puts the prompt in front of
+what comes back, unless it begins with the prompt. What fills masks in does not. It also refuses
+several prompts, which :func:`denoise` writes exactly, of one length or not.
+"""
+
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
+from transformer_lens_bd3lm.denoising.loop import denoise
+
+
+class WithDenoising:
+    """Mixed in front of the class of a bridge that denoises."""
+
+    def diffusion_generate(
+        self: Any,
+        input: Any = None,
+        max_new_tokens: int = 32,
+        prepend_bos: bool | None = None,
+        **kwargs: Any,
+    ) -> str | Int[Tensor, "batch pos"]:
+        """Return what :func:`denoise` writes: a string for a string, else ids, prompt included.
+
+        Args:
+            input: a string, strings, ids ``[batch, pos]``, rows of ids, or None for BOS alone.
+            max_new_tokens: masks appended to each; masks in the prompt are filled in anyway.
+            prepend_bos: of strings, as in ``to_tokens``.
+            kwargs: further keywords of :func:`denoise`, such as ``seed``, ``temperature``,
+                ``nucleus_p``, ``sampler``, ``noise``, ``block_size``, ``hooks``.
+
+        Returns:
+            Of a string, the finished text without special tokens. Otherwise ``run.tokens``: behind
+            the end of a shorter row stands the mask.
+
+        Raises:
+            BD3LMError: as :func:`denoise`.
+        """
+        prompt = input
+        if prepend_bos is not None and isinstance(input, str | list):
+            texts = [input] if isinstance(input, str) else input
+            if all(isinstance(text, str) for text in texts):
+                prompt = [
+                    self.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0]
+                    for text in texts
+                ]
+        run = denoise(self, prompt, max_new_tokens=max_new_tokens, **kwargs)
+        if not isinstance(input, str):
+            return run.tokens
+        return self.tokenizer.decode(run.final[0, : int(run.ends[0])], skip_special_tokens=True)
+
+
+BD3LMArchitectureAdapter.denoising = (WithDenoising,)

@@ -1,0 +1,222 @@
+"""Which rows of a pass a step hook sees, and how hooks get on and off the bridge.
+
+A pass of the denoising loop runs the active block's rows, and maybe others: the block just
+finished, or the whole prefix. A step hook is shown the rows that its scope names, under
+TransformerLens's own hook names, and what it returns is put back there and nowhere else.
+
+Hooks that belong to a pass are on the bridge, which threads share, while it runs, and fire in the
+context that runs it alone: another thread's pass meets them and they are silent.
+
+Nothing here knows which rows those are; see ``network.py``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
+from transformer_lens_bd3lm.denoising.step import Step, StepFn, StepHook, StepHooks
+from transformer_lens_bd3lm.errors import HookReturnError, InputError
+
+HAS_KEYS = ("hook_pattern", "hook_attn_scores")
+READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
+
+_current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
+_running: ContextVar[object | None] = ContextVar("bd3lm_running", default=None)
+
+
+def current_step() -> Step | None:
+    """The step whose forward is running; None outside the denoising loop."""
+    return _current_step.get()
+
+
+def row_axis(name: str) -> int | None:
+    """Which axis counts the pass's rows; None where only the block's rows are read out."""
+    if name.startswith(READ_OUT):
+        return None
+    return 2 if name.endswith(HAS_KEYS) else 1
+
+
+def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
+    """Read step hooks once, and lay each on the hook points of a bridge that it names.
+
+    Raises:
+        InputError: for what are no hooks.
+        HookNameError: for a name that the bridge does not have, or a filter that matches none.
+    """
+    laid: list[StepHook] = []
+    for hook in StepHooks.of(hooks).hooks:
+        if isinstance(hook.name, str):
+            resolve(bridge, [hook.name])
+            laid.append(hook)
+        else:  # a hook point with several names is hooked once
+            points = {id(point): name for name, point in matching(bridge, hook.name).items()}
+            laid += [replace(hook, name=name) for name in points.values()]
+    return StepHooks(laid)
+
+
+def apply_on_rows(
+    fn: StepFn,
+    step: Step,
+    name: str,
+    part: slice,
+    width: int,
+    unseen: int,
+    activation: Tensor,
+    hook: HookPoint,
+) -> Tensor | None:
+    """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
+
+    The first ``unseen`` keys of a pattern, out of view for these rows, are not shown.
+    A conditioning vector that all rows share is spread over them when an edit names only some.
+
+    Raises:
+        HookReturnError: if it returned neither None nor a tensor like the one it was shown.
+    """
+    axis = row_axis(name)
+    whole = axis is None or (part == slice(0, width) and not unseen)
+    conditioning = not whole and is_conditioning(name)
+    if whole:
+        shown = activation
+    elif conditioning:
+        shown = one_vector(name, activation, part)
+    else:
+        shown = rows_of(activation, axis or 0, part, unseen)
+    before = shown.clone() if conditioning else shown
+    edited = fn(shown, hook, step)
+    check_return(name, edited, shown)
+    if edited is None and conditioning and not torch.equal(shown, before):
+        edited = shown
+    if edited is None or whole:
+        return edited
+    if conditioning:
+        return spread(name, activation, edited, part, width)
+    out = activation.clone()
+    rows_of(out, axis or 0, part, unseen).copy_(edited)
+    return out
+
+
+def check_return(name: str, edited: Any, shown: Tensor) -> None:
+    """Refuse what cannot take the place of an activation; it would be broadcast or cast in silence.
+
+    Raises:
+        HookReturnError: for anything but None, or a tensor of the same shape, dtype and device.
+    """
+    if edited is None:
+        return
+    if not isinstance(edited, Tensor):
+        got = type(edited).__name__
+    elif edited.shape != shown.shape:
+        got = f"{tuple(edited.shape)}"
+    elif edited.dtype != shown.dtype or edited.device != shown.device:
+        got = f"{edited.dtype} on {edited.device}"
+    else:
+        return
+    raise HookReturnError(
+        f"the hook at {name} returned {got}: return None, or a tensor of shape "
+        f"{tuple(shown.shape)}, {shown.dtype} on {shown.device}"
+    )
+
+
+def rows_of(activation: Tensor, axis: int, part: slice, unseen: int) -> Tensor:
+    """A view of some rows of a pass, without the first keys."""
+    rows = activation.narrow(axis, part.start, part.stop - part.start)
+    return rows[..., unseen:] if unseen else rows
+
+
+def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
+    """A copy of the vector that the rows ``part`` share, shaped as in a pass that nobody edited."""
+    if activation.ndim < 3 or activation.shape[1] == 1:
+        return activation.clone()
+    vectors = activation[:, part]
+    if not torch.equal(vectors, vectors[:, :1].expand_as(vectors)):
+        raise InputError(
+            f"the rows of this hook's scope have several vectors at {name}, from edits of "
+            "narrower scope upstream: hook them one scope at a time"
+        )
+    return (
+        vectors[:, 0].clone()
+        if name.endswith(".hook_in") or "timestep" in name
+        else vectors[:, :1].clone()
+    )
+
+
+def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
+    """``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only."""
+    if vector.ndim == 1:
+        raise HookReturnError(
+            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
+            "batch row. Edit timestep_embed.hook_out, or the layers' adaln hooks"
+        )
+    if vector.ndim == 2:
+        vector = vector[:, None]
+    out = vector.expand(-1, width, -1).clone()
+    out[:, part] = edited[:, None] if edited.ndim == 2 else edited
+    return out
+
+
+@contextmanager
+def attached(
+    points: dict[str, HookPoint],
+    fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
+    step: Step | None = None,
+) -> Iterator[None]:
+    """Hooks on for one forward of this context, and in the loop the current step set.
+
+    All of it is gone afterwards, come what may.
+    """
+    running = object()
+    with ExitStack() as stack:
+        for name, fn in fns:
+            point = points[name]
+            handle = point.add_hook(cast(Any, partial(_in_pass, running, fn)))
+            stack.callback(point.fwd_hooks.remove, handle)
+            stack.callback(handle.hook.remove)
+        if step is not None:
+            stack.callback(_current_step.reset, _current_step.set(step))
+        stack.callback(_running.reset, _running.set(running))
+        yield
+
+
+def _in_pass(running: object, fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
+    """A hook in its own pass; silent in other threads' and in those started from within a hook."""
+    if _running.get() is not running:
+        return None
+    token = _running.set(None)
+    try:
+        return fn(activation, hook)
+    finally:
+        _running.reset(token)
+
+
+def is_step_hook(fn: Any) -> bool:
+    """Whether a function on a hook point was put there by :func:`attached`, for one pass."""
+    return isinstance(fn, partial) and fn.func.__module__ == __name__
+
+
+def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:
+    """The same hook, shown the whole batch, whose edits are taken in the chosen batch rows alone.
+
+    Raises:
+        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
+    """
+
+    def narrowed(activation: Tensor, hook: HookPoint, step: Step) -> Tensor | None:
+        shown = activation.clone()
+        edited = fn(shown, hook, step)
+        edited = shown if edited is None else edited
+        if not isinstance(edited, Tensor) or edited.shape != activation.shape:
+            return edited  # refused, with its shape, where all returns are checked
+        here = chosen.to(activation.device).view(-1, *[1] * (activation.ndim - 1))
+        return torch.where(here, edited, activation)
+
+    return narrowed

@@ -1,0 +1,163 @@
+"""What a run was made with, and whether the bridge is still that.
+
+The numbers of a run rest on what it was asked for, which it keeps, and on three things of the
+bridge: its weights, their processing, and the hooks that are set on the bridge itself. A run that
+is replayed, forked, mediated, saved or read as a cache after one of them changed would mix two
+models, so every one of these doors asks the same :class:`MadeWith`, and so does every next step.
+
+A finished run compares a hash of all weights (0.15 s at 170 M parameters, on a CPU). So a move to
+another device, or the same values loaded again, changes nothing; a cast, an edit through ``.data``
+and weight processing do. Between two steps that would cost too much: there :class:`Unchanged`
+compares tensors and their version counters, which do not see ``.data``, and the hash once more at
+the end.
+
+What may change: the bridge's block size and device, since a run keeps its own of the first and
+depends on no other than rounding of the second, and the flags that add hook points.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from xxhash import xxh3_64_intdigest
+
+from transformer_lens_bd3lm.denoising.hook_rows import is_step_hook
+from transformer_lens_bd3lm.errors import NotExactError
+
+
+def checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, int]:
+    """Hash a tensor's bits, with its dtype and shape; the same on every device."""
+    if x.is_meta:
+        return x.dtype, x.shape, 0
+    held: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return x.dtype, x.shape, xxh3_64_intdigest(held)
+
+
+def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:
+    """Names and functions of the forward hooks that are set on a bridge, those of no run."""
+    hooks = []
+    for name, module in bridge.named_modules():
+        held = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+        if isinstance(module, HookPoint) and "forward" in module.__dict__:  # a tool wrapped it
+            hooks.append((module.name or name, module.__dict__["forward"]))
+        if not held:
+            continue
+        given = {}
+        if isinstance(module, HookPoint):
+            name = module.name or name
+            given = {handle.hook.id: handle.user_hook for handle in module.fwd_hooks}
+        functions = [given.get(key) or fn for key, fn in held]
+        hooks += [(name, fn) for fn in functions if not is_step_hook(fn)]
+    return tuple(hooks)
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """The weights and hooks of a bridge when a run began.
+
+    Attributes:
+        weights: checksum of every tensor by its name.
+        processed: whether the weights were processed.
+        hooks: names and functions of the hooks set on the bridge itself; None if they changed while
+            the run was made.
+    """
+
+    weights: dict[str, Any]
+    processed: bool
+    hooks: tuple[tuple[str, Any], ...] | None
+
+    @classmethod
+    def of(cls, bridge: Any) -> "MadeWith":
+        """What a bridge is now."""
+        weights = {name: checksum(x) for name, x in bridge.state_dict().items()}
+        return cls(weights, bridge._weights_processed, hooks_on(bridge))
+
+    def require(self, bridge: Any) -> None:
+        """Refuse to run a run again on a bridge that would write something else.
+
+        Raises:
+            NotExactError: if weights, or hooks on the bridge, are others than the run's.
+        """
+        self.require_weights(bridge)
+        now = hooks_on(bridge)
+        if self.hooks is None:
+            raise NotExactError(
+                "this run does not come out again: hooks set on the bridge itself changed while it "
+                "was made. Set them before the run, or give them as hooks="
+            )
+        if now != self.hooks:
+            was, is_now = (sorted({name for name, _ in hooks}) for hooks in (self.hooks, now))
+            raise NotExactError(
+                "this run does not come out again: it was made with hooks set on the bridge itself "
+                f"at {was or 'no hook point'}, and now there are some at "
+                f"{is_now or 'no hook point'}"
+                f"{', with other functions' if was == is_now else ''}. "
+                "A hook that is meant for a replay or a fork is given to it, as hooks=; otherwise "
+                "put the bridge's own hooks back"
+            )
+
+    def require_weights(self, bridge: Any) -> None:
+        """Refuse weights that are not those of the run, to the bit.
+
+        Raises:
+            NotExactError: if some are others.
+        """
+        now = {name: checksum(x) for name, x in bridge.state_dict().items()}
+        if now == self.weights:
+            return
+        if bridge._weights_processed != self.processed:
+            raise NotExactError(
+                "this run does not come out again: the weights have been processed since it began "
+                "(enable_compatibility_mode, process_weights). Process them first, and make the "
+                "run anew"
+            )
+        names = [n for n in {**self.weights, **now} if now.get(n) != self.weights.get(n)]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise NotExactError(
+            f"this run does not come out again: the weights have changed since it began, "
+            f"{names[0]}{more}. Put them back, or make the run anew"
+        )
+
+
+class Unchanged:
+    """Whether a bridge stays what a run began with, asked between its steps."""
+
+    def __init__(self, bridge: Any, made_with: MadeWith):
+        self.bridge, self.made_with = bridge, made_with
+        self.tensors = live(bridge)
+
+    def require(self) -> None:
+        """Refuse a next step on other weights.
+
+        Raises:
+            NotExactError: if tensors have changed their values or their device.
+        """
+        now = live(self.bridge)
+        if len(now) == len(self.tensors) and all(
+            x is y and rest == before
+            for (x, *rest), (y, *before) in zip(now, self.tensors, strict=True)
+        ):
+            return
+        moved = {x.device for x, *_ in now} - {x.device for x, *_ in self.tensors}
+        if moved:
+            raise NotExactError(
+                f"the bridge was moved to {moved.pop()} between two steps of a run: what the run "
+                "has stored stays where it was. Move it before, or make the run anew"
+            )
+        self.made_with.require_weights(self.bridge)
+        self.tensors = now
+
+
+def live(bridge: Any) -> list[tuple[Tensor, int, int]]:
+    """Every tensor of a bridge, with its version counter and address."""
+    tensors = [
+        x
+        for module in bridge.modules()
+        for held in (module._parameters, module._buffers)
+        for x in held.values()
+        if x is not None
+    ]
+    # Tensors made in inference mode count no versions, and cannot be written to outside of it.
+    return [(x, 0 if x.is_inference() else x._version, x.data_ptr()) for x in tensors]

@@ -1,0 +1,158 @@
+"""How an edit of earlier blocks reaches later ones: through their tokens, or through the cache.
+
+A later block sees an earlier one only through its stored keys and values. Those depend on which
+tokens were written, and (under hooks of scope "commit") on the edit itself while they were stored.
+Swapping the two gives four cells, {tokens: base, edited} x {cache: base, edited}; in each, the
+later blocks' distributions are read along the base run's own later steps, so nothing else differs::
+
+    through tokens = cell(edited, base) - cell(base, base)
+    through cache  = cell(base, edited) - cell(base, base)
+    interaction    = total - through tokens - through cache
+
+The outcome is the log-probability of the base run's later tokens. An edit of scope "active" alone
+stores nothing of itself: through cache is exactly zero.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
+from transformer_lens_bd3lm.denoising.replay import (
+    Replay,
+    check_run,
+    check_same,
+    commits,
+    divergence,
+    limited,
+    log_probs_of,
+    replay,
+    with_ends,
+    write_log_p,
+)
+from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_forward import make_network
+from transformer_lens_bd3lm.errors import InputError, NotExactError
+
+
+@dataclass(frozen=True)
+class Mediation:
+    """Four ways to put an edit before the same later steps; axes ``[tokens, cache]``, 0 is base.
+
+    Attributes:
+        base: the run.
+        edited: its coupled replay under the edit, whose earlier tokens are the edited ones.
+        block: the last block that was edited; later ones are read.
+        log_p: log-probability in nats of the base run's later tokens, when they were revealed
+            ``[2, 2, batch, pos]``; NaN elsewhere.
+        kl: KL(cell (0, 0) || cell) in nats at each later step's masked positions ``[2, 2, step,
+            batch, block]``; NaN elsewhere.
+    """
+
+    base: Run = field(repr=False)
+    edited: Replay = field(repr=False)
+    block: int
+    log_p: Float[Tensor, "2 2 batch pos"] = field(repr=False)
+    kl: Float[Tensor, "2 2 step batch block"] = field(repr=False)
+
+    @property
+    def total(self) -> Float[Tensor, "batch pos"]:
+        """What the edit does to the log-probability of each later token, in nats."""
+        return self.log_p[1, 1] - self.log_p[0, 0]
+
+    @property
+    def through_tokens(self) -> Float[Tensor, "batch pos"]:
+        """Its part through the tokens that it changed, in nats."""
+        return self.log_p[1, 0] - self.log_p[0, 0]
+
+    @property
+    def through_cache(self) -> Float[Tensor, "batch pos"]:
+        """Its part through the keys and values that it changed, in nats."""
+        return self.log_p[0, 1] - self.log_p[0, 0]
+
+    @property
+    def interaction(self) -> Float[Tensor, "batch pos"]:
+        """What only both together do, in nats."""
+        return self.total - self.through_tokens - self.through_cache
+
+    def __repr__(self) -> str:
+        def over(x: Tensor) -> str:
+            return f"{float(x.nansum()) / len(self.base.ends):+.4f}"
+
+        return (
+            f"Mediation(after block {self.block}, nats a row: total {over(self.total)} = tokens "
+            f"{over(self.through_tokens)}, cache {over(self.through_cache)}, interaction "
+            f"{over(self.interaction)})"
+        )
+
+
+def mediate(run: Run, hooks: Any, block: int) -> Mediation:
+    """Split an edit's effect on later blocks into tokens and cache.
+
+    Args:
+        run: a finished run.
+        hooks: the edit, added to the run's own hooks; it acts in blocks up to ``block`` alone.
+        block: the last edited block, as ``Step.block`` counts.
+
+    Raises:
+        InputError: if no block comes later.
+        NotExactError: for scope "prefix", or where nothing is stored: with time conditioning,
+            without blocks, or on a run that slid past its context without the cache; and where the
+            bridge is no longer what the run was made with.
+    """
+    check_run(run)
+    run.request.need("hooks", "sampler", "stop")
+    given = on_bridge(run.bridge, hooks).hooks
+    if any(hook.scope == "prefix" for hook in given):
+        raise NotExactError('scope="prefix" edits no cache: give hooks of scope active or commit')
+    if run.slid and not run.kv_cache:
+        raise NotExactError(
+            "this run slid past its context without the cache, where stored keys and values differ "
+            "from recomputed ones, and mediation goes through stored ones: make the run with "
+            "kv_cache=True"
+        )
+    later = [(step, last) for step, last in with_ends(run) if step.block > block]
+    if block < 0 or not later:
+        raise InputError(
+            f"block={block}: no block comes later, this run denoised blocks "
+            f"{run.timeline.block[0]}..{run.timeline.block[-1]}"
+        )
+    own = StepHooks.of(run.request.hooks)
+    edit = [limited(hook, lambda step: step.block <= block) for hook in given]
+    both = StepHooks([*own.hooks, *edit])
+    base_run, run = run, run.beside_bridge()
+    edited = replay(base_run, both, "coupled")
+    boundary = later[0][0].window[0]
+    shape = (2, 2, len(later), *later[0][0].masked.shape)
+    kl = torch.full(shape, torch.nan, dtype=torch.float64)
+    log_p = torch.full((2, 2, *run.final.shape), torch.nan, dtype=torch.float64)
+    base: list[Tensor] = []
+    for i, written in enumerate((run, edited)):
+        before, finished = written.final[:, :boundary], commits(written, block + 1)
+        if bool(
+            (
+                (before == run.canvas.mask_id) != (run.final[:, :boundary] == run.canvas.mask_id)
+            ).any()
+        ):
+            raise InputError(
+                "a stop rule ended the edited run within the edited blocks: leave it out"
+            )
+        for j, edits in enumerate((own, both)):
+            network = make_network(run.bridge, run.canvas, True, edits, None, finished)
+            for at, (step, last) in enumerate(later):
+                seen = replace(step, tokens=torch.cat([before, step.tokens[:, boundary:]], dim=1))
+                found = log_probs_of(network, seen)
+                if (i, j) == (0, 0):
+                    base.append(found)
+                width = step.masked.shape[1]
+                kl[i, j, at, :, :width][step.masked] = divergence(base[at], found)
+                write_log_p(log_p[i, j], step, found)
+                if last:
+                    network.finish(step)
+    check_same(run, log_p[0, 0])
+    length = run.length
+    return Mediation(base_run, edited, block, log_p[..., :length], kl)

@@ -1,0 +1,328 @@
+"""What a denoising run did: compact arrays, and the steps, text and caches that follow from them.
+
+A step's canvas follows from the final one and from who was revealed when, so a run keeps one number
+a position and one row a step, not a canvas a step.
+"""
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
+from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.masked_positions import Predicted
+from transformer_lens_bd3lm.denoising.canvas import Canvas
+from transformer_lens_bd3lm.denoising.made_with import MadeWith
+from transformer_lens_bd3lm.denoising.noise import Noise
+from transformer_lens_bd3lm.denoising.record import HAS_KEYS, stack_ragged
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_forward import Network
+from transformer_lens_bd3lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each step happened: its block, its place within the block, and each row's time.
+
+    Attributes:
+        block: block of each step, counted from 0 at the first one denoised.
+        step: place within the block.
+        windows: absolute positions ``start, end`` of the block.
+        t: each row's time ``[batch]``.
+        indices: index of each step in the run; a forked run goes on counting.
+    """
+
+    block: list[int]
+    step: list[int]
+    windows: list[tuple[int, int]]
+    t: list[Float[Tensor, " batch"]]
+    indices: list[int]
+
+    @classmethod
+    def empty(cls) -> "Timeline":
+        """Before the first step."""
+        return cls([], [], [], [], [])
+
+    def add(self, step: Step) -> None:
+        """Note a step."""
+        self.block.append(step.block)
+        self.step.append(step.step)
+        self.windows.append(step.window)
+        self.t.append(step.t)
+        self.indices.append(step.index)
+
+
+def gather(network: Network) -> dict[str, Tensor]:
+    """What a network recorded, stacked over steps; the parts are let go one name at a time."""
+    found = {}
+    for name in list(network.kept):
+        parts = network.kept.pop(name)
+        if parts:
+            found[name] = stack_ragged(network.points[name].name or name, parts)
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished denoising run.
+
+    Attributes:
+        bridge: the model that wrote it.
+        canvas: what was filled in, and the grid of blocks.
+        final: the finished canvas ``[batch, pos]``, with what only completed the last block.
+        ends: positions that each row keeps ``[batch]``: prompt and new tokens, fewer where a stop
+            rule ended the row.
+        timeline: when each step happened.
+        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked
+            for; keys of a pattern that a step did not have yet are 0 (scores: -inf). Keys count
+            from the first position in view, which moves where text outgrows the context.
+        recorded_steps: index of the step of each slice of ``activations``.
+        sampler: who was revealed, and as what.
+        noise: the randomness of the run.
+        kv_cache: whether finished blocks were stored; exact either way unless ``slid``.
+        request: everything the run was asked for.
+        made_with: what the bridge was meanwhile; see :mod:`.made_with`.
+    """
+
+    bridge: Any = field(repr=False)
+    canvas: Canvas = field(repr=False)
+    final: Int[Tensor, "batch total"] = field(repr=False)
+    ends: Int[Tensor, " batch"]
+    commit_step_all: Int[Tensor, "batch total"] = field(repr=False)
+    log_p_all: Float[Tensor, "batch total"] = field(repr=False)
+    lead_all: Float[Tensor, "batch total"] = field(repr=False)
+    timeline: Timeline = field(repr=False)
+    activations: dict[str, Tensor] = field(repr=False)
+    recorded_steps: Sequence[int] = field(repr=False)
+    sampler: Any
+    noise: Noise
+    kv_cache: bool
+    request: Any = field(repr=False)
+    made_with: MadeWith = field(repr=False)
+
+    @property
+    def block_size(self) -> int:
+        """The dial."""
+        return self.canvas.block_size
+
+    @property
+    def slid(self) -> bool:
+        """Whether text outgrew the context: then the cache is not equal to recomputing."""
+        return self.canvas.reach is not None
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return int(self.ends.max())
+
+    @property
+    def kept(self) -> Bool[Tensor, "batch pos"]:
+        """Positions that belong to each row's text, on the CPU."""
+        return torch.arange(self.length) < self.ends[:, None]
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """The finished ids, prompt included; the mask behind the end of a shorter row."""
+        ids = self.final[:, : self.length]
+        return ids.masked_fill(~self.kept.to(ids.device), self.canvas.mask_id)
+
+    @property
+    def text(self) -> list[str]:
+        """The same as one string a row, special tokens kept; empty without a tokenizer."""
+        if self.bridge.tokenizer is None:
+            return []
+        rows = zip(self.final.tolist(), self.ends.tolist(), strict=True)
+        return [self.bridge.tokenizer.decode(ids[:end]) for ids, end in rows]
+
+    @property
+    def commit_step(self) -> Int[Tensor, "batch pos"]:
+        """Index of the step that revealed each position; -1 where it was given, or never was."""
+        return self.commit_step_all[:, : self.length].masked_fill(~self.kept, -1)
+
+    @property
+    def log_p(self) -> Float[Tensor, "batch pos"]:
+        """Log-probability in nats of each written token when it was revealed; NaN elsewhere."""
+        return self.log_p_all[:, : self.length].masked_fill(~self.kept, torch.nan)
+
+    @property
+    def lead(self) -> Float[Tensor, "batch pos"]:
+        """By how much, in nats, each token's score beat the runner-up's; NaN where none was drawn.
+
+        Two correct runs in float32 may part only where this is about as small as rounding.
+        """
+        return self.lead_all[:, : self.length].masked_fill(~self.kept, torch.nan)
+
+    @property
+    def steps(self) -> "Steps":
+        """Every step, without logits, rebuilt from who was revealed when."""
+        return Steps(self)
+
+    def cache(self, step: int) -> ActivationCache:
+        """The activations recorded at a step, as TransformerLens's own cache.
+
+        Args:
+            step: index of the step in the run.
+
+        Raises:
+            InputError: if that step was not recorded.
+            NotExactError: if the bridge's weights have changed since, which the cache would use.
+        """
+        self.made_with.require_weights(self.bridge)
+        if step not in self.recorded_steps:
+            kept = list(self.recorded_steps)
+            told = f"{kept[0]}..{kept[-1]} hold {len(kept)} recorded steps" if kept else "none was"
+            raise InputError(f"step {step} was not recorded ({told}): record=Record(names)")
+        slot = list(self.recorded_steps).index(step)
+        number = self.timeline.indices.index(step)
+        window = self.timeline.windows[number]
+        offsets = list(range(window[1] - window[0]))
+        keys = window[1] - self.canvas.first_visible(window[0])
+        record = self.request.record
+        if record is not None:
+            offsets = record.offsets(len(offsets))
+        rows = len(offsets)
+        points = self.bridge.hook_dict
+        found = {}
+        for name, stacked in self.activations.items():
+            point = self.bridge.hook_dict[name].name or name
+            x = stacked[slot]
+            if point.endswith(HAS_KEYS):
+                x = x[:, :, :rows, :keys]
+            elif not is_conditioning(point):
+                x = x[:, :rows]
+            found |= {alias: x for alias in points if points[alias] is points[name]}
+        ids = self.steps[number].tokens
+        where = window[0] + torch.tensor(offsets, dtype=torch.long, device=ids.device)
+        whole = record is None or record.positions is None
+        predicted = Predicted(ids[:, where] == self.canvas.mask_id, where, whole)
+        return BD3LMActivationCache(found, self.bridge, predicted=predicted)
+
+    def beside_bridge(self) -> "Run":
+        """The same run, with its canvas on the device that the bridge is on now."""
+        device = self.bridge.embed.weight.device
+        if self.final.device == device:
+            return self
+        finished = [replace(s, tokens=s.tokens.to(device)) for s in self.request.finished]
+        return replace(
+            self,
+            canvas=replace(self.canvas, tokens=self.canvas.tokens.to(device)),
+            final=self.final.to(device),
+            request=replace(self.request, finished=finished),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the run into a new folder, whole or not at all; see :mod:`.saved`.
+
+        Raises:
+            InputError: if the folder exists.
+            NotExactError: if the bridge's weights have changed since: the file names them.
+            OSError: if it cannot be written; nothing is left behind then.
+        """
+        from transformer_lens_bd3lm.denoising.run_files import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, bridge: Any, **functions: Any) -> "Run":
+        """Read a saved run back; see :func:`.saved.load` for arguments and errors."""
+        from transformer_lens_bd3lm.denoising.run_files import load
+
+        return load(path, bridge, **functions)
+
+    def __repr__(self) -> str:
+        rows, written = len(self.ends), int((self.commit_step >= 0).sum())
+        return (
+            f"Run({rows} row{'s' * (rows > 1)}, {written} tokens written in "
+            f"{len(self.timeline.t)} steps, block_size={self.block_size}, {self.sampler!r}, "
+            f"{self.noise!r}, kv_cache={self.kv_cache}{', slid' * self.slid})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Each row's text in a notebook, written tokens shaded by the step that revealed them."""
+        return "\n".join(
+            [
+                '<div style="font-family:monospace;line-height:1.9">',
+                f"<div><b>{html.escape(repr(self))}</b></div>",
+                *(self._row_html(row) for row in range(len(self.ends))),
+                "<div>shade: place within the block's steps, light first, dark last; hover for "
+                "step, probability and lead</div></div>",
+            ]
+        )
+
+    def _row_html(self, row: int) -> str:
+        in_block = dict(zip(self.timeline.indices, self.timeline.step, strict=True))
+        longest = max([*self.timeline.step, 1])
+        commits, probs, leads = self.commit_step[row], self.log_p[row].exp(), self.lead[row]
+        parts = []
+        for position, token in enumerate(self.final[row, : int(self.ends[row])].tolist()):
+            tokenizer = self.bridge.tokenizer
+            word = str(token) + " " if tokenizer is None else tokenizer.decode([token])
+            word = html.escape(word).replace("\n", "↵<br>")
+            commit = int(commits[position])
+            if commit < 0:
+                parts.append(f"<span>{word}</span>")
+                continue
+            shade = 92 - 42 * in_block[commit] / longest
+            told = (
+                f"position {position}, step {commit}, p = {float(probs[position]):.3f}, "
+                f"lead = {float(leads[position]):.2f} nats"
+            )
+            parts.append(
+                f'<span title="{told}" style="background:hsl(210,70%,{shade:.0f}%);color:#000;'
+                f'border-radius:3px">{word}</span>'
+            )
+        return f'<div style="white-space:pre-wrap">{"".join(parts)}</div>'
+
+
+@dataclass(frozen=True)
+class Steps(Sequence[Step]):
+    """A run's steps, each rebuilt when it is asked for."""
+
+    run: Run
+
+    def __len__(self) -> int:
+        return len(self.run.timeline.t)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        run, timeline = self.run, self.run.timeline
+        i = range(len(self))[index]
+        number, window = timeline.indices[i], timeline.windows[i]
+        commit, part = run.commit_step_all, slice(*window)
+        revealed = commit[:, part] == number
+        nothing = ~revealed
+        return Step(
+            index=number,
+            block=timeline.block[i],
+            step=timeline.step[i],
+            window=window,
+            t=timeline.t[i],
+            masked=commit[:, part] >= number,
+            tokens=self.canvas_before(number),
+            mask_id=run.canvas.mask_id,
+            after=self.canvas_before(number + 1),
+            revealed=revealed,
+            log_p=run.log_p_all[:, part].masked_fill(nothing, torch.nan),
+            lead=run.lead_all[:, part].masked_fill(nothing, torch.nan),
+        )
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[i] for i in range(len(self)))
+
+    def canvas_before(self, index: int) -> Int[Tensor, "batch pos"]:
+        """The canvas with everything that was revealed before this step."""
+        run = self.run
+        later = (run.commit_step_all >= index).to(run.final.device)
+        return run.final.masked_fill(later, run.canvas.mask_id)

@@ -1,0 +1,293 @@
+"""Who is revealed next, and as what: pure functions of the block's state and its noise.
+
+Every masked (row, position) has a reveal time tau ~ U(0, 1), and time runs from 1 down to 0.
+
+**First hitting** (Zheng et al. 2024; Arriola et al., section 4.2): the next reveal below t is at
+``t * u^(1/n)``, and which of the n masked it is, is uniform. Handed the times themselves, that is:
+the masked token with the largest tau is next. Exact, k steps for k tokens.
+
+**Ancestral** (Sahoo et al. 2024): T steps from 1 to 0; from t to s a masked token is revealed with
+probability ``1 - s/t``, that is when its tau lies in [s, t). A step in which nothing is revealed
+would not be seen by anybody, and is not run. With c constant it writes the same tokens as first
+hitting unless two taus of a block share a step.
+
+**Confidence**: the tokens that the network is surest of first (as LLaDA and Dream decode). No
+likelihood is known for it; it is not the model's own sampler.
+
+Tokens are drawn by Gumbel-max: ``argmax(log p + g)`` is a sample from p. Temperature divides log p
+first, then the nucleus is taken. The public code keeps tokens while the cumulative probability is
+at most p, and so drops the token that crosses p (the top one is always kept); the usual top-p
+keeps it. Both are here, by name.
+
+A sampler never sees the network; the loop hands it log-probabilities and does what it says.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from transformer_lens_bd3lm.denoising.step import check_number
+from transformer_lens_bd3lm.errors import InputError
+
+LogProbs = Callable[[], Float[Tensor, "masked d_vocab"]]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What the denoising loop asks of a sampler; every method is pure."""
+
+    def next_time(
+        self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
+    ) -> Float[Tensor, " batch"]:
+        """The time of the next step; the network sees this t."""
+        ...
+
+    def reveal(
+        self,
+        masked: Bool[Tensor, "batch block"],
+        times: Float[Tensor, "batch block"],
+        t: Float[Tensor, " batch"],
+        log_p: LogProbs,
+    ) -> Bool[Tensor, "batch block"]:
+        """Which masked positions become tokens in the step at ``t``.
+
+        ``log_p()`` are log-probabilities of the masked positions, in row-major order, in nats.
+        """
+        ...
+
+    def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The time that a step at ``t`` ends at: what is masked after it has a smaller tau."""
+        ...
+
+    def scores(
+        self, log_p: Float[Tensor, "token d_vocab"], gumbels: Float[Tensor, "token d_vocab"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """What a token is chosen by: the largest score of a position is what it becomes."""
+        ...
+
+
+def nucleus(
+    log_p: Float[Tensor, "*dims d_vocab"],
+    p: float,
+    kind: Literal["usual", "public"] = "usual",
+) -> Float[Tensor, "*dims d_vocab"]:
+    """Log-probabilities restricted to the nucleus of mass p, renormalised.
+
+    Args:
+        log_p: log-probabilities in nats.
+        p: mass kept, in (0, 1]; 1 keeps everything.
+        kind: ``"usual"`` keeps the token that crosses p; ``"public"`` drops it, as the public BD3LM
+            code does, and always keeps the top one.
+    """
+    if p >= 1.0:
+        return log_p
+    ordered, order = log_p.exp().sort(dim=-1, descending=True)
+    cumulative = ordered.cumsum(-1)
+    keep = cumulative <= p if kind == "public" else cumulative - ordered < p
+    keep[..., 0] = True
+    kept = torch.zeros_like(keep).scatter(-1, order, keep)
+    return log_p.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
+def ancestral_update(
+    log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int
+) -> Float[Tensor, "*dims d_vocab"]:
+    """``q(x_s | x_t)`` of a masked token: probability s/t that it stays the mask, else p.
+
+    The categorical of one ancestral update from t to s < t (Sahoo et al. 2024, equation 7).
+
+    Args:
+        log_p: what a revealed token is drawn from, in nats; the mask has probability 0 in it.
+        t: time before the update, in (0, 1].
+        s: time after it.
+        mask_id: the mask token's id.
+
+    Raises:
+        InputError: unless 0 <= s < t <= 1.
+    """
+    if not 0.0 <= s < t <= 1.0:
+        raise InputError(f"t={t}, s={s}: an update goes from t to s, with 0 <= s < t <= 1")
+    q = log_p.exp() * (1 - s / t)
+    q[..., mask_id] = s / t
+    return q
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How a token is drawn once its position is revealed; all samplers share it.
+
+    Attributes:
+        temperature: divides log p; 1 is the model's own distribution, 0 its argmax.
+        nucleus_p: mass of the nucleus each token is drawn from; 1 keeps everything.
+        nucleus: which definition, see :func:`nucleus`.
+    """
+
+    temperature: int | float = 1.0
+    nucleus_p: int | float = 1.0
+    nucleus: Literal["usual", "public"] = "usual"
+
+    def __post_init__(self) -> None:
+        rule = "give a finite number >= 0; 0 is the argmax"
+        check_number("temperature", self.temperature, 0.0, sys.float_info.max, rule)
+        rule = "give a probability mass in (0, 1]"
+        check_number("nucleus_p", self.nucleus_p, math.ulp(0.0), 1.0, rule)
+        if self.nucleus not in ("usual", "public"):
+            raise InputError(f'nucleus={self.nucleus!r}: give "usual" or "public"')
+
+    def distribution(self, log_p: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+        """Log-probabilities in nats that a revealed token is drawn from."""
+        if self.temperature == 0:
+            best = log_p.argmax(-1, keepdim=True)
+            return torch.full_like(log_p, -torch.inf).scatter(-1, best, 0.0)
+        if self.temperature != 1:
+            # From the likeliest token down, so that a tiny temperature divides it as 0, not -inf.
+            below = log_p - log_p.amax(-1, keepdim=True)
+            log_p = (below / self.temperature).log_softmax(-1)
+        return nucleus(log_p, self.nucleus_p, self.nucleus)
+
+    def scores(
+        self, log_p: Float[Tensor, "token d_vocab"], gumbels: Float[Tensor, "token d_vocab"]
+    ) -> Float[Tensor, "token d_vocab"]:
+        """``log p + g``, in nats; log p alone at temperature 0."""
+        return log_p if self.temperature == 0 else self.distribution(log_p) + gumbels
+
+
+@dataclass(frozen=True)
+class FirstHitting(Drawing):
+    """One token a step a row, in decreasing order of reveal times: exactly the model's sampler."""
+
+    def next_time(
+        self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
+    ) -> Float[Tensor, " batch"]:
+        """The largest time of a masked token; 0 in a row that has none left."""
+        return times.masked_fill(~masked, 0.0).amax(-1)
+
+    def reveal(
+        self,
+        masked: Bool[Tensor, "batch block"],
+        times: Float[Tensor, "batch block"],
+        t: Float[Tensor, " batch"],
+        log_p: LogProbs,
+    ) -> Bool[Tensor, "batch block"]:
+        """The masked token whose time it is."""
+        first = times.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
+        return torch.zeros_like(masked).scatter(-1, first, True) & masked
+
+    def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The time of the reveal itself."""
+        return t
+
+
+@dataclass(frozen=True)
+class Ancestral(Drawing):
+    """T steps a block on the grid 1, (T-1)/T, ..., 1/T; several tokens may share one.
+
+    Attributes:
+        steps: T. The smaller, the more tokens of a block are drawn independently of each other.
+    """
+
+    steps: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"steps={self.steps!r}: give an int >= 1")
+
+    def _slot(self, times: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+        return (times * self.steps).floor().clamp(max=self.steps - 1)
+
+    def next_time(
+        self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
+    ) -> Float[Tensor, " batch"]:
+        """The start of the next step that reveals something; 0 in a row that has none left."""
+        t = (self._slot(times.masked_fill(~masked, 0.0).amax(-1)) + 1) / self.steps
+        return t.masked_fill(~masked.any(-1), 0.0)
+
+    def reveal(
+        self,
+        masked: Bool[Tensor, "batch block"],
+        times: Float[Tensor, "batch block"],
+        t: Float[Tensor, " batch"],
+        log_p: LogProbs,
+    ) -> Bool[Tensor, "batch block"]:
+        """The masked tokens whose time lies in the step."""
+        latest = times.masked_fill(~masked, 0.0).amax(-1, keepdim=True)
+        return masked & (self._slot(times) == self._slot(latest))
+
+    def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """One grid step below t."""
+        return (t - 1 / self.steps).clamp(min=0.0)
+
+
+@dataclass(frozen=True)
+class Confidence(Drawing):
+    """The surest first: k a step, or all above a threshold.
+
+    Confidence is read off the model's own probabilities, whatever temperature and nucleus do. The
+    t of a step is the fraction of the block that is masked.
+
+    Attributes:
+        by: ``"probability"`` of the likeliest token, ``"margin"`` between the two likeliest (in
+            probability), or ``"entropy"``: its negative, in nats.
+        k: tokens a step a row.
+        threshold: instead of k, every token at least this sure, and always the surest.
+    """
+
+    by: Literal["probability", "margin", "entropy"] = "probability"
+    k: int = 1
+    threshold: int | float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in ("probability", "margin", "entropy"):
+            raise InputError(f'by={self.by!r}: give "probability", "margin" or "entropy"')
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise InputError(f"k={self.k!r}: give an int >= 1")
+        if self.threshold is None:
+            return
+        if self.k != 1:
+            raise InputError(f"k={self.k} and threshold={self.threshold}: give one of the two")
+        biggest = sys.float_info.max
+        check_number("threshold", self.threshold, -biggest, biggest, "give a finite number")
+
+    def confidence(self, log_p: Float[Tensor, "masked d_vocab"]) -> Float[Tensor, " masked"]:
+        """How sure the network is of each position."""
+        p = log_p.exp()
+        if self.by == "probability":
+            return p.amax(-1)
+        if self.by == "margin":
+            top = p.topk(2, dim=-1).values
+            return top[:, 0] - top[:, 1]
+        return torch.special.xlogy(p, p).sum(-1)
+
+    def next_time(
+        self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
+    ) -> Float[Tensor, " batch"]:
+        """The fraction of the block that is masked."""
+        return masked.sum(-1).to(times.dtype) / masked.shape[-1]
+
+    def reveal(
+        self,
+        masked: Bool[Tensor, "batch block"],
+        times: Float[Tensor, "batch block"],
+        t: Float[Tensor, " batch"],
+        log_p: LogProbs,
+    ) -> Bool[Tensor, "batch block"]:
+        """The k surest of a row, or those above the threshold; the first of equals."""
+        sure = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
+        sure[masked] = self.confidence(log_p())
+        order = sure.sort(dim=-1, descending=True, stable=True).indices
+        rank = order.argsort(-1)
+        if self.threshold is None:
+            return masked & (rank < self.k)
+        return masked & ((rank == 0) | (sure >= self.threshold))
+
+    def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The same t: order does not come from the times."""
+        return t

@@ -1,1 +1,0 @@
-"""Noise, denoising and training."""

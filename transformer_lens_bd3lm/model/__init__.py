@@ -1,0 +1,1 @@
+"""The network itself, as plain modules: config, masks, inputs, forward, SUBS."""

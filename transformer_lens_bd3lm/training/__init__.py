@@ -1,0 +1,1 @@
+"""The training loss, and the recipes of the embedded models."""
