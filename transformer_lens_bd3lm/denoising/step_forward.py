@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.block import require_eval
-from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.casts import frequencies
+from transformer_lens_bd3lm.bridge.forward import run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
-from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
