@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.passes import boot, shared
+from transformer_lens_bd3lm.bridge import block_size as block_size_module
 from transformer_lens_bd3lm.bridge import forward
 from transformer_lens_bd3lm.errors import (
     BD3LMError,
@@ -111,15 +112,17 @@ def bridge(golden, device):
 def as_installed(monkeypatch):
     """The doors without the checks that the tests put in front of every annotated function."""
     monkeypatch.setattr(forward.HookedForward, "forward", unwrap(forward.HookedForward.forward))
-    monkeypatch.setattr(forward, "set_block_size", unwrap(forward.set_block_size))
+    monkeypatch.setattr(
+        block_size_module, "set_block_size", unwrap(block_size_module.set_block_size)
+    )
 
 
 def set_block_size(bridge, size):
-    forward.set_block_size(bridge, size)
+    block_size_module.set_block_size(bridge, size)
 
 
 def set_for_a_while(bridge, size):
-    with contextmanager(unwrap(forward.block_size))(bridge, size):
+    with contextmanager(unwrap(block_size_module.block_size))(bridge, size):
         raise AssertionError("not reached")
 
 

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.sweep import interval_cell
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.denoising.hook_arguments import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
@@ -205,7 +205,7 @@ def compare_models(bridges: Any, source: Any, **how: Any) -> ModelComparison:
     check_alike(bridges)
     how["hooks"] = read_once(how.get("hooks"))
     found = []
-    for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
+    for name, bridge in sorted(bridges.items(), key=lambda item: block_size_of(item[1])):
         kind = kind_of(bridge.original_model.config)
         own: dict[str, Any] = how if kind != "autoregressive" else without_estimates(how)
         if how.get("out") is not None:

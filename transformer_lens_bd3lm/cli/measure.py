@@ -184,11 +184,11 @@ def likelihood(
 
 def untrained(bridge: Any, block_size: int | str | None) -> str:
     """A sentence about a block size that the checkpoint was not trained at; nothing for others."""
-    from transformer_lens_bd3lm.bridge import forward
+    from transformer_lens_bd3lm.bridge.block_size import block_size_of
     from transformer_lens_bd3lm.model.config import trained_block_sizes
 
     sizes = trained_block_sizes(bridge.original_model.config)
-    if forward.read_dial(bridge, block_size) in sizes:
+    if block_size_of(bridge, block_size) in sizes:
         return ""
     return f" Not trained at this block size but at {', '.join(map(str, sizes))}: off-distribution."
 

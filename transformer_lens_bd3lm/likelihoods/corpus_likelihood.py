@@ -27,8 +27,8 @@ from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.denoising.made_with import hooks_on
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
@@ -125,7 +125,7 @@ def read_settings(bridge: Any, block_size: Any, method: str | None, **rest: Any)
     Raises:
         InputError: for a method that is none.
     """
-    size = read_dial(bridge, block_size)
+    size = block_size_of(bridge, block_size)
     if method is None:
         method = "exact" if 2**size <= rest["max_states"] else "monte_carlo"
     check_choices(method, rest["strata"], rest["clip"], rest["replicates"], rest["seed"])
