@@ -529,7 +529,7 @@ def test_other_things_than_texts_are_refused(bridge, given):
 @pytest.mark.parametrize("name", ["full_diffusion", "autoregressive"])
 def test_a_model_without_blocks_has_no_dial(golden, device, name):
     bridge = shared(golden(name).path, device)
-    with pytest.raises(BlockSizeError, match="cross_attn=False.*no dial"):
+    with pytest.raises(BlockSizeError, match="cross_attn=False.*no block size"):
         compare_block_sizes(bridge, torch.tensor(FINE), 1, 4)
 
 

@@ -242,11 +242,11 @@ def test_a_checkpoint_without_blocks_has_no_dual_view_and_no_dial(golden, device
     with pytest.raises(InputError, match="32 tokens"):
         bridge(torch.cat([x_t, x_t], dim=1))
     for size in (1, 4, "full"):
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             bridge(x_t, block_size=size)
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             set_block_size(bridge, size)
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             set_for_a_while(bridge, size)
     assert torch.equal(bridge(x_t), wanted)
 
