@@ -474,7 +474,7 @@ def test_everything_is_left_as_it_was(bridge):
 FINE = [[0, 3, 4, 5]]
 BAD = {
     "a block size of 0": ((FINE, 0, 4), {}, BlockSizeError, "block_size=0: .*1..16"),
-    "a second one past the context": ((FINE, 4, 17), {}, BlockSizeError, "block_size=17 "),
+    "a second one past the context": ((FINE, 4, 17), {}, BlockSizeError, "block_size=17: "),
     "a word": ((FINE, 4, "half"), {}, BlockSizeError, "block_size='half': .*full"),
     "half a token": ((FINE, 1.5, 4), {}, BlockSizeError, "block_size=1.5"),
     "a mask in the text": (([[0, MASK, 4]], 1, 4), {}, InputError, "tokens hold the mask"),
