@@ -189,12 +189,8 @@ class Archive:
             raise CheckpointError(
                 f"{name} in {self.path} is a {id[1].path[:60]!r}: weights are floating point"
             )
-        if not (
-            _are_sizes(shape)
-            and _are_sizes(stride)
-            and offset == 0
-            and _is_contiguous(shape, stride)
-        ):
+        plain = _are_sizes(shape) and _are_sizes(stride) and _is_contiguous(shape, stride)
+        if not plain or offset != 0:
             raise CheckpointError(
                 f"{name} in {self.path} is a part or a rearrangement of its storage: save the "
                 "checkpoint anew with contiguous clones"

@@ -84,8 +84,9 @@ class TrainingConfig:
             reference = REFERENCE.fullmatch(value)
             if reference is None:
                 raise CheckpointError(
-                    f"{first_path} in the training config of {self.name} is {shown(value)}: what that "
-                    "stands for is not looked up. Save the checkpoint anew with a resolved config"
+                    f"{first_path} in the training config of {self.name} is {shown(value)}: what "
+                    "that stands for is not looked up. Save the checkpoint anew with a resolved "
+                    "config"
                 )
             path = _absolute(reference[1], path)
         if default is MISSING:
