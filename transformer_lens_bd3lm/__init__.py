@@ -41,9 +41,7 @@ from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save as save
 from transformer_lens_bd3lm.bridge.streams import clean_stream as clean_stream
 from transformer_lens_bd3lm.bridge.streams import noisy_stream as noisy_stream
-from transformer_lens_bd3lm.checkpoint.lightning.convert import (
-    convert_lightning as convert_lightning,
-)
+from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning as convert_lightning
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals as ForcedReveals
 from transformer_lens_bd3lm.denoising.hook_rows import current_step as current_step

@@ -39,7 +39,7 @@ from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.denoising.replay import divergence
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids
+from transformer_lens_bd3lm.model.ids import check_ids
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 FEWEST = 8  # samples of a CKA

@@ -36,7 +36,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
-    from transformer_lens_bd3lm.checkpoint.lightning.convert import convert_lightning
+    from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning
 
     spoken = None if tokenizer is None else load_tokenizer(tokenizer)
     try:
