@@ -12,8 +12,9 @@ from tests.helpers.passes import CachedPasses, boot, relative, shared
 from tests.helpers.reference import reference
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 
 NAMES = ("bd3lm", "time_conditioned", "no_adaln", "full_diffusion", "autoregressive")
 WITH_BLOCKS = ("bd3lm", "time_conditioned", "no_adaln")

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from transformer_lens_bd3lm.denoising.step import check_number
+from transformer_lens_bd3lm.denoising.step_selectors import check_number
 from transformer_lens_bd3lm.errors import InputError
 
 LogProbs = Callable[[], Float[Tensor, "masked d_vocab"]]
