@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.denoising.canvas import Canvas, read_canvas
@@ -25,6 +23,7 @@ from transformer_lens_bd3lm.denoising.samplers import FirstHitting, Sampler
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.progress import progress_bar
 
 LONG_RUN = 32
 
@@ -201,19 +200,14 @@ def finish(
 
 
 def _with_progress(loop: Loop, canvas: Canvas, progress: bool | None) -> Iterator[RevealedStep]:
-    """Yield the steps of a loop behind a progress bar; by default if it is long, on a terminal."""
+    """Yield the steps of a loop behind a progress bar; by default a short run shows none."""
     masks = canvas.to_denoise().sum(-1)
-    console = Console(stderr=True)
-    if progress is None:
-        progress = int(masks.max()) > LONG_RUN and (console.is_terminal or console.is_jupyter)
-    if not progress:
-        yield from loop.steps()
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("denoising", total=int(masks.sum()))
+    if progress is None and int(masks.max()) <= LONG_RUN:
+        progress = False
+    with progress_bar("denoising", int(masks.sum()), progress) as update:
         for step in loop.steps():
             yield step
-            bar.advance(task, int(step.revealed.sum()))
+            update(advance=int(step.revealed.sum()))
 
 
 def _from_keywords(

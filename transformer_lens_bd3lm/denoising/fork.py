@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.denoising.denoise import finish
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals, Plan
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
@@ -76,8 +77,7 @@ def fork(
     indices = run.timeline.index
     if isinstance(step, bool) or step not in indices:
         raise InputError(f"step={step!r}: this run has steps {indices[0]}..{indices[-1]}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError(f"n={n!r}: give an int >= 1")
+    check_int("n", n, 1)
     run.request.need("sampler", "stop", "hooks")
     own = StepHooks.of(run.request.hooks)
     future = own if hooks is RUNS_OWN else on_bridge(run.bridge, hooks)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.denoise import finish
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
 from transformer_lens_bd3lm.denoising.noise import Noise
@@ -119,8 +120,7 @@ def replay(
             where the run's own hooks do not return what they returned in it.
     """
     require_run(run)
-    if mode not in ("pinned", "coupled", "fresh"):
-        raise InputError(f'mode={mode!r}: give "pinned", "coupled" or "fresh"')
+    check_choice("mode", mode, ("pinned", "coupled", "fresh"))
     if noise is not None and mode != "fresh":
         raise InputError(f'noise was given, but mode={mode!r} keeps the run\'s: use mode="fresh"')
     laid, record = on_bridge(run.bridge, hooks), Record.of(record, run.bridge)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import read_names
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.step import Scope, Step
 from transformer_lens_bd3lm.denoising.step_selectors import Span, StepSelectors, Which
 from transformer_lens_bd3lm.errors import HookNameError, InputError
@@ -105,8 +106,7 @@ class StepHooks:
                 what is no function of these arguments.
             HookNameError: for an empty list of names.
         """
-        if scope not in ("active", "commit", "prefix"):
-            raise InputError(f'scope={scope!r}: give "active", "commit" or "prefix"')
+        check_choice("scope", scope, ("active", "commit", "prefix"))
         selectors = StepSelectors(block, step, index, t, masks_left, when)
         return self._add(name, fn, selectors, scope, unclear=True)
 

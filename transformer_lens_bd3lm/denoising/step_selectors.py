@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
-from numbers import Real
-from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import is_int, is_real
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.errors import InputError
 
@@ -30,22 +29,11 @@ def check_which(name: str, which: Which) -> None:
         numbers = [which]
     else:
         numbers = list(which)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+    if any(not is_int(n) or n < 0 for n in numbers):
         raise InputError(
             f"{name}={which!r}: give an int, a slice or ints that count from 0; nothing counts "
             "from the end"
         )
-
-
-def check_number(name: str, value: Any, low: int | float, high: int | float, rule: str) -> None:
-    """Refuse a setting that is no number from ``low`` to ``high``, ends included; NaN is refused.
-
-    Raises:
-        InputError: with the rule.
-    """
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and low <= float(value) <= high):
-        raise InputError(f"{name}={value!r}: {rule}")
 
 
 def check_span(name: str, span: Span) -> None:
@@ -57,7 +45,7 @@ def check_span(name: str, span: Span) -> None:
     if span is None:
         return
     numbers = isinstance(span, tuple) and len(span) == 2
-    if not numbers or any(isinstance(x, bool) or not isinstance(x, Real) for x in span):
+    if not numbers or not all(map(is_real, span)):
         raise InputError(f"{name}={span!r}: give (low, high), both within 0..1")
     if not 0 <= span[0] <= span[1] <= 1:
         raise InputError(f"{name}={span!r}: give (low, high) with 0 <= low <= high <= 1")
