@@ -26,7 +26,7 @@ from rich.text import Text
 from transformer_lens_bd3lm.analysis.sweep import interval_cell
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.denoising.hook_arguments import read_once
+from transformer_lens_bd3lm.denoising.step_hooks import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again

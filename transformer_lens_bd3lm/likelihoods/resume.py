@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_bd3lm.denoising.run_files import weights_hash
+from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import Window
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.conllu import Sentence, Tokens, align, read_conllu
 from transformer_lens_bd3lm.checks import check_finished, check_int, check_tokenizer
+from transformer_lens_bd3lm.denoising.denoise import denoise
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
-from transformer_lens_bd3lm.denoising.loop import denoise
 from transformer_lens_bd3lm.denoising.samplers import Confidence
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import exact
