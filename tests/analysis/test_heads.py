@@ -12,9 +12,9 @@ from transformer_lens.head_detector import detect_head
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
+from tests.helpers.grammar_texts import copied_words
 from tests.helpers.passes import boot, shared
 from tests.helpers.reference import may_read, reference
-from tests.test_grammar import copied_words
 from transformer_lens_bd3lm import grammar
 from transformer_lens_bd3lm.analysis.heads import PATTERNS, detect_heads, repeated_tokens
 from transformer_lens_bd3lm.errors import (
@@ -591,7 +591,7 @@ BAD = {
         "induction",
         {"clean": [[0, 3, 9, 3, 4, 5]]},
         InputError,
-        "id 4 at row 0, position 2, and clean 9",
+        "id 4 at row 0, position 2, where clean has 9",
     ),
     "another length": (FINE, "induction", {"clean": [[0, 3]]}, InputError, r"\(1, 2\)"),
     "a text past the context": ([[0] * 16 + [MASK]], "induction", {}, InputError, "context is 16"),

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import Progress
 from transformers import AutoConfig, AutoTokenizer
 
 from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
@@ -13,6 +12,7 @@ from transformer_lens_bd3lm.cli.app import app, path_of, read_file
 from transformer_lens_bd3lm.cli.options import MOST, ModelArgument
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.model.config import BD3LMConfig, kind_of, trained_block_sizes
+from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.show.tables import new_table
 from transformer_lens_bd3lm.show.terminal import console
 from transformer_lens_bd3lm.training.recipe import Recipe
@@ -85,9 +85,7 @@ def train(
     """Train on a text with the embedded default's recipe; a stopped run is resumed."""
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     texts = [read_file(file) for file in (train_file, valid_file)]
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=recipe.steps)
+    with progress_bar("training", recipe.steps, console=console) as update:
         for report in run(recipe, *texts, out):
-            line = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
-            progress.update(task, completed=report["step"])
-            progress.console.print(line)
+            update(completed=report["step"])
+            console.print("  ".join(f"{key} {value:.4g}" for key, value in report.items()))

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import AutoTokenizer
 
@@ -12,7 +11,8 @@ import transformer_lens_bd3lm as bd3lm
 from transformer_lens_bd3lm.cli.app import app
 from transformer_lens_bd3lm.cli.options import Weights, WeightsOption
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.show.terminal import console, errors
+from transformer_lens_bd3lm.progress import progress_bar
+from transformer_lens_bd3lm.show.terminal import console
 
 
 @app.command()
@@ -31,10 +31,8 @@ def convert(
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=errors, transient=True) as bar:
-            task = bar.add_task("", total=None)
+        with progress_bar("reading", in_bytes=True) as update:
             bd3lm.convert_lightning(
                 ckpt,
                 out,
@@ -42,7 +40,7 @@ def convert(
                 weights.value,
                 revision=revision,
                 tokenizer=loaded,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: update(completed=done, total=total),
             )
     except BD3LMError:
         raise

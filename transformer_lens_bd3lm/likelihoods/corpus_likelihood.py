@@ -12,8 +12,7 @@ The sums themselves are in ``exact`` and ``nelbo``.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +23,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
@@ -44,6 +41,7 @@ from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
 from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, fingerprint
 from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import trained_block_sizes
+from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Result
 
 TIMEOUT = timedelta(days=30)  # a process may wait long for another's jobs
@@ -204,10 +202,12 @@ def likelihood(
     def texts() -> Iterator[CorpusText]:
         return read_texts(source, field, split)
 
-    def count() -> Iterable[Any]:
-        return CorpusReader(bridge, stride).jobs(texts())
+    def total() -> int | None:
+        counted = isinstance(source, str | Path | Sequence) or hasattr(source, "__getitem__")
+        return sum(map(len, CorpusReader(bridge, stride).jobs(texts()))) if counted else None
 
-    with progress_bar(progress, state, source, count) as advance:
+    wanted = progress if state.is_main_process else False
+    with progress_bar("likelihood", total, wanted) as update:
         for number, windows in enumerate(reader.jobs(texts())):
             mark = fingerprint(windows)
             digest.update(mark.encode())
@@ -216,32 +216,13 @@ def likelihood(
             elif number % state.num_processes == state.process_index:
                 jobs[number] = _measure(bridge, windows, number, mark, settings, pass_hooks)
                 ledger.keep(jobs[number])
-            advance(len(windows))
+            update(advance=len(windows))
     shared = gather_object([(digest.hexdigest(), jobs)])
     if len({read for read, _ in shared}) > 1:
         raise InputError("the processes read different corpora: give every one the same, in order")
     for _, part in shared:
         jobs = part | jobs
     return _assemble(bridge, settings, reader, jobs, state.num_processes)
-
-
-@contextmanager
-def progress_bar(
-    progress: bool | None, state: PartialState, source: Any, count: Callable[[], Iterable[Any]]
-) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over windows, by default on a terminal; a stream has no known end."""
-    console = Console(stderr=True)
-    if progress is None:
-        progress = console.is_terminal or console.is_jupyter
-    if not progress or not state.is_main_process:
-        yield lambda windows: None
-        return
-    known = isinstance(source, str | Path | Sequence) or hasattr(source, "__getitem__")
-    total = sum(map(len, count())) if known else None
-    columns = (TextColumn("likelihood"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("likelihood", total=total)
-        yield lambda windows: shown.advance(task, windows)
 
 
 def _measure(

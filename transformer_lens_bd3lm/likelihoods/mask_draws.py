@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.masked_passes import MaskedPasses
 
@@ -44,10 +45,7 @@ class Clip:
     high: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("t", "unweighted", "resample", "fraction"):
-            raise InputError(
-                f'kind={self.kind!r}: give "t", "unweighted", "resample" or "fraction"'
-            )
+        check_choice("kind", self.kind, ("t", "unweighted", "resample", "fraction"))
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
 

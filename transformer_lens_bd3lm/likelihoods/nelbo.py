@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import sum_patterns
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip, monte_carlo, stratified
@@ -66,10 +67,8 @@ def check_choices(method: str, strata: str, clip: Clip | None, replicates: int, 
     Raises:
         InputError: for an unknown method, or options that it does not have.
     """
-    if method not in ("exact", "stratified", "monte_carlo"):
-        raise InputError(f'method={method!r}: give one of "exact", "stratified", "monte_carlo"')
-    if strata not in ("permuted", "none", "public"):
-        raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
+    check_choice("method", method, ("exact", "stratified", "monte_carlo"))
+    check_choice("strata", strata, ("permuted", "none", "public"))
     if method != "monte_carlo" and (clip is not None or strata != "permuted"):
         raise InputError(f'clip and strata are options of method="monte_carlo", not of {method!r}')
     if method != "exact" and replicates < 2:
