@@ -187,7 +187,7 @@ class PairedActivations:
         """Add two activations to the sums of a hook point and stream."""
         self.changes[place] = self.changes.get(place, Change()) + Change.of(a, b)
 
-    def _points(self) -> Iterator[HookPointComparison]:
+    def points(self) -> Iterator[HookPointComparison]:
         """Yield the comparison of every hook point, in the order of a pass."""
         for name in self.names:
             for stream in self.streams:
@@ -206,7 +206,7 @@ class PairedActivations:
 
     def comparison(self, positions: int) -> ActivationComparison:
         """Return the comparison of all hook points."""
-        points = list(self._points())
+        points = list(self.points())
         first = next((each.name for each in points if not each.identical), None)
         attention = torch.stack([torch.cat(self.attention[name]).mean(0) for name in self.patterns])
         ordered = tuple(sorted(points, key=lambda each: -each.relative))
