@@ -13,9 +13,13 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.sweep import Sweep
+from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.result import figure_of, table_of
 
-TABLES = {CheckpointComparison: "terminal:diff_tables"}
+TABLES = {
+    CheckpointComparison: "terminal:diff_tables",
+    Verification: "verification:verification_tables",
+}
 FIGURES = {
     DependencyDepths: "checkpoint_figures:dependency_figure",
     BlockSizeComparison: "figures:dial_figure",
