@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 class Result:
     """Base of every result object."""
 
-    def table(self, **options: Any) -> "RenderableType":
+    def table(self, *args: Any, **options: Any) -> "RenderableType":
         """Lay the result out as a table for a terminal or a notebook.
 
         Args:
-            options: of this type of result, such as ``n``, the most rows to show.
+            args: the most rows to show, where the result has many.
+            options: the same by name, as this type of result calls it.
 
         Raises:
             NotImplementedError: for a result that has no table.
         """
-        return table_of(self, **options)
+        return table_of(self, *args, **options)
 
     def plot(self, **options: Any) -> "Figure":
         """Draw the result as a matplotlib figure.
@@ -47,7 +48,7 @@ class Result:
 
 
 @singledispatch
-def table_of(result: Any, **options: Any) -> "RenderableType":
+def table_of(result: Any, *args: Any, **options: Any) -> "RenderableType":
     """Return the table of a result; ``show`` registers one for each type of result."""
     raise NotImplementedError(f"{type(result).__name__} has no table")
 

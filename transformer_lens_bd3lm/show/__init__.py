@@ -12,12 +12,14 @@ from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sweep import Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.result import figure_of, table_of
 
 TABLES = {
     CheckpointComparison: "terminal:diff_tables",
+    HeadScores: "heads:head_table",
     Verification: "verification:verification_tables",
 }
 FIGURES = {
@@ -25,6 +27,7 @@ FIGURES = {
     BlockSizeComparison: "figures:dial_figure",
     CheckpointComparison: "checkpoint_figures:diff_figure",
     ModelComparison: "checkpoint_figures:family_figure",
+    HeadScores: "heads:head_figure",
     Sweep: "figures:sweep_figure",
 }
 
@@ -33,8 +36,8 @@ def _drawing(place: str) -> Callable[..., Any]:
     """Return a function that imports the drawing at ``module:name`` and draws."""
     module, _, name = place.partition(":")
 
-    def draw(result: Any, **options: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), name)(result, **options)
+    def draw(result: Any, *args: Any, **options: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{module}"), name)(result, *args, **options)
 
     return draw
 
