@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import read_ids
+from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import read_input
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -115,21 +116,13 @@ def _check_masks(text: MaskedText) -> None:
     Raises:
         InputError: with the first position that does not fit.
     """
-    masked = text.masked
-    if bool(masked[:, 0].any()) or not bool(masked.any()):
-        what = "mask BOS, which is given" if bool(masked[:, 0].any()) else "hold no mask"
+    check_bos_given("tokens", text.x_t, text.mask_id)
+    if not bool(text.masked.any()):
         raise InputError(
-            f"tokens {what}: mask some position after the first, only masked queries are trained "
-            "to predict"
+            "tokens hold no mask: mask some position after the first, only masked queries are "
+            "trained to predict"
         )
-    if text.clean is None:
-        return
-    if bool((text.clean == text.mask_id).any()):
-        raise InputError("clean holds the mask: give the finished text, and masks in tokens")
-    other = ~masked & (text.x_t != text.clean)
-    if bool(other.any()):
-        row, position = other.nonzero()[0].tolist()
-        raise InputError(
-            f"tokens hold id {int(text.x_t[row, position])} at row {row}, position {position}, and "
-            f"clean {int(text.clean[row, position])}: noise only masks, leave the rest as it is"
-        )
+    if text.clean is not None:
+        way_out = "give the finished text, and masks in tokens"
+        check_finished("clean", text.clean, text.mask_id, way_out)
+        check_noised("tokens", text.x_t, "clean", text.clean, text.mask_id)

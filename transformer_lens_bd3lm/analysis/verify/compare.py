@@ -22,14 +22,11 @@ It does not say whether the plain modules are right: they are what a checkpoint 
 Hook points behind a flag and the denoising loop's cache are not compared.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.analysis.comparable import check_bridge
@@ -48,6 +45,7 @@ from transformer_lens_bd3lm.analysis.verify.transformer_lens import run_benchmar
 from transformer_lens_bd3lm.bridge.boot import loading, path_of
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.progress import progress_bar
 
 _SETTINGS = ("block_size", "causal", "time_conditioning")
 # What weight processing leaves the same, whatever its options.
@@ -126,10 +124,11 @@ def verify(
     passes = list_passes(config, block_sizes)
     rows = list(compare_settings(bridge, pair.plain))
     left_out: list[str] = []
-    with _bar(progress, pair.count(passes)) as advance, masks_anywhere(bridge):
+    bar = progress_bar("comparing", pair.count(passes), progress)
+    with bar as update, masks_anywhere(bridge):
         for row in compare_passes(pair, passes, text, left_out):
             rows.append(row)
-            advance()
+            update(advance=1)
     order = {each.name: i for i, each in enumerate(pair.counterparts)}
     order["logits"] = len(order)
     rows.sort(key=lambda row: order.get(row.name, -1))
@@ -202,18 +201,3 @@ def compare_passes(
             yield from pair.differentiate(each, few)
             if each.given is None:
                 yield from pair.edit(each, few)
-
-
-@contextlib.contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar over comparisons; by default on a terminal or in a notebook."""
-    console = Console(stderr=True)
-    if progress is None:
-        progress = console.is_terminal or console.is_jupyter
-    if not progress:
-        yield lambda: None
-        return
-    columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("comparing", total=total)
-        yield lambda: shown.advance(task)
