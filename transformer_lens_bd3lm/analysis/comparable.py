@@ -5,10 +5,10 @@ from typing import Any
 
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.bridge.hook_points import FLAGS
 from transformer_lens_bd3lm.errors import InputError
 
 SHAPE = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "adaln", "cross_attn")
-_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
 def check_bridge(bridge: Any) -> None:
@@ -20,7 +20,7 @@ def check_bridge(bridge: Any) -> None:
         NotExactError: in training mode with dropout.
     """
     require_eval(require_bridge(bridge))
-    flags = [flag for flag in _FLAGS if getattr(bridge.cfg, flag, False)]
+    flags = [flag for flag in FLAGS if getattr(bridge.cfg, flag, False)]
     if flags:
         raise InputError(
             f"{', '.join(flags)} is on, and some hook points are off the path: turn it off with "

@@ -27,15 +27,12 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
-from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names
+from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names, silent
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
-
-STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-STREAM += ("hook_attn_out", "hook_mlp_out")
 
 
 def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: bool = True) -> None:
@@ -155,7 +152,8 @@ class BD3LMActivationCache(ActivationCache):
         if self.predicted is not None:
             read = len(self.predicted.positions)
         for name, x in self.cache_dict.items():
-            if read is not None and name.endswith(STREAM) and x.shape[-2] != read:
+            summed = lookup(name).kind in ("residual stream", "residual write")
+            if read is not None and summed and x.shape[-2] != read:
                 raise InputError(
                     f"{name} has {x.shape[-2]} positions, [noisy | clean], and the read-out "
                     f"{read}: only the noisy stream is read out. Take bd3lm.noisy_stream(cache)"
@@ -373,10 +371,10 @@ def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) ->
         )
     points = bridge.hook_dict
     if names_filter is None:
-        fires = {name for name in points if bridge._gated_hook_reason(points[name].name) is None}
-        return lambda name: name in fires and not is_conditioning(name)
+        fires = {name for name in points if silent(bridge, name) is None}
+        return lambda name: name in fires and lookup(name).rows != "none"
     for name in names_filter if isinstance(names_filter, list) else filter(names_filter, points):
-        if is_conditioning(name):
+        if lookup(name).rows == "none":
             raise InputError(f"pos_slice: {name} has no positions, leave it out of names_filter")
     return names_filter
 

@@ -29,11 +29,6 @@ MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "g
 GATES = ("gate_msa", "gate_mlp")
 
 
-def is_conditioning(name: str) -> bool:
-    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
-    return name.startswith(("timestep_embed.", "final_adaln.")) or ".adaln." in name
-
-
 def modulate(
     h: Float[Tensor, "batch row d_model"], shift: Tensor | None, scale: Tensor | None
 ) -> Float[Tensor, "batch row d_model"]:

@@ -21,10 +21,10 @@ from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.forward import frequencies, run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
-    HAS_KEYS,
     apply_on_rows,
     attached,
     on_batch_rows,
@@ -146,7 +146,7 @@ class Network:
         self.recorded.append(step.index)
 
         def keep(name: str, activation: Tensor, hook: HookPoint, step: Step) -> None:
-            self.kept[name].append(record.keep(self.points[name].name or name, activation))
+            self.kept[name].append(record.keep(name, activation))
 
         return [
             (name, partial(apply_on_rows, partial(keep, name), step, name, part, width, unseen))
@@ -158,7 +158,7 @@ class Network:
 
         A cached pass that also stores the block before reaches as far back as that one.
         """
-        if self.cache is None or not name.endswith(HAS_KEYS):
+        if self.cache is None or not lookup(name).has_keys:
             return 0
         return self.canvas.first_visible(start) - self.canvas.first_visible(first)
 

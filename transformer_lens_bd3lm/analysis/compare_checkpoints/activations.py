@@ -27,6 +27,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change
 from transformer_lens_bd3lm.analysis.noised_text import cka, patterns, wide
+from transformer_lens_bd3lm.bridge.hook_points import split_layer
 from transformer_lens_bd3lm.errors import HookNameError, NotExactError
 
 PATTERN = "attn.hook_pattern"
@@ -63,12 +64,12 @@ class PointComparison:
     @property
     def layer(self) -> int:
         """Its layer."""
-        return int(self.name.split(".")[1])
+        return split_layer(self.name)[0] or 0
 
     @property
     def point(self) -> str:
         """Its name within the layer."""
-        return self.name.split(".", 2)[2]
+        return split_layer(self.name)[1]
 
     @property
     def identical(self) -> bool:

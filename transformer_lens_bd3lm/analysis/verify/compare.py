@@ -44,15 +44,11 @@ from transformer_lens_bd3lm.analysis.verify.report import Row, Verification
 from transformer_lens_bd3lm.analysis.verify.transformer_lens import run_benchmark
 from transformer_lens_bd3lm.bridge.boot import loading, path_of
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
 
 _SETTINGS = ("block_size", "causal", "time_conditioning")
-# What weight processing leaves the same, whatever its options.
-_UNPROCESSED = (
-    *(f"attn.hook_{name}" for name in ("q", "k", "rot_q", "rot_k", "attn_scores", "pattern")),
-    *("mlp.hook_pre", "mlp.hook_post", "ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale"),
-)
 _EDITED = 24  # positions of the texts of gradients and edits, at most
 
 
@@ -160,7 +156,7 @@ def _pair(
     check_same_shape(bridge.original_model.config, plain.config, names)
     compared = counterparts(plain.config.n_blocks, plain.config.adaln)
     if bridge._weights_processed:
-        compared = [each for each in compared if each.name.endswith(_UNPROCESSED)]
+        compared = [each for each in compared if lookup(each.name).survives_processing]
     return Pair(bridge, plain, compared, share, seed)
 
 
