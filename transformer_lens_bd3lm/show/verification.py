@@ -13,6 +13,7 @@ from transformer_lens_bd3lm.analysis.verify.report import (
     Verification,
     sort_by_kind,
 )
+from transformer_lens_bd3lm.bridge.hook_points import split_layer
 
 _SHOWN = 12  # failing rows
 
@@ -38,7 +39,7 @@ def _overview(result: Verification) -> Table:
     for (place, view), rows in groups.items():
         failed = sort_by_kind(row for row in rows if not row.ok)
         worst = failed[0] if failed else max(rows, key=lambda row: row.share)
-        cells = (_name_in_layer(worst.name), worst.kind, f"{worst.share:.2g}")
+        cells = (split_layer(worst.name)[1], worst.kind, f"{worst.share:.2g}")
         table.add_row(
             place,
             view,
@@ -97,8 +98,3 @@ def _plain_table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
-
-
-def _name_in_layer(name: str) -> str:
-    """Return a hook point's name within its layer."""
-    return name.split(".", 2)[2] if name.startswith("blocks.") else name

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.verify.passes import Pass, RandomText
 from transformer_lens_bd3lm.analysis.verify.reference import Counterpart, PlainPass, run_plain
 from transformer_lens_bd3lm.analysis.verify.report import GRADIENT_FACTOR, Row
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
-_UNFUSING = ("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized")
 _STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of an edit, in root mean squares of what it edits
 _WIDE = (torch.float32, torch.float64)
 
@@ -57,7 +57,7 @@ class Pair:
         if not self.bridge._weights_processed:
             return self.counterparts
         # With value biases folded, an edit of the pattern no longer adds or removes them.
-        return [each for each in self.counterparts if not each.name.endswith("attn.hook_pattern")]
+        return [each for each in self.counterparts if lookup(each.name).kind != "pattern"]
 
     def count(self, passes: list[Pass]) -> int:
         """Count the comparisons of all passes, if none of them fails."""
@@ -185,8 +185,8 @@ class Pair:
 
 def _apart(counterparts: list[Counterpart]) -> list[list[Counterpart]]:
     """Split hook points in two: those that leave kernels fused, and those that do not."""
-    fused = [each for each in counterparts if not each.name.endswith(_UNFUSING)]
-    return [fused, [each for each in counterparts if each.name.endswith(_UNFUSING)]]
+    explicit = [each for each in counterparts if lookup(each.name).explicit]
+    return [[each for each in counterparts if not lookup(each.name).explicit], explicit]
 
 
 def _adding(delta: Tensor) -> Callable[..., Tensor]:

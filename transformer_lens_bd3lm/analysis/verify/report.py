@@ -8,16 +8,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from transformer_lens_bd3lm.bridge.hook_points import lookup, split_layer
 from transformer_lens_bd3lm.result import Result, plain_values
 
 # Causes before what follows from them.
 KINDS = ("config", "read", "logits", "gradient", "edit", "host")
 GRADIENT_FACTOR = 10  # by which a gradient's tolerance is larger: its sums cancel
-PARTS = {
-    "attention": (".attn.", "hook_attn_out", "hook_modulated_msa", ".ln1."),
-    "MLP": (".mlp.", "hook_mlp_out", "hook_modulated_mlp", ".ln2."),
-    "modulation": (".adaln.", "final_adaln"),
-}
+PARTS = ("attention", "MLP", "modulation")
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,16 @@ class Row:
         """Where in the model the hook point is: ``"embed"``, ``"layer 0"``, ..., ``"readout"``."""
         if not self.measured:
             return self.kind
-        if self.name.startswith("blocks."):
-            return f"layer {self.name.split('.')[1]}"
-        return "embed" if self.name.startswith(("hook_embed", "timestep_embed")) else "readout"
+        layer = split_layer(self.name)[0]
+        if layer is not None:
+            return f"layer {layer}"
+        return "embed" if lookup(self.name).part == "embedding" else "readout"
 
     @property
     def part(self) -> str:
-        """The part of a layer: a key of ``PARTS``, or empty for the residual stream."""
-        if not self.measured:
-            return ""
-        return next((p for p, marks in PARTS.items() if any(m in self.name for m in marks)), "")
+        """The part of a layer: one of ``PARTS``, or empty for the residual stream."""
+        part = lookup(self.name).part
+        return part if self.measured and part in PARTS else ""
 
     @property
     def message(self) -> str:
