@@ -5,7 +5,6 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import finite
 from transformer_lens_bd3lm.cli.app import (
     MOST,
     app,
@@ -57,8 +56,7 @@ def dependency(
     device: Device = None,
 ) -> None:
     """Likelihood, order of reveal and a linear probe by depth in the dependency tree."""
-    from transformer_lens_bd3lm.analysis.by_depth.conllu import parse, read_conllu
-    from transformer_lens_bd3lm.analysis.by_depth.measure import by_dependency_depth as measure
+    from transformer_lens_bd3lm.analysis.by_depth import by_dependency_depth, parse, read_conllu
 
     if (parses is None) == (text is None):
         raise typer.BadParameter("give one of --parses FILE.conllu and --text FILE")
@@ -66,42 +64,19 @@ def dependency(
     check_writable(json)
     dial = None if block_size is None else read_dial(block_size)
     given = parse(read_file(text)) if text is not None else read_file(cast(Path, parses))
-    sentences, found = read_conllu(given), []
+    sentences, results = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)
-        how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
-        how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
-        found.append(measure(bridge, sentences, **how))
-    write_json([figures(each) for each in found], json)
+        options: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
+        options |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
+        results.append(by_dependency_depth(bridge, sentences, **options))
+    write_json([each.to_dict() for each in results], json)
     if plot is not None:
-        from transformer_lens_bd3lm.show.checkpoint_figures import dependency_figure
+        from transformer_lens_bd3lm.show.by_depth import by_depth_figure
 
-        save_figure(lambda: dependency_figure(found), plot)
+        save_figure(lambda: by_depth_figure(results), plot)
     if str(json) != "-":
-        for each in found:
+        for each in results:
             console.print(each.table())
         if plot is not None:
             console.print(f"figure in {plot}")
-
-
-def figures(found: Any) -> dict[str, Any]:
-    """One checkpoint's as plain numbers."""
-    told: dict[str, Any] = {
-        "model": found.model, "block_size": found.block_size, "sentences": found.sentences,
-        "too_long": found.too_long, "straddling": found.straddling, "outside": found.outside,
-        "depths": found.labels, "kind": found.kind, "order_by": found.order_by,
-    }  # fmt: skip
-    for name, kept in (("nats", found.nats), ("order", found.order)):
-        if kept is not None:
-            told[name] = {
-                "tokens": kept.tokens.tolist(),
-                "mean": [None if x != x else x for x in kept.mean.tolist()],
-                "interval_95": kept.interval(),
-            }
-    if found.probe is not None:
-        r2 = [[finite(x) for x in row] for row in found.probe.r2.tolist()]
-        told["probe"] = {
-            "times": found.probe.times, "r2": r2, "samples": found.probe.samples.tolist(),
-            "shuffled_mean": found.probe.shuffled.mean(0).tolist(),
-        }  # fmt: skip
-    return told

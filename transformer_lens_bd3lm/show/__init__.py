@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
+from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
@@ -19,11 +19,12 @@ from transformer_lens_bd3lm.result import figure_of, table_of
 
 TABLES = {
     CheckpointComparison: "terminal:diff_tables",
+    DependencyDepths: "by_depth:by_depth_tables",
     HeadScores: "heads:head_table",
     Verification: "verification:verification_tables",
 }
 FIGURES = {
-    DependencyDepths: "checkpoint_figures:dependency_figure",
+    DependencyDepths: "by_depth:by_depth_figure",
     BlockSizeComparison: "figures:dial_figure",
     CheckpointComparison: "checkpoint_figures:diff_figure",
     ModelComparison: "checkpoint_figures:family_figure",

@@ -1,7 +1,6 @@
 """Several checkpoints as figures; one checkpoint's are in ``plots``, and so is the style."""
 
 import io
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import ActivationComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import PredictionComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
-from transformer_lens_bd3lm.show.figures import BLUE, INK, ORANGE, QUIET, heat_map, plain
-
-LINES = (INK, ORANGE, BLUE, QUIET)
+from transformer_lens_bd3lm.show.figures import BLUE, INK, ORANGE, heat_map, plain
 
 
 def family_figure(family: ModelComparison) -> Figure:
@@ -158,68 +154,3 @@ def write_figure(figure: Figure, path: Path, title: str) -> None:
         f"<body>\n{svg[svg.index('<svg') :]}</body></html>\n",
         encoding="utf-8",
     )
-
-
-def dependency_figure(found: DependencyDepths | Sequence[DependencyDepths]) -> Figure:
-    """Draw nats and order by depth, a line a checkpoint, and each probe by time and layer."""
-    if isinstance(found, DependencyDepths):
-        found = [found]
-    probed = [each for each in found if each.probe is not None]
-    figure = Figure(figsize=(9.0, 3.2 + (3.0 if probed else 0)), layout="constrained")
-    grid = figure.add_gridspec(2 if probed else 1, 2 * max(len(probed), 1))
-    half = max(len(probed), 1)
-    for at, name in enumerate(("nats", "order")):
-        axes = figure.add_subplot(grid[0, at * half : (at + 1) * half])
-        for number, each in enumerate(found):
-            draw_by_depth(axes, each, name, LINES[number % len(LINES)], number, len(found))
-        plain(axes)
-    for number, each in enumerate(probed):
-        draw_probe(figure.add_subplot(grid[1, 2 * number : 2 * number + 2]), each)
-    return figure
-
-
-def draw_by_depth(
-    axes: Axes, found: DependencyDepths, name: str, colour: str, number: int, of: int
-) -> None:
-    """A mean by depth, and 95% over sentences."""
-    kept = found.nats if name == "nats" else found.order
-    if kept is None:
-        return
-    there = [depth for depth in range(len(kept.mean)) if int(kept.tokens[depth])]
-    shift = 0.12 * (number - (of - 1) / 2)
-    for depth, interval in zip(there, (kept.interval()[i] for i in there), strict=True):
-        if interval is not None:
-            axes.plot([depth + shift] * 2, interval, color=colour, linewidth=1)
-    axes.plot(
-        [depth + shift for depth in there], [float(kept.mean[depth]) for depth in there],
-        "-o", color=colour, markersize=4, linewidth=1.2, label=found.model,
-    )  # fmt: skip
-    axes.set_xticks(range(len(found.labels)), found.labels)
-    axes.set(xlabel="dependency depth")
-    if name == "nats":
-        axes.set(ylabel="NELBO, nats a token")
-    else:
-        axes.axhline(0.5, color=QUIET, linestyle=":", linewidth=1)
-        axes.set(ylabel=f"order by {found.order_by}\n0 first, 1 last; dotted: first hitting")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-
-
-def draw_probe(axes: Axes, found: DependencyDepths) -> None:
-    """R² by layer, a line a time, over the range of the shuffled labels'."""
-    probe = found.probe
-    assert probe is not None
-    layers = range(-1, probe.r2.shape[1] - 1)
-    low, high = probe.shuffled.amin((0, 1)), probe.shuffled.amax((0, 1))
-    axes.fill_between(layers, low, high, color=QUIET, alpha=0.35, label="shuffled labels")
-    for number, time in enumerate(probe.times):
-        shade = 0.35 + 0.65 * (1 - number / len(probe.times))
-        axes.plot(
-            layers, probe.r2[number], "-o", color=BLUE, alpha=shade, markersize=3.5,
-            linewidth=1.2, label=f"t = {time:g}",
-        )  # fmt: skip
-    axes.set(xlabel="after layer (-1: embedding)", ylabel="R² of depth, held out")
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.5))  # few samples of noise fit worse than that
-    axes.set_title(found.model, loc="left", color=INK, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    plain(axes)

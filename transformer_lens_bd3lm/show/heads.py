@@ -1,14 +1,12 @@
 """Head scores as a table of the best heads, and as maps of layer by head."""
 
-from typing import TYPE_CHECKING
-
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.heads import HeadScores
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from transformer_lens_bd3lm.show.figures import INK, ORANGE, QUIET, heat_map
 
 
 def head_table(result: HeadScores, k: int = 10) -> Table:
@@ -31,13 +29,8 @@ def head_table(result: HeadScores, k: int = 10) -> Table:
     return table
 
 
-def head_figure(result: HeadScores) -> "Figure":
+def head_figure(result: HeadScores) -> Figure:
     """Draw the scores by layer and head; beside them, where known, the scores over same places."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from transformer_lens_bd3lm.show.figures import INK, ORANGE, QUIET, heat_map
-
     maps = [(result.scores, "share of attention; line: uniform")]
     if bool(result.content.isfinite().all()):
         maps.append((result.content, "less what the same places get elsewhere"))

@@ -69,7 +69,9 @@ def split_of(parsed: ParsedText, seed: int) -> Int[Tensor, " sentence"]:
     """
     number = len(parsed.tokens)
     if number < _FEWEST:
-        raise InputError(f"{number} sentences: a probe needs {_FEWEST}, or leave it out, shuffles=0")
+        raise InputError(
+            f"{number} sentences: a probe needs {_FEWEST}, or leave it out, shuffles=0"
+        )
     bounds = torch.tensor(_SHARES).cumsum(0)[:-1] * number
     rank = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     return torch.bucketize(rank.float() + 0.5, bounds)
