@@ -69,11 +69,11 @@ from transformer_lens_bd3lm.errors import OffDistributionWarning as OffDistribut
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood as Likelihood
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import likelihood as likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact as Exact
-from transformer_lens_bd3lm.likelihoods.exact import ExactEffect as ExactEffect
 from transformer_lens_bd3lm.likelihoods.exact import exact as exact
-from transformer_lens_bd3lm.likelihoods.exact import exact_backward as exact_backward
-from transformer_lens_bd3lm.likelihoods.exact import exact_effect as exact_effect
-from transformer_lens_bd3lm.likelihoods.nelbo import Clip as Clip
+from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect as ExactEffect
+from transformer_lens_bd3lm.likelihoods.exact_effect import exact_backward as exact_backward
+from transformer_lens_bd3lm.likelihoods.exact_effect import exact_effect as exact_effect
+from transformer_lens_bd3lm.likelihoods.mask_draws import Clip as Clip
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo as Nelbo
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo as nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats as Nats

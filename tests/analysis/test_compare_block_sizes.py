@@ -14,9 +14,9 @@ from tests.helpers import small
 from tests.helpers.passes import boot, relative, shared
 from tests.helpers.reference import block_of, reference
 from transformer_lens_bd3lm.analysis.compare_block_sizes import compare_block_sizes
-from transformer_lens_bd3lm.analysis.noised_text import cka
+from transformer_lens_bd3lm.analysis.similarity import cka
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError, NotExactError
-from transformer_lens_bd3lm.show import figures as plots
+from transformer_lens_bd3lm.show.style import token_label
 
 MASK, LENGTH, ROWS = 11, 14, 8
 ROMEO = "O Romeo, Romeo, wherefore art thou Romeo?"
@@ -616,8 +616,8 @@ def test_tokens_are_labels_where_they_can_be_read(tiny):
 
 
 def test_a_letter_that_the_font_lacks_is_a_box():
-    assert plots.drawn(" wherefore") == "wherefore"
-    assert plots.drawn(" therewithal") == "therewit…"
-    assert plots.drawn("\n") == "↵"
-    assert plots.drawn(" ") == "␣"
-    assert plots.drawn("漢é") == "□é"
+    assert token_label(" wherefore") == "wherefore"
+    assert token_label(" therewithal") == "therewit…"
+    assert token_label("\n") == "↵"
+    assert token_label(" ") == "␣"
+    assert token_label("漢é") == "□é"

@@ -442,7 +442,7 @@ def text_of(table, width=90) -> str:
 def test_the_table_tells_the_best_heads_and_what_to_hold_them_against(bridge):
     clean, x_t = texts()
     found = detect_heads(bridge, x_t, "induction", clean=clean, block_size=4)
-    told = text_of(found.table(3))
+    told = text_of(found.table(n=3))
     (layer, head), *_ = found.top()
     best = float(found.scores.max())
     assert float(found.scores[layer, head]) == best
@@ -458,7 +458,7 @@ def test_the_table_tells_the_best_heads_and_what_to_hold_them_against(bridge):
         f"{found.base_rate:.3f}",
     ):
         assert part in told, part
-    assert found.table(3).row_count == 3
+    assert found.table(n=3).row_count == 3
     assert found.table().row_count == 4
     assert "off-distribution" not in told
     noisy = detect_heads(bridge, x_t, "induction", block_size=4)

@@ -186,7 +186,7 @@ def test_sweep_draws_the_dial_and_says_what_the_bound_costs(corpus, tmp_path):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--plot", "dial.xyz"], "ends in .png"),
+        (["--plot", "dial.xyz"], "ends in .html, .png"),
         (["--plot", "/no/such/folder/dial.png"], "cannot be written"),
         (["--json", "/no/such/folder/dial.json"], "cannot be written"),
     ],

@@ -1,7 +1,7 @@
-"""Results as tables, figures and pages: the floor that draws what the floors below compute.
+"""Results as tables and figures, and a run on a terminal: the floor that draws what others compute.
 
-Importing it gives every result its ``table()`` and ``plot()``. What draws is imported when
-something is drawn, matplotlib with it.
+Importing it gives every result its ``table()`` and ``plot()``. What draws a result, and matplotlib
+with it, is imported when it is drawn.
 """
 
 from collections.abc import Callable
@@ -13,36 +13,53 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.heads import HeadScores
-from transformer_lens_bd3lm.analysis.sweep import Sweep
+from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
+from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
+from transformer_lens_bd3lm.likelihoods.exact import Exact
+from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
+from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
+from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import figure_of, table_of
 
 TABLES = {
-    CheckpointComparison: "terminal:diff_tables",
+    BlockSizeComparison: "compare_block_sizes:block_sizes_table",
+    CheckpointComparison: "compare_checkpoints:checkpoints_tables",
     DependencyDepths: "by_depth:by_depth_tables",
+    Exact: "exact:exact_table",
+    ExactEffect: "exact:exact_effect_table",
     HeadScores: "heads:head_table",
+    Likelihood: "likelihood:likelihood_table",
+    ModelComparison: "compare_models:models_table",
+    Nats: "likelihood:nats_table",
+    Nelbo: "likelihood:nelbo_table",
+    Price: "sweep:price_table",
+    Replay: "replay:replay_table",
+    Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
 }
 FIGURES = {
+    BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
+    CheckpointComparison: "compare_checkpoints:checkpoints_figure",
     DependencyDepths: "by_depth:by_depth_figure",
-    BlockSizeComparison: "figures:dial_figure",
-    CheckpointComparison: "checkpoint_figures:diff_figure",
-    ModelComparison: "checkpoint_figures:family_figure",
+    Exact: "exact:exact_figure",
     HeadScores: "heads:head_figure",
-    Sweep: "figures:sweep_figure",
+    ModelComparison: "compare_models:models_figure",
+    Sweep: "sweep:sweep_figure",
 }
 
 
-def _drawing(place: str) -> Callable[..., Any]:
-    """Return a function that imports the drawing at ``module:name`` and draws."""
+def _imported(place: str) -> Callable[..., Any]:
+    """Return a function that imports ``module:name`` of this folder and calls it."""
     module, _, name = place.partition(":")
 
-    def draw(result: Any, *args: Any, **options: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), name)(result, *args, **options)
+    def draw(result: Any, **options: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{module}"), name)(result, **options)
 
     return draw
 
 
 for _registry, _places in ((table_of, TABLES), (figure_of, FIGURES)):
     for _type, _place in _places.items():
-        _registry.register(_type, _drawing(_place))
+        _registry.register(_type, _imported(_place))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.by_depth.probe import Probe
-from transformer_lens_bd3lm.show.figures import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
 
 _LINES = (INK, ORANGE, BLUE, QUIET)
 

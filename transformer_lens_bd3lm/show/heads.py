@@ -6,17 +6,17 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.heads import HeadScores
-from transformer_lens_bd3lm.show.figures import INK, ORANGE, QUIET, heat_map
+from transformer_lens_bd3lm.show.style import INK, ORANGE, QUIET, heat_map
 
 
-def head_table(result: HeadScores, k: int = 10) -> Table:
-    """Lay out a row a head, the best ``k``: its score, an interval over texts, and its content."""
+def head_table(result: HeadScores, n: int = 10) -> Table:
+    """Lay out a row a head, the best ``n``: its score, an interval over texts, and its content."""
     table = Table(title=Text(result.title, "table.title"), title_justify="left")
     table.caption, table.caption_justify = _caption(result), "left"
     for name in ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces"):
         table.add_column(name, justify="left" if name == "head" else "right")
     several = int((result.queries > 0).sum()) > 1
-    for layer, head in result.top(k):
+    for layer, head in result.top(n):
         low, high = result.interval(layer, head) if several else (0.0, 0.0)
         content = float(result.content[layer, head])
         table.add_row(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.tokens import ParsedText
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.result import plain_values
 
 
@@ -55,8 +55,8 @@ class MeanByDepth:
             if int((counts > 0).sum()) < 2:
                 intervals.append(None)
                 continue
-            total, tokens = drawn_again(torch.stack([sums, counts]), resamples)
-            intervals.append(between(total / tokens, level))
+            total, tokens = bootstrap_totals(torch.stack([sums, counts]), resamples)
+            intervals.append(middle_interval(total / tokens, level))
         return intervals
 
     def less(self, other: "MeanByDepth") -> "MeanByDepth":

@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change
-from transformer_lens_bd3lm.analysis.noised_text import cka, patterns, wide
+from transformer_lens_bd3lm.analysis.noised_text import pattern_names
+from transformer_lens_bd3lm.analysis.similarity import cka, wide
 from transformer_lens_bd3lm.bridge.hook_points import split_layer
 from transformer_lens_bd3lm.errors import HookNameError, NotExactError
 
@@ -134,7 +135,7 @@ class Gathered:
     def __init__(self, bridge: Any):
         layers = range(bridge.cfg.n_layers)
         self.names = [f"blocks.{i}.{point}" for i in layers for point in POINTS]
-        self.patterns = patterns(bridge)
+        self.patterns = pattern_names(bridge)
         dual = bridge.original_model.config.cross_attn
         self.streams = ("noisy", "clean") if dual else ("single",)
         self.before: dict[str, Tensor] = {}
@@ -179,7 +180,7 @@ class Gathered:
 
     def add(self, place: tuple[str, str], a: Tensor, b: Tensor) -> None:
         """Add to the sums at a place."""
-        self.changes[place] = self.changes.get(place, Change()) + Change.between(a, b)
+        self.changes[place] = self.changes.get(place, Change()) + Change.of(a, b)
 
     def points(self) -> Iterator[PointComparison]:
         """Every hook point, in the order of a pass."""

@@ -21,9 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.noised_text import CHUNK, NoisedText, prediction_change, wide
+from transformer_lens_bd3lm.analysis.noised_text import NoisedText
+from transformer_lens_bd3lm.analysis.similarity import CHUNK, prediction_change, wide
 from transformer_lens_bd3lm.errors import NotExactError
-from transformer_lens_bd3lm.likelihoods.statistics import Nats, between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 
@@ -179,8 +180,8 @@ def paired(
     """Interval of a sum of differences over a sum of tokens; None of fewer than two texts."""
     if int(values.any(0).sum()) < 2:
         return None
-    off, tokens = drawn_again(values, resamples, seed)
-    return between(off / tokens, level)
+    off, tokens = bootstrap_totals(values, resamples, seed)
+    return middle_interval(off / tokens, level)
 
 
 def compare_predictions(

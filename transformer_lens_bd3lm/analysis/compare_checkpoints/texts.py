@@ -21,7 +21,7 @@ from transformer_lens_bd3lm.analysis.noised_text import NoisedText, read_noised_
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.likelihoods.corpus import read_texts, windows
+from transformer_lens_bd3lm.likelihoods.corpus import read_texts, text_windows
 
 POSITIONS = 2048  # of a pass
 
@@ -90,7 +90,7 @@ def read_rows(
     found = [
         window
         for number, text in enumerate(read_texts(source, split=split))
-        for window in windows(text, number, bridge)
+        for window in text_windows(text, number, bridge)
     ]
     if not found:
         raise InputError("the text has no token: give a word at least")

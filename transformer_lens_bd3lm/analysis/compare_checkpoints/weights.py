@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.noised_text import wide
+from transformer_lens_bd3lm.analysis.similarity import wide
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
 
@@ -74,7 +74,7 @@ class Change:
     largest: float = 0.0
 
     @classmethod
-    def between(cls, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> "Change":
+    def of(cls, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> "Change":
         """Of two tensors of one shape."""
         found = cls()
         pieces = (x.reshape(-1).split(AT_ONCE) for x in (a, b))
@@ -284,7 +284,7 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
         changed = False
         halves = (pieces(name, each, a.cfg.n_heads) for each in (x, theirs[name]))
         for (*place, one), (*_, other) in zip(*halves, strict=True):
-            change = Change.between(one, other)
+            change = Change.of(one, other)
             changed |= not change.identical
             key: Any = tuple(place)
             found[key] = found.get(key, Change()) + change

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.result import Result, plain_values
 
 
@@ -95,8 +95,8 @@ class HeadScores(Result):
             InputError: for fewer than two texts that have queries, or a level outside (0, 1).
         """
         of_head = torch.stack([self.attention[:, layer, head], self.queries.double()])
-        total, queries = drawn_again(of_head, resamples, seed)
-        return between(total / queries, level)
+        total, queries = bootstrap_totals(of_head, resamples, seed)
+        return middle_interval(total / queries, level)
 
     def top(self, k: int = 5) -> list[tuple[int, int]]:
         """Return ``(layer, head)`` of the ``k`` best scores, best first."""
