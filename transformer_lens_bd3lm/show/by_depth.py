@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.by_depth.probe import Probe
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.tables import new_table
 
 _LINES = (INK, ORANGE, BLUE, QUIET)
 
@@ -26,10 +26,8 @@ def by_depth_tables(result: DependencyDepths) -> Group:
 
 def _depth_table(result: DependencyDepths) -> Table:
     """Lay out a row a depth: tokens, nats and order, with intervals over sentences."""
-    title = Text(result.title, "table.title")
-    table = Table(title=title, title_justify="left", caption_justify="left")
     left_out = result.straddling + result.outside
-    table.caption = (
+    caption = (
         f"{result.sentences} sentences; left out: {result.too_long} longer than the context, "
         f"{left_out} tokens that belong to no one word. NELBO: {result.kind}. "
         "[ ]: 95% over sentences like these."
@@ -39,9 +37,8 @@ def _depth_table(result: DependencyDepths) -> Table:
     if result.order is not None:
         means.append(result.order)
         columns += ["order", "[95%]"]
-        table.caption += f" Order by {result.order_by}, 0 first, 1 last; first hitting: 0.5."
-    for name in columns:
-        table.add_column(name, justify="right")
+        caption += f" Order by {result.order_by}, 0 first, 1 last; first hitting: 0.5."
+    table = new_table(result.title, columns, (), caption)
     intervals = [each.interval() for each in means]
     for depth, label in enumerate(result.labels):
         if not int(result.nats.tokens[depth]):
@@ -57,16 +54,14 @@ def _depth_table(result: DependencyDepths) -> Table:
 
 def _probe_table(probe: Probe) -> Table:
     """Lay out a row a layer: R² at each time, beside R² for shuffled depths."""
-    table = Table(title="linear probe for depth: R², held out by sentence, (shuffled labels)")
-    table.title_justify = table.caption_justify = "left"
     train, validation, test = probe.samples[0].tolist()
-    table.caption = (
+    caption = (
         f"At time {probe.times[0]:g}: {train:,} tokens to train, {validation:,} to choose the "
         f"penalty, {test:,} to test. Shuffled: mean ± standard deviation of {len(probe.shuffled)}."
     )
-    table.add_column("after\nlayer", justify="right")
-    for time in probe.times:
-        table.add_column(f"t = {time:g}", justify="right")
+    title = "linear probe for depth: R², held out by sentence, (shuffled labels)"
+    columns = ("after\nlayer", *(f"t = {time:g}" for time in probe.times))
+    table = new_table(title, columns, (), caption)
     spread = probe.shuffled.std(0) if len(probe.shuffled) > 1 else torch.zeros_like(probe.r2)
     mean = probe.shuffled.mean(0)
     for layer in range(probe.r2.shape[1]):

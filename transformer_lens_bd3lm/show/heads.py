@@ -3,18 +3,16 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
-from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.show.style import INK, ORANGE, QUIET, heat_map
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def head_table(result: HeadScores, n: int = 10) -> Table:
     """Lay out a row a head, the best ``n``: its score, an interval over texts, and its content."""
-    table = Table(title=Text(result.title, "table.title"), title_justify="left")
-    table.caption, table.caption_justify = _caption(result), "left"
-    for name in ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces"):
-        table.add_column(name, justify="left" if name == "head" else "right")
+    columns = ("head", "score", "95% over texts", "over\nuniform", "over same\nplaces")
+    table = new_table(result.title, columns, ("head",), _caption(result))
     several = int((result.queries > 0).sum()) > 1
     for layer, head in result.top(n):
         low, high = result.interval(layer, head) if several else (0.0, 0.0)
