@@ -14,6 +14,7 @@ from tests.helpers import TOP
 # Pages of reference alone: a list of words, the table of hook points, the list of public names.
 REFERENCE = {"README.md", "api.md", "glossary.md", "hook-points.md"}
 PAGES = sorted(page for page in (TOP / "docs").glob("*.md") if page.name not in REFERENCE)
+CARDS = sorted((TOP / "transformer_lens_bd3lm" / "checkpoint").glob("*/README.md"))
 PRINTED = re.compile(r"^( *)print\((.+)\) +# (.+)$", re.MULTILINE)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -103,12 +104,16 @@ def test_the_snippets_of_the_docs_run(page, capsys):
     assert capsys.readouterr().out, "a page shows something"
 
 
-def _sources() -> list[Path]:
-    cards = (TOP / "transformer_lens_bd3lm" / "checkpoint").glob("*/README.md")
-    return [TOP / "README.md", TOP / "contributing.md", *sorted((TOP / "docs").glob("*.md")), *cards]
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_the_first_snippet_of_a_model_card_runs(card, capsys):
+    exec(snippets_of(card)[0], {"prints": prints})
+    assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", _sources(), ids=lambda page: str(page.relative_to(TOP)))
+ALL = [TOP / "README.md", TOP / "contributing.md", *sorted((TOP / "docs").glob("*.md")), *CARDS]
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(TOP)))
 def test_a_link_to_a_file_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
