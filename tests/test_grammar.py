@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import transformer_lens_bd3lm as bd3lm
+from tests.helpers.grammar_texts import copied_words, generator
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm import grammar
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
@@ -23,10 +24,6 @@ from transformer_lens_bd3lm.training.recipe import (
 GRAMMAR = Path(bd3lm.GRAMMAR)
 EXACT = 1e-10
 SIZES = [1, 2, 4, 8]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def ids_of(text: str) -> torch.Tensor:
@@ -288,20 +285,6 @@ def test_its_exact_likelihoods_are_near_the_true_ones(bridge, size, most):
     assert (
         float((nll + true).abs().median()) < 0.25 < 2 < float((nll + true.roll(1)).abs().median())
     )
-
-
-def copied_words(q: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts with a mark at 3 or 4 before q, and the letter that a repeat would write at q.
-
-    It is not the letter that a mark at the other of the two would have copied.
-    """
-    ids = grammar.sample(800, generator(4))
-    mark = (ids == MARK).int().argmax(-1, keepdim=True)
-    near = ((mark == 3) | (mark == 4))[:, 0]
-    ids, mark = ids[near], mark[near]
-    copied, other = (ids.gather(-1, at)[:, 0] for at in (q - mark, q - 7 + mark))
-    keep = (copied != MARK) & (copied != other)
-    return ids[keep], copied[keep]
 
 
 @pytest.mark.parametrize("size", [1, 8])

@@ -12,9 +12,9 @@ from transformer_lens.head_detector import detect_head
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
+from tests.helpers.grammar_texts import copied_words
 from tests.helpers.passes import boot, shared
 from tests.helpers.reference import may_read, reference
-from tests.test_grammar import copied_words
 from transformer_lens_bd3lm import grammar
 from transformer_lens_bd3lm.analysis.heads import PATTERNS, detect_heads, repeated_tokens
 from transformer_lens_bd3lm.errors import (

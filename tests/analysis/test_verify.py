@@ -15,10 +15,10 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
-from tests.checkpoint.test_loading import REMOTE
-from tests.claims.test_edits import names_of
 from tests.helpers import small
+from tests.helpers.hook_points import names_of
 from tests.helpers.passes import boot
+from tests.helpers.repositories import REMOTE
 from transformer_lens_bd3lm.analysis.verify.compare import (
     KINDS,
     Pair,

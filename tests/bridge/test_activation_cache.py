@@ -3,7 +3,6 @@
 Sums in float64 leave nothing but rounding. Each refusal has beside it what would be returned.
 """
 
-import functools
 import io
 
 import pytest
@@ -13,64 +12,32 @@ from transformer_lens.tools import analysis
 from transformer_lens.utilities import Slice
 
 import transformer_lens_bd3lm as bd3lm
-from tests.bridge.test_folding import NONE, streams
 from tests.helpers import small
-from tests.helpers.passes import boot, relative, shared
+from tests.helpers.passes import boot, relative
+from tests.helpers.processing import (
+    LENGTH,
+    NONE,
+    at,
+    plain,
+    processed,
+    real_tokens,
+    run,
+    streams,
+    views_of,
+)
 from transformer_lens_bd3lm.analysis.lens import logit_lens
 from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 EXACT = 1e-12
-LENGTH = 8
 CONSTANT = ("bd3lm", "no_adaln", "full_diffusion", "autoregressive")
 GATED = ("bd3lm", "full_diffusion", "time_conditioned")
 SLICES = [None, -1, 3, (2, 5), [1, 6]]
 
 
-@functools.cache
-def processed(path, device, **options):
-    """A processed bridge in float64, left as it is found."""
-    bridge = boot(path, device, torch.float64)
-    bridge.enable_compatibility_mode(**options)
-    return bridge
-
-
-@functools.cache
-def plain(path, device):
-    return shared(path, device, torch.float64)
-
-
-def sigma_of(bridge):
-    return {"timesteps": 0.7} if bridge.cfg.time_conditioning else {}
-
-
-@torch.no_grad()
-def run(bridge, view, **kwargs):
-    """Logits, and a cache as it comes: of a dual pass with all 2n positions."""
-    x_t, clean = streams(bridge, length=LENGTH)
-    if view == "dual":
-        kwargs["clean"] = clean
-    return bridge.run_with_cache(x_t, **sigma_of(bridge), **kwargs)
-
-
 def readable(cache, view):
     return bd3lm.noisy_stream(cache) if view == "dual" else cache
-
-
-def views_of(bridge):
-    return ("sampling", "dual") if bridge.cfg.cross_attn else ("sampling",)
-
-
-def real_tokens(bridge, seed=0):
-    """A token that can be predicted for every position ``[batch, pos]``."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, bridge.cfg.d_vocab - 1, (2, LENGTH), generator=generator)
-    return (ids + (ids >= bridge.cfg.mask_token_id)).to(bridge.cfg.device)
-
-
-def at(ids, logits):
-    return logits.gather(-1, ids[..., None])[..., 0]
 
 
 def zero_if_none(bias):

@@ -17,18 +17,17 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.weight_processing import ProcessWeights
 
 import transformer_lens_bd3lm as bd3lm
-from tests.bridge.test_forward import Elsewhere
 from tests.helpers import small
+from tests.helpers.devices import Elsewhere
 from tests.helpers.passes import CachedPasses, boot, relative, shared
+from tests.helpers.processing import NONE, OPTIONS, streams
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
-OPTIONS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 COMBINATIONS = [
     dict(zip(OPTIONS, flags, strict=True)) for flags in itertools.product([True, False], repeat=4)
 ]
-NONE = dict.fromkeys(OPTIONS, False)
 EXACT = 1e-11
 IN_FLOAT32 = 2e-5
 GOLDENS = ("bd3lm", "no_adaln", "full_diffusion", "autoregressive")
@@ -50,17 +49,6 @@ def processed(path, device, dtype, **options):
     bridge = boot(path, device, dtype)
     bridge.enable_compatibility_mode(**options)
     return bridge
-
-
-def streams(bridge, batch=2, length=16):
-    """A clean text and a noisy one, half of it masked, and the end, 1 to 4 and 6 in any case."""
-    length = min(length, bridge.cfg.n_ctx)
-    clean = small.prompt_of(batch, length, bridge.cfg.mask_token_id + 1).to(bridge.cfg.device)
-    generator = torch.Generator().manual_seed(1)
-    masked = (torch.rand(clean.shape, generator=generator) < 0.5).to(clean.device)
-    masked[:, [i for i in (1, 2, 3, 4, 6, -1) if i < length]] = True
-    masked[:, 0] = False
-    return torch.where(masked, bridge.cfg.mask_token_id, clean), clean
 
 
 def passes_of(bridge):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens.model_bridge.generalized_components import attention as host_attention
 from transformers import AutoModelForMaskedLM
 
 import transformer_lens_bd3lm as bd3lm
-from tests.claims.test_edits import names_of
+from tests.helpers.devices import Elsewhere
+from tests.helpers.hook_points import names_of
 from tests.helpers.passes import CachedPasses, boot, relative, shared
 from transformer_lens_bd3lm.bridge.forward import frequencies
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError, NotExactError
@@ -395,28 +395,6 @@ def test_an_edit_that_a_switch_takes_off_the_path_is_refused(own, g, device, nam
 
 
 # Devices and types
-
-
-class Elsewhere(TorchDispatchMode):
-    """Every tensor must be on the device of the model: here "meta", which no CPU tensor is on.
-
-    A value that Python asks for is taken from a script, then True: there are none on that device.
-    """
-
-    def __init__(self, *script):
-        super().__init__()
-        self.script = list(script)
-        self.seen = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return self.script.pop(0) if self.script else True
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves((args, kwargs, out)):
-            if isinstance(x, torch.Tensor):
-                assert x.device.type == "meta", f"{func} met a tensor on {x.device}"
-                self.seen += 1
-        return out
 
 
 @pytest.fixture

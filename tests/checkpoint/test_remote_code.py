@@ -17,9 +17,9 @@ from transformer_lens.model_bridge.supported_architectures._remote_code_compat i
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import transformer_lens_bd3lm as bd3lm
-from tests.claims.test_goldens import NAMES, VIEWS, WITH_BLOCKS, WITHIN, found, inputs, wanted
 from tests.helpers import small
 from tests.helpers.checkpoints import empty_cache, put_in_cache
+from tests.helpers.goldens import NAMES, VIEWS, WITH_BLOCKS, WITHIN, found, inputs, wanted
 from tests.helpers.passes import boot, relative, shared
 from tests.helpers.repositories import REMOTE, copy_of, edit_config, edit_weights
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM

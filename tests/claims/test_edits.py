@@ -7,55 +7,15 @@ reference. Everything in float64, so that agreement is to 1e-10 and cannot be lu
 import pytest
 import torch
 
+from tests.helpers.hook_points import LAYERS, names_of
 from tests.helpers.passes import CachedPasses, boot, cached_step, relative, shared
 from tests.helpers.reference import reference
 
 EXACT = 1e-10
-LAYERS = range(2)
 BLOCK_SIZE = 3
 WINDOW = range(3, 9)  # two blocks: one being stored, one active
 VIEWS = ("sampling", "dual", "cached")
 
-BLOCK = (
-    "hook_resid_pre",
-    "hook_resid_mid",
-    "hook_resid_post",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "hook_modulated_msa",
-    "hook_modulated_mlp",
-    *(f"ln{i}.hook_{what}" for i in (1, 2) for what in ("in", "scale", "normalized", "out")),
-    *(f"attn.hook_{what}" for what in ("in", "q", "k", "v", "rot_q", "rot_k", "z", "out")),
-    "attn.hook_attn_scores",
-    "attn.hook_pattern",
-    "attn.q.hook_in",
-    "attn.k.hook_in",
-    "attn.v.hook_in",
-    "attn.o.hook_out",
-    "mlp.hook_in",
-    "mlp.hook_pre",
-    "mlp.hook_post",
-    "mlp.hook_out",
-)
-VECTORS = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
-BLOCK_ADALN = ("adaln.hook_in", "adaln.hook_out", *(f"adaln.hook_{name}" for name in VECTORS))
-ENDS = (
-    "hook_embed",
-    "ln_final.hook_in",
-    "ln_final.hook_scale",
-    "ln_final.hook_normalized",
-    "ln_final.hook_out",
-    "unembed.hook_in",
-    "unembed.hook_out",
-)
-ENDS_ADALN = (
-    "timestep_embed.hook_in",
-    "timestep_embed.hook_out",
-    "final_adaln.hook_in",
-    "final_adaln.hook_out",
-    "final_adaln.hook_shift",
-    "final_adaln.hook_scale",
-)
 # Off unless a switch is on; each is tested under its switch.
 BY_FLAG = {
     "set_use_attn_result": ("attn.hook_result",),
@@ -84,12 +44,6 @@ SAME = {
 PLUMBING = ("mlp.in.hook_in", "mlp.out.hook_out")
 # Token ids: nothing can be added to them.
 IDS = "embed.hook_in"
-
-
-def names_of(has_adaln):
-    per_block = BLOCK + (BLOCK_ADALN if has_adaln else ())
-    ends = ENDS + (ENDS_ADALN if has_adaln else ())
-    return [f"blocks.{i}.{name}" for i in LAYERS for name in per_block] + list(ends)
 
 
 CHECKPOINTS = ("bd3lm", "no_adaln", "time_conditioned", "full_diffusion", "autoregressive")

@@ -8,47 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.goldens import NAMES, VIEWS, WITH_BLOCKS, WITHIN, found, inputs, wanted
 from tests.helpers.passes import CachedPasses, boot, relative, shared
 from tests.helpers.reference import reference
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.step import Step, StepHooks
 from transformer_lens_bd3lm.denoising.step_forward import Network
-
-NAMES = ("bd3lm", "time_conditioned", "no_adaln", "full_diffusion", "autoregressive")
-WITH_BLOCKS = ("bd3lm", "time_conditioned", "no_adaln")
-VIEWS = [(name, view) for name in WITH_BLOCKS for view in ("dual", "sample16", "sample12")] + [
-    ("full_diffusion", "single"),
-    ("autoregressive", "single"),
-    ("autoregressive", "clean"),
-]
-WITHIN = 1e-5
-
-
-def inputs(g, view, device):
-    """What the view was computed from, as arguments of a bridge."""
-    x_t, x_0 = g["in/xt"].to(device), g["in/x0"].to(device)
-    ids = {"dual": x_t, "sample16": x_t, "sample12": x_t[:, :12], "single": x_t, "clean": x_0}[view]
-    clean = {"clean": x_0} if view == "dual" else {}
-    return ids, {"timesteps": g["in/timesteps"].to(device)} | clean
-
-
-def wanted(g, view):
-    """A view's arrays by hook name; the dual view's readout is of the noisy half alone."""
-    arrays = {}
-    for key in g.keys(f"{view}/"):
-        name = key.removeprefix(f"{view}/")
-        array = g[key]
-        if view == "dual" and name.startswith(("ln_final", "unembed")):
-            array = array[:, : array.shape[1] // 2]
-        arrays[name] = array
-    return arrays
-
-
-def found(bridge, g, view, device):
-    ids, kwargs = inputs(g, view, device)
-    logits, cache = bridge.run_with_cache(ids, **kwargs)
-    return lambda name: logits if name == "logits" else cache[name]
 
 
 def test_every_view_of_every_golden_is_compared(golden):
