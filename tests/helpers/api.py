@@ -5,6 +5,7 @@ Run ``python -m tests.helpers.api`` after a public name or its docstring's first
 
 import ast
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -25,8 +26,9 @@ SECTIONS = {
 }
 HEAD = """# API
 
-Every public name of `transformer_lens_bd3lm`, with the first line of its docstring. `help(bd3lm.denoise)` prints the rest: arguments,
-shapes, units and errors. This page is written by `python -m tests.helpers.api`, and a test compares it with the code.
+Every public name of `transformer_lens_bd3lm`, with the first line of its docstring.
+`help(bd3lm.denoise)` prints the rest: arguments, shapes, units and errors.
+This page is written by `python -m tests.helpers.api`, and a test compares it with the code.
 """
 
 
@@ -35,12 +37,12 @@ def reference() -> str:
     rows: dict[str, list[str]] = {section: [] for section in SECTIONS}
     for name in sorted(bd3lm.__all__, key=str.lower):
         value = getattr(bd3lm, name)
-        rows[_section(value)].append(f"| `{name}{_signature(value)}` | {_first_line(name, value)} |")
-    parts = [HEAD]
+        row = f"| `{name}{_signature(value)}` | {_first_line(name, value)} |"
+        rows[_section(value)].append(row)
+    lines = [HEAD]
     for section, title in SECTIONS.items():
-        if rows[section]:
-            parts.append("\n".join([f"## {title}\n", "| name | what |", "|---|---|", *rows[section], ""]))
-    return "\n".join(parts)
+        lines += [f"## {title}", "", "| name | what |", "|---|---|", *rows[section], ""]
+    return "\n".join(lines)
 
 
 def _section(value: Any) -> str:
@@ -65,6 +67,7 @@ def _first_line(name: str, value: Any) -> str:
     else:
         doc = inspect.getdoc(value) or ""
     line = " ".join(doc.split("\n\n")[0].split())
+    line = re.sub(r":\w+:`~?\.?([^`]+)`", r"`\1`", line)
     return line.replace("``", "`").replace("|", "\\|")
 
 
