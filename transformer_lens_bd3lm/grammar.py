@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import check_ids, read_block_size
 
@@ -81,8 +82,7 @@ def log_prob(ids: Any) -> Float[Tensor, " batch"]:
         InputError: for what is no text, or has a mask.
     """
     ids = read(ids)
-    if bool((ids == MASK).any()):
-        raise InputError("ids hold the mask: give finished texts, or ask for conditional(ids)")
+    check_finished("ids", ids, MASK, "give finished texts, or call conditional")
     steps = [next_word(ids[:, :i]).gather(-1, ids[:, i, None] - 1) for i in range(1, ids.shape[1])]
     return torch.cat(steps, dim=-1).log().sum(-1)
 

@@ -487,9 +487,9 @@ BAD = {
         (FINE, 1, 4),
         {"x_t": [[0, MASK, 7, 5]]},
         InputError,
-        "id 7 at row 0, position 2, and tokens 4",
+        "id 7 at row 0, position 2, where tokens have 4",
     ),
-    "a masked BOS": ((FINE, 1, 4), {"x_t": [[MASK, 3, 4, 5]]}, InputError, "BOS, which is given"),
+    "a masked BOS": ((FINE, 1, 4), {"x_t": [[MASK, 3, 4, 5]]}, InputError, "masks BOS"),
     "no mask": ((FINE, 1, 4), {"x_t": FINE}, InputError, "nothing to predict"),
     "a text too short for its noise": (
         ([[0, 3]], 1, 4),

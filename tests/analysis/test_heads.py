@@ -591,7 +591,7 @@ BAD = {
         "induction",
         {"clean": [[0, 3, 9, 3, 4, 5]]},
         InputError,
-        "id 4 at row 0, position 2, and clean 9",
+        "id 4 at row 0, position 2, where clean has 9",
     ),
     "another length": (FINE, "induction", {"clean": [[0, 3]]}, InputError, r"\(1, 2\)"),
     "a text past the context": ([[0] * 16 + [MASK]], "induction", {}, InputError, "context is 16"),

@@ -1,6 +1,8 @@
 """A checkpoint's config is checked at every door, and an override of it is honored or refused."""
 
+import copy
 import json
+import pickle
 import random
 import shutil
 import time
@@ -227,11 +229,40 @@ def test_other_overrides_of_our_keys_are_honored(folder):
         ({"hf_config_overrides": {"default_padding_side": "left"}}, "default_padding_side='left'"),
         ({"hf_config_overrides": {"default_prepend_bos": False}}, "default_prepend_bos=False"),
         ({"hf_config_overrides": {"use_attn_result": True}}, "use_attn_result=True"),
+        ({"hf_config_overrides": {"block_sizes": 8}}, "block_sizes=8 in .*nearest are block_size,"),
+        ({"hf_config_overrides": {"drop": 0.5, "zzz": 1}}, "drop=0.5 in .*nearest are dropout"),
+        ({"hf_config_overrides": {"zzz": 1}}, "zzz=1 in hf_config_overrides: nothing reads that"),
+        ({"n_ctx": 8, "hf_config_overrides": {"model_length": 12}}, "=8 .*model_length=12 .*two"),
+        ({"n_ctx": 8, "hf_config_overrides": {"n_positions": 12}}, "two values of one thing"),
+        ({"hf_config_overrides": {"hidden_size": 16, "hidden_dim": 32}}, "two values of one"),
+        ({"hf_config_overrides": {"n_heads": 0}}, "n_heads=0 in hf_config_overrides: .*correct it"),
     ],
 )
 def test_an_override_that_cannot_be_honored_is_refused_by_name(folder, how, told):
     with pytest.raises(BD3LMError, match=told):
         boot(folder, CPU, **how)
+
+
+def test_an_override_that_says_the_same_twice_or_what_the_file_says_is_honored(folder):
+    edit_config(folder, ours=1)
+    how = {"model_length": 8, "n_positions": 8, "n_heads": 2, "head_dim": 8, "ours": 2}
+    bridge = boot(folder, CPU, n_ctx=8, hf_config_overrides=how)
+    assert bridge.cfg.n_ctx == 8 and bridge.original_model.config.ours == 2
+
+
+def test_a_key_set_on_the_config_of_a_made_model_is_no_override(folder):
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    model.config.note = "mine"
+    assert boot(folder, CPU, hf_model=copy.deepcopy(model)).original_model.config.note == "mine"
+    with pytest.raises(CheckpointError, match="notes=1 in hf_config_overrides.*nearest are note"):
+        boot(folder, CPU, hf_model=model, hf_config_overrides={"notes": 1})
+
+
+def test_what_tells_overrides_is_neither_saved_nor_compared(folder):
+    config = AutoConfig.from_pretrained(folder)
+    assert "_values_set" not in {**config.to_dict(), **vars(config)}
+    for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config and not twin.overrides()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_generate_refuses_a_dial_setting_that_is_none():
         timeout=120,
     )
     assert result.returncode == 1
-    assert "block_size=999 is not allowed" in result.stderr and not result.stdout
+    assert "block_size=999: give an int in 1.." in result.stderr and not result.stdout
 
 
 def test_info_reads_a_checkpoint_from_headers_alone(golden):

@@ -337,7 +337,7 @@ def test_an_x_t_that_is_not_x_0_with_masks_is_refused():
     told = f"reveals id {other} at row {row}, position {position}, where x_0 has"
     refused(told, x_t=changed(x_t, row, position, other))
     refused("reveals id 11", mask_id=4, x_0=torch.where(x_0 == 4, 5, x_0))
-    refused("x_t masks position 0", x_t=changed(x_t, 1, 0, MASK))
+    refused("x_t masks BOS", x_t=changed(x_t, 1, 0, MASK))
     refused("x_0 holds the mask", x_0=changed(x_0, 1, 3, MASK))
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from transformer_lens_bd3lm.bridge.block import why_random
 from transformer_lens_bd3lm.bridge.boot import loading
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.rules import ARCHITECTURES
@@ -47,8 +48,7 @@ def check_asked(
         )
     if not isinstance(block_sizes, list | tuple | range):
         raise InputError(f"block_sizes={block_sizes!r}: give a list of them")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed={seed!r}: give an int")
+    check_int("seed", seed)
     if dtype is not None:
         check_dtype(dtype)
     if device is not None:
@@ -89,9 +89,7 @@ def read_length(length: Any, context: int) -> int:
     """
     if length is None:
         return min(READ, context)
-    if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= context:
-        raise InputError(f"length={length!r} is not allowed: give an int in 2..{context}")
-    return length
+    return check_int("length", length, 2, context)
 
 
 def read_allowed(allowed: Any, dtype: torch.dtype) -> float:

@@ -38,6 +38,7 @@ from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.texts import read_ids
+from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
@@ -288,24 +289,16 @@ def check_masks(text: MaskedText) -> None:
     Raises:
         InputError: for these.
     """
-    masked = text.masked
-    if bool(masked[:, 0].any()) or not bool(masked.any()):
-        what = "mask BOS, which is given" if bool(masked[:, 0].any()) else "hold no mask"
+    check_bos_given("tokens", text.x_t, text.mask_id)
+    if not bool(text.masked.any()):
         raise InputError(
-            f"tokens {what}: mask some position after the first, only masked queries are trained "
-            "to predict"
+            "tokens hold no mask: mask some position after the first, only masked queries are "
+            "trained to predict"
         )
-    if text.clean is None:
-        return
-    if bool((text.clean == text.mask_id).any()):
-        raise InputError("clean holds the mask: give the finished text, and masks in tokens")
-    other = ~masked & (text.x_t != text.clean)
-    if bool(other.any()):
-        row, position = other.nonzero()[0].tolist()
-        raise InputError(
-            f"tokens hold id {int(text.x_t[row, position])} at row {row}, position {position}, and "
-            f"clean {int(text.clean[row, position])}: noise only masks, leave the rest as it is"
-        )
+    if text.clean is not None:
+        way_out = "give the finished text, and masks in tokens"
+        check_finished("clean", text.clean, text.mask_id, way_out)
+        check_noised("tokens", text.x_t, "clean", text.clean, text.mask_id)
 
 
 def read_pattern(text: MaskedText, pattern: Any) -> tuple[str, Bool[Tensor, "batch query key"]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
+from transformer_lens_bd3lm.checks import is_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import read_input
 from transformer_lens_bd3lm.model.subs import masked_log_probs
@@ -93,7 +94,7 @@ def read_positions(
     masked, n = x_t == mask_id, x_t.shape[1]
     if position is None:
         wanted = masked
-    elif isinstance(position, int) and not isinstance(position, bool) and -n <= position < n:
+    elif is_int(position) and -n <= position < n:
         wanted = (torch.arange(n) == position % n).expand_as(masked)
     elif isinstance(position, Tensor) and position.dtype == torch.bool:
         wanted = position.cpu()

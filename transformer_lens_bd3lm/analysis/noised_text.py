@@ -34,6 +34,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import read_ids
+from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.denoising.replay import divergence
@@ -290,8 +291,7 @@ def read_noised_text(
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"
         )
-    if bool((ids == mask_id).any()):
-        raise InputError("tokens hold the mask: give a finished text, and masks in x_t")
+    check_finished("tokens", ids, mask_id, "give finished texts, and masks in x_t")
     if bridge.cfg.causal:
         if x_t is not None:
             raise InputError("the autoregressive baseline (causal=True) sees no masks: drop x_t")
@@ -308,15 +308,9 @@ def read_noised_text(
             f"x_t has shape {tuple(noised.shape)} and tokens {tuple(ids.shape)}: both are [batch, "
             "pos] of the same texts"
         )
+    check_noised("x_t", noised, "tokens", ids, mask_id)
+    check_bos_given("x_t", noised, mask_id)
     masked = noised == mask_id
-    other = ~masked & (noised != ids)
-    if bool(other.any()):
-        row, position = other.nonzero()[0].tolist()
-        raise InputError(
-            f"x_t has id {int(noised[row, position])} at row {row}, position {position}, and "
-            f"tokens {int(ids[row, position])}: noise only masks, leave the rest as it is"
-        )
-    if bool(masked[:, 0].any()) or not bool(masked.any()):
-        what = "BOS, which is given" if bool(masked[:, 0].any()) else "nothing to predict"
-        raise InputError(f"x_t masks {what}: mask some position after the first")
+    if not bool(masked.any()):
+        raise InputError("x_t masks nothing to predict: mask some position after the first")
     return NoisedText(bridge, ids, masked)

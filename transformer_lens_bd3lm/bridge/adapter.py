@@ -8,6 +8,7 @@ says so.
 What weight processing needs beyond the host's own is in ``folding``.
 """
 
+import difflib
 import inspect
 import logging
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ from transformer_lens_bd3lm.errors import CheckpointError, InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.model.modules import NORM_EPS
-from transformer_lens_bd3lm.model.rules import shown
+from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, shown
 
 # What a config of TransformerLens's own making lacks; what BD3LMConfig takes by default.
 DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
@@ -247,7 +248,7 @@ def refuse_host_settings(config: Any, cfg: Any) -> None:
     say what the modules do not do, or where else to take the tokenizer from.
 
     Raises:
-        CheckpointError: naming the setting and its value.
+        CheckpointError: naming the setting and its value, also for an override that nothing reads.
     """
     shape = ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "architecture")
     plain: Any = TransformerBridgeConfig(**{name: getattr(cfg, name) for name in shape})
@@ -260,6 +261,15 @@ def refuse_host_settings(config: Any, cfg: Any) -> None:
                 f"{name}={shown(vars(config)[name])} in the checkpoint's config or in "
                 "hf_config_overrides: it is a setting of TransformerLens, no checkpoint's, and "
                 f"{getattr(plain, name)!r} here; remove it, and set on the bridge what can be set"
+            )
+    own_keys = config.unknown_overrides() if isinstance(config, BD3LMConfig) else []
+    for key in own_keys:
+        if key not in vars(plain):
+            near = difflib.get_close_matches(key, [*KNOWN_KEYS, *vars(config)], n=4)
+            nearest = ", ".join(name for name in near if name != key)
+            raise CheckpointError(
+                f"{key}={shown(vars(config)[key])} in hf_config_overrides: nothing reads that key"
+                f"{f'; the nearest are {nearest}' if nearest else ''}"
             )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.bridge.texts import is_ids, padding
+from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.subs import without_mask
 
@@ -83,8 +84,8 @@ class WithNextToken:
         Raises:
             InputError: if it is there.
         """
-        if bool((tokens == self.cfg.mask_token_id).any()):
-            raise InputError("tokens hold the mask, which is never predicted: give finished texts")
+        way_out = "it is never predicted, give finished texts"
+        check_finished("tokens", tokens, self.cfg.mask_token_id, way_out)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As the host's; it never writes the mask.

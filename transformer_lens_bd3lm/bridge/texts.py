@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.checks import check_choice, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import check_ids, fill_hidden, has_values
 
@@ -86,8 +87,7 @@ def tokens_of(
     Raises:
         InputError: for anything but strings, or what the tokenizer cannot read.
     """
-    if bridge.tokenizer is None:
-        raise InputError("this bridge has no tokenizer: give ids [batch, pos]")
+    check_tokenizer(bridge, "give ids [batch, pos]")
     if not texts or not all(isinstance(text, str) for text in texts):
         kinds = sorted({type(text).__name__ for text in texts}) or ["nothing"]
         raise InputError(
@@ -279,8 +279,7 @@ class WithTexts:
         if truncate:
             rows = [row[: self.cfg.n_ctx] for row in rows]
         side = padding_side or self.tokenizer.padding_side
-        if side not in ("left", "right"):
-            raise InputError(f'padding_side={side!r}: give "right" or "left"')
+        check_choice("padding_side", side, ("right", "left"))
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.cfg.pad_token_id)
         for place, row in zip(ids, rows, strict=True):

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
 from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of, read_file
 from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.show.terminal import console
 
 
@@ -89,9 +89,8 @@ def train(
 
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     texts = [read_file(file) for file in (train_file, valid_file)]
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=recipe.steps)
+    with progress_bar("training", recipe.steps, console=console) as update:
         for report in run(recipe, *texts, out):
             told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
-            progress.update(task, completed=report["step"])
-            progress.console.print(told)
+            update(completed=report["step"])
+            console.print(told)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import app
 from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.show.terminal import console, errors
+from transformer_lens_bd3lm.progress import progress_bar
+from transformer_lens_bd3lm.show.terminal import console
 
 
 class Weights(str, Enum):
@@ -39,10 +39,8 @@ def convert(
     from transformer_lens_bd3lm.checkpoint.lightning.convert import convert_lightning
 
     spoken = None if tokenizer is None else load_tokenizer(tokenizer)
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=errors, transient=True) as bar:
-            task = bar.add_task("", total=None)
+        with progress_bar("reading", in_bytes=True) as update:
             convert_lightning(
                 ckpt,
                 out,
@@ -50,7 +48,7 @@ def convert(
                 weights.value,
                 revision=revision,
                 tokenizer=spoken,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: update(completed=done, total=total),
             )
     except BD3LMError:
         raise

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
+from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import check_ids, read_block_size
 
@@ -107,11 +108,8 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
         InputError: for anything else.
     """
     size = bridge.original_model.config.vocab_size
-    if prompt is None and bridge.tokenizer is None:
-        raise InputError(
-            "prompt is None, for BOS alone, but this bridge has no tokenizer: give ids"
-        )
     if prompt is None:
+        check_tokenizer(bridge, "prompt=None is its BOS; give ids")
         return [torch.tensor([bos_of(bridge)])]
     if isinstance(prompt, str):
         prompt = [prompt]
@@ -150,9 +148,7 @@ def read_canvas(
             "this checkpoint is the autoregressive baseline (causal=True): it predicts the next "
             "token and has nothing to denoise; call bridge.generate"
         )
-    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
-    if not whole or max_new_tokens < 0:
-        raise InputError(f"max_new_tokens={max_new_tokens!r}: give an int ≥ 0")
+    check_int("max_new_tokens", max_new_tokens, 0)
     rows = read_prompts(bridge, prompt)
     if any(len(row) == 0 or int(row[0]) == cfg.mask_token_id for row in rows):
         raise InputError(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_tokenizer, is_int
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.errors import InputError
 
@@ -117,7 +118,7 @@ class Plan:
                 for position in ([positions] if isinstance(positions, int) else positions)
             ]
         for pair in pairs:
-            if any(isinstance(n, bool) or not isinstance(n, int) for n in pair) or pair[1] < 0:
+            if not all(map(is_int, pair)) or pair[1] < 0:
                 raise InputError(f"force {name} holds {pair}: give ints that count from 0")
         return pairs
 
@@ -148,8 +149,7 @@ def single_token(bridge: Any, text: str) -> int:
     Raises:
         InputError: if it is none or several, or there is no tokenizer.
     """
-    if bridge.tokenizer is None:
-        raise InputError(f"force names {text!r}: this bridge has no tokenizer, give an id")
+    check_tokenizer(bridge, f"force names {text!r}, give its id")
     ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
     if len(ids) != 1:
         raise InputError(f"force names {text!r}, which is {len(ids)} tokens: give one, or its id")

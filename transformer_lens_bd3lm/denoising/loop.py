@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
@@ -37,6 +35,7 @@ from transformer_lens_bd3lm.denoising.step_forward import Network, make_network
 from transformer_lens_bd3lm.denoising.stop import Stop
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
+from transformer_lens_bd3lm.progress import progress_bar
 
 LONG_RUN = 32
 
@@ -378,7 +377,7 @@ def finish(
     final, timeline = canvas.tokens, Timeline.empty()
     commit_step = torch.full(final.shape, -1, dtype=torch.long)
     log_p, lead = (torch.full(final.shape, torch.nan, dtype=torch.float64) for _ in range(2))
-    for step in shown(loop, canvas, progress):
+    for step in with_bar(loop, canvas, progress):
         assert step.after is not None and step.revealed is not None
         assert step.log_p is not None and step.lead is not None
         part = slice(*step.window)
@@ -411,19 +410,13 @@ def finish(
     )
 
 
-def shown(loop: Loop, canvas: Canvas, progress: bool | None) -> Iterator[Step]:
-    """The steps, behind a progress bar if there is somebody to see it."""
-    written = int(canvas.to_denoise().sum())
-    console = Console(stderr=True)
-    if progress is None:
-        longest = int(canvas.to_denoise().sum(-1).max())
-        progress = longest > LONG_RUN and (console.is_terminal or console.is_jupyter)
-    if not progress:
-        yield from loop.steps()
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("denoising", total=written)
+def with_bar(loop: Loop, canvas: Canvas, progress: bool | None) -> Iterator[Step]:
+    """Yield the steps of a loop behind a progress bar; by default a short run shows none."""
+    to_denoise = canvas.to_denoise()
+    if progress is None and int(to_denoise.sum(-1).max()) <= LONG_RUN:
+        progress = False
+    with progress_bar("denoising", int(to_denoise.sum()), progress) as update:
         for step in loop.steps():
             assert step.revealed is not None
             yield step
-            bar.advance(task, int(step.revealed.sum()))
+            update(advance=int(step.revealed.sum()))

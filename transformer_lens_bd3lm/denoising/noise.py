@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 
 TIME, GUMBEL = 0, 1
@@ -43,12 +44,7 @@ class Noise:
     rows: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.seed, bool)
-            or not isinstance(self.seed, int)
-            or not 0 <= self.seed < 2**64
-        ):
-            raise InputError(f"seed={self.seed!r}: give an int in 0..2**64 - 1")
+        check_int("seed", self.seed, 0, 2**64 - 1, "give an int in 0..2**64 - 1")
         if isinstance(self.rows, Iterator):
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows is not None and not isinstance(self.rows, Sequence):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import resolve
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.hook_arguments import WithoutStep
 from transformer_lens_bd3lm.denoising.hook_rows import attached, check_return, on_bridge
 from transformer_lens_bd3lm.denoising.step import StepHooks, selectors_of
@@ -60,8 +61,8 @@ def read_pass_hooks(bridge: Any, hooks: Any, scope: str | None = None) -> PassHo
     """
     if isinstance(hooks, PassHooks):
         return hooks
-    if scope not in (None, "active", "commit"):
-        raise InputError(f'scope={scope!r}: give "active" or "commit"')
+    if scope is not None:
+        check_choice("scope", scope, ("active", "commit"))
     if isinstance(hooks, StepHooks):
         check_stepless(hooks, scope)
     laid = on_bridge(bridge, hooks).hooks

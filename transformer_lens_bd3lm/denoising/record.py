@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
+from transformer_lens_bd3lm.checks import check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import HAS_KEYS
 from transformer_lens_bd3lm.denoising.step import (
@@ -23,7 +24,6 @@ from transformer_lens_bd3lm.denoising.step import (
     Span,
     Step,
     Which,
-    check_number,
     check_which,
     matches,
 )

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals, Plan
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
 from transformer_lens_bd3lm.denoising.loop import Request, choices, finish
@@ -110,8 +111,7 @@ def replay(
             the bridge is no longer what the run was made with.
     """
     check_run(run)
-    if mode not in ("pinned", "coupled", "fresh"):
-        raise InputError(f'mode={mode!r}: give "pinned", "coupled" or "fresh"')
+    check_choice("mode", mode, ("pinned", "coupled", "fresh"))
     if noise is not None and mode != "fresh":
         raise InputError(f'noise was given, but mode={mode!r} keeps the run\'s: use mode="fresh"')
     made, record = on_bridge(run.bridge, hooks), Record.of(record, run.bridge)
@@ -303,8 +303,7 @@ def fork(
     indices = run.timeline.indices
     if isinstance(step, bool) or step not in indices:
         raise InputError(f"step={step!r}: this run has steps {indices[0]}..{indices[-1]}")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise InputError(f"n={n!r}: give an int >= 1")
+    check_int("n", n, 1)
     run.request.need("sampler", "stop", "hooks")
     own = StepHooks.of(run.request.hooks)
     future = own if hooks is RUNS_OWN else on_bridge(run.bridge, hooks)

@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from transformer_lens_bd3lm.denoising.step import check_number
+from transformer_lens_bd3lm.checks import check_choice, check_int, check_number
 from transformer_lens_bd3lm.errors import InputError
 
 LogProbs = Callable[[], Float[Tensor, "masked d_vocab"]]
@@ -137,8 +137,7 @@ class Drawing:
         check_number("temperature", self.temperature, 0.0, sys.float_info.max, rule)
         rule = "give a probability mass in (0, 1]"
         check_number("nucleus_p", self.nucleus_p, math.ulp(0.0), 1.0, rule)
-        if self.nucleus not in ("usual", "public"):
-            raise InputError(f'nucleus={self.nucleus!r}: give "usual" or "public"')
+        check_choice("nucleus", self.nucleus, ("usual", "public"))
 
     def distribution(self, log_p: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
         """Log-probabilities in nats that a revealed token is drawn from."""
@@ -196,8 +195,7 @@ class Ancestral(Drawing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"steps={self.steps!r}: give an int >= 1")
+        check_int("steps", self.steps, 1)
 
     def _slot(self, times: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
         return (times * self.steps).floor().clamp(max=self.steps - 1)
@@ -245,10 +243,8 @@ class Confidence(Drawing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in ("probability", "margin", "entropy"):
-            raise InputError(f'by={self.by!r}: give "probability", "margin" or "entropy"')
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InputError(f"k={self.k!r}: give an int >= 1")
+        check_choice("by", self.by, ("probability", "margin", "entropy"))
+        check_int("k", self.k, 1)
         if self.threshold is None:
             return
         if self.k != 1:

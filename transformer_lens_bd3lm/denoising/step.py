@@ -16,7 +16,6 @@ Hook names are TransformerLens's own, and never change with the step.
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import read_names
+from transformer_lens_bd3lm.checks import check_choice, is_int, is_real
 from transformer_lens_bd3lm.denoising.hook_arguments import as_step_fn
 from transformer_lens_bd3lm.errors import HookNameError, InputError
 from transformer_lens_bd3lm.model.subs import log_probs
@@ -138,22 +138,11 @@ def check_which(name: str, which: Which) -> None:
         numbers = [which]
     else:
         numbers = list(which)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+    if any(not is_int(n) or n < 0 for n in numbers):
         raise InputError(
             f"{name}={which!r}: give an int, a slice or ints that count from 0; nothing counts "
             "from the end"
         )
-
-
-def check_number(name: str, value: Any, low: int | float, high: int | float, rule: str) -> None:
-    """Refuse a setting that is no number of a range, ends included; NaN is none.
-
-    Raises:
-        InputError: with the rule.
-    """
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not (real and low <= float(value) <= high):
-        raise InputError(f"{name}={value!r}: {rule}")
 
 
 def check_span(name: str, span: Span) -> None:
@@ -165,7 +154,7 @@ def check_span(name: str, span: Span) -> None:
     if span is None:
         return
     numbers = isinstance(span, tuple) and len(span) == 2
-    if not numbers or any(isinstance(x, bool) or not isinstance(x, Real) for x in span):
+    if not numbers or not all(map(is_real, span)):
         raise InputError(f"{name}={span!r}: give (low, high), both within 0..1")
     if not 0 <= span[0] <= span[1] <= 1:
         raise InputError(f"{name}={span!r}: give (low, high) with 0 <= low <= high <= 1")
@@ -301,8 +290,7 @@ class StepHooks:
             InputError: for a scope, a selector or a function that is none.
             HookNameError: for no names at all.
         """
-        if scope not in ("active", "commit", "prefix"):
-            raise InputError(f'scope={scope!r}: give "active", "commit" or "prefix"')
+        check_choice("scope", scope, ("active", "commit", "prefix"))
         chosen = Chosen(block, step, index, t, masks_left, when)
         return self._add(name, fn, chosen, scope, unclear=True)
 

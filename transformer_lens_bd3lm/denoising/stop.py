@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_int, check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.step import Step, check_number
+from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.errors import InputError
 
 StopRule = Callable[[Step], Bool[Tensor, " batch"]]
@@ -33,9 +34,8 @@ class EndOfText:
     token: int | None = None
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.token, int) and not isinstance(self.token, bool)
-        if self.token is not None and not whole:
-            raise InputError(f"token={self.token!r}: give the id of a token, an int")
+        if self.token is not None:
+            check_int("token", self.token, rule="give the id of a token, an int")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class LowEntropy:
     last: int = 256
 
     def __post_init__(self) -> None:
-        if isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 1:
-            raise InputError(f"last={self.last!r}: give an int >= 1")
+        check_int("last", self.last, 1)
         check_number("below", self.below, 0.0, sys.float_info.max, "give an entropy in nats, >= 0")
 
     def __call__(self, step: Step) -> Bool[Tensor, " batch"]:

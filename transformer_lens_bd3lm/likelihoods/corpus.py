@@ -22,6 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, without_padding
+from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import check_ids
 
@@ -187,6 +188,5 @@ def windows(text: Text, number: int, bridge: Any, stride: int | None = None) -> 
             raise InputError(f"row {text.name} does not begin with BOS ({bos}): put it there")
     else:
         (ids,) = tokens_of(bridge, [text.text], prepend_bos=True)
-    if bool((ids == bridge.cfg.mask_token_id).any()):
-        raise InputError(f"text {text.name} holds the mask token: give finished texts")
+    check_finished(f"text {text.name}", ids, bridge.cfg.mask_token_id)
     yield from cut(ids[1:], number, bos, bridge.cfg.n_ctx, stride)

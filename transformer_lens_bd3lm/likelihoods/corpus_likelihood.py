@@ -14,8 +14,7 @@ It does not say how the sums are done: ``exact.py`` and ``nelbo.py`` do.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +25,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
@@ -40,6 +37,7 @@ from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.likelihoods.nelbo import Clip, check_choices, nelbo
 from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, fingerprint
 from transformer_lens_bd3lm.likelihoods.statistics import Nats, between, drawn_again
+from transformer_lens_bd3lm.progress import progress_bar
 
 JOB = 32
 TIMEOUT = timedelta(days=30)  # a process may wait long for another's jobs
@@ -205,7 +203,12 @@ def likelihood(
     def texts() -> Iterator[Text]:
         return read_texts(source, field, split)
 
-    with bar(progress, state, source, lambda: Tally(bridge, stride).jobs(texts())) as advance:
+    def total() -> int | None:
+        counted = isinstance(source, str | Path | Sequence) or hasattr(source, "__getitem__")
+        return sum(map(len, Tally(bridge, stride).jobs(texts()))) if counted else None
+
+    wanted = progress if state.is_main_process else False
+    with progress_bar("likelihood", total, wanted) as update:
         for number, job in enumerate(tally.jobs(texts())):
             mark = fingerprint(job)
             read.update(mark.encode())
@@ -214,7 +217,7 @@ def likelihood(
             elif number % state.num_processes == state.process_index:
                 found[number] = measured(bridge, job, number, mark, settings, pass_hooks)
                 ledger.keep(found[number])
-            advance(len(job))
+            update(advance=len(job))
     shared = gather_object([(read.hexdigest(), found)])
     if len({digest for digest, _ in shared}) > 1:
         raise InputError("the processes read different corpora: give every one the same, in order")
@@ -256,25 +259,6 @@ class Tally:
             for window in windows(text, number, self.bridge, self.stride):
                 self.tokens[number] += len(window.ids) - window.given
                 yield window
-
-
-@contextmanager
-def bar(
-    progress: bool | None, state: PartialState, source: Any, count: Callable[[], Iterable[Any]]
-) -> Iterator[Callable[[int], None]]:
-    """A progress bar over windows, if there is somebody to see it; a stream has no known end."""
-    console = Console(stderr=True)
-    if progress is None:
-        progress = console.is_terminal or console.is_jupyter
-    if not progress or not state.is_main_process:
-        yield lambda windows: None
-        return
-    known = isinstance(source, str | Path | Sequence) or hasattr(source, "__getitem__")
-    total = sum(map(len, count())) if known else None
-    columns = (TextColumn("likelihood"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("likelihood", total=total)
-        yield lambda windows: shown.advance(task, windows)
 
 
 def measured(

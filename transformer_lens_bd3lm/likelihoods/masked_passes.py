@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run, through_layers
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
+from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.inputs import View
@@ -197,8 +198,7 @@ def read_noisy_text(
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"
         )
-    if bool((ids == bridge.cfg.mask_token_id).any()):
-        raise InputError("tokens hold the mask: give a finished text")
+    check_finished("tokens", ids, bridge.cfg.mask_token_id)
     if not 1 <= given < ids.shape[1]:
         raise InputError(
             f"given={given} of {ids.shape[1]} positions: give at least 1 (BOS), and leave one to "

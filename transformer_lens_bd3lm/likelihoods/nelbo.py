@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import read_states, summed
 from transformer_lens_bd3lm.likelihoods.masked_passes import NoisyText, read_noisy_text
@@ -54,10 +55,7 @@ class Clip:
     high: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("t", "unweighted", "resample", "fraction"):
-            raise InputError(
-                f'kind={self.kind!r}: give "t", "unweighted", "resample" or "fraction"'
-            )
+        check_choice("kind", self.kind, ("t", "unweighted", "resample", "fraction"))
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"low={self.low}, high={self.high}: give 0 <= low < high <= 1")
 
@@ -226,10 +224,8 @@ def check_choices(method: str, strata: str, clip: Clip | None, replicates: int, 
     Raises:
         InputError: and says which there are.
     """
-    if method not in ("exact", "stratified", "monte_carlo"):
-        raise InputError(f'method={method!r}: give one of "exact", "stratified", "monte_carlo"')
-    if strata not in ("permuted", "none", "public"):
-        raise InputError(f'strata={strata!r}: give "permuted", "none" or "public"')
+    check_choice("method", method, ("exact", "stratified", "monte_carlo"))
+    check_choice("strata", strata, ("permuted", "none", "public"))
     if method != "monte_carlo" and (clip is not None or strata != "permuted"):
         raise InputError(f'clip and strata are choices of method="monte_carlo", not {method!r}')
     if method != "exact" and replicates < 2:

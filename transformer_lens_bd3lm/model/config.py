@@ -1,58 +1,52 @@
-"""The checkpoint's config, under the names that released ``config.json`` files use.
+"""Config of a checkpoint, under the names that released ``config.json`` files use.
 
 Registered with transformers' ``AutoConfig``, it lets a BD3LM repository load without running any of
-the repository's code. Another public family (E2D2, ``kuleshov-group/*-bd3lm-s*``) carries the same
-``model_type`` over other modules and another stream order; its config is refused by name.
+the repository's code. What cannot belong to a BD3LM checkpoint is refused by its key (see ``rules``
+and ``config_file``), and so is an override at boot that would change nothing.
 
-It does not decide anything at run time: the dial lives on ``bridge.cfg.block_size``.
+It decides nothing at run time: the block size of a bridge is ``bridge.cfg.block_size``.
 """
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from transformer_lens_bd3lm.errors import CheckpointError
+from transformer_lens_bd3lm.model.config_file import complete_baseline, read_config_file
 from transformer_lens_bd3lm.model.inputs import read_block_size
-from transformer_lens_bd3lm.model.rules import OTHER_NAMES, check_settings, shown
-
-# Baselines of the same family, by the architecture that a config names: what that name says where
-# the config does not say it itself.
-BASELINES: dict[str, dict[str, Any]] = {
-    "MDLM": {"cross_attn": False, "causal": False},
-    "AR": {"cross_attn": False, "causal": True, "adaln": False},
-}
-REQUIRED = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads")
+from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, OTHER_NAMES, check_settings, shown
 
 
 class BD3LMConfig(PretrainedConfig):
     """Config of a BD3LM checkpoint (Arriola et al., ICLR 2025); keys as in the released files.
 
     Args:
-        block_size: tokens a diffusion block, the checkpoint's training value.
-        model_length: context length n; the dual view is 2n long.
-        vocab_size: size of the vocabulary; the mask token is the last id.
+        block_size: tokens a block, as in training.
+        model_length: context n, in tokens; the dual view has 2n positions.
+        vocab_size: tokens of the vocabulary, the mask included.
         hidden_dim: width of the residual stream.
         cond_dim: width of the conditioning vector (only used if ``adaln``).
         n_blocks: transformer layers.
-        n_heads: attention heads; ``hidden_dim / n_heads`` is a head's width.
+        n_heads: attention heads; ``hidden_dim / n_heads`` is the width of a head.
         dropout: residual dropout in training.
-        adaln: adaLN modulation in every layer and before the unembedding.
-        cross_attn: the dual view's block mask. False: one view, no block structure (MDLM, AR).
-        causal: with ``cross_attn=False``, plain causal attention (the autoregressive baseline).
+        adaln: whether every layer and the unembedding are modulated (adaLN).
+        cross_attn: whether attention has blocks, and a dual view. False is one stream without
+            blocks: full diffusion (MDLM) or the autoregressive baseline (AR).
+        causal: with ``cross_attn=False``, whether attention is causal (AR).
         time_conditioning: whether the network sees sigma; False replaces it by zeros.
-        attn_backend: kept as found in the file, and not used here.
-        var_min: whether the learned clipping interval is among the weights.
+        attn_backend: attention kernel of the public code; kept as in the file, and not used here.
+        var_min: whether the weights hold the learned clipping interval of training times.
         sampling_eps_min: lower end of that interval.
         sampling_eps_max: upper end of that interval.
-        trained_block_sizes: every block size that it was trained at; by default the one that the
-            config names.
-        **kwargs: what transformers' own config takes.
+        trained_block_sizes: block sizes of training, in tokens; ``block_size`` alone by default.
+        **kwargs: keys of transformers' ``PretrainedConfig``.
 
     Raises:
         CheckpointError: if the values cannot belong to a BD3LM checkpoint.
     """
+
+    __slots__ = ("_values_set",)  # outside __dict__, which is what is compared and saved
 
     model_type = "bd3lm"
     attribute_map = {
@@ -103,7 +97,7 @@ class BD3LMConfig(PretrainedConfig):
         kwargs["tie_word_embeddings"] = False
         try:
             super().__init__(**kwargs)
-        except Exception as error:  # whatever a stranger's value makes of transformers' own keys
+        except Exception as error:  # a file's value for a key of transformers raises anything
             raise CheckpointError(
                 f"the checkpoint's config has a value that transformers cannot take: {error}. "
                 "Correct it in config.json"
@@ -113,69 +107,92 @@ class BD3LMConfig(PretrainedConfig):
         self.trained_block_sizes = trained_block_sizes or [_own_block_size(self)]
         self.check()
 
-    def check(self) -> None:
+    def check(self, source: str = "the checkpoint's config") -> None:
         """Check every value of the config, as it is now.
+
+        Args:
+            source: where the values can be corrected, for errors.
 
         Raises:
             CheckpointError: if the values cannot belong to a BD3LM checkpoint.
         """
-        check_settings(vars(self))
-        of_baseline(vars(self))
+        check_settings(vars(self), source)
+        complete_baseline(vars(self), source)
         if self.tie_word_embeddings is not False:
             raise CheckpointError(
-                f"tie_word_embeddings={self.tie_word_embeddings} in the checkpoint's config: "
-                "embedding and unembedding are never tied; leave it out"
+                f"tie_word_embeddings={self.tie_word_embeddings} in {source}: embedding and "
+                "unembedding are never tied; leave it out"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy the config, after reading what was written past its attributes.
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set an attribute, and keep what was set.
 
-        TransformerLens writes its ``n_ctx`` and ``hf_config_overrides`` into ``__dict__``, where
-        ``attribute_map`` hides them, and copies the config before it reads it.
+        TransformerLens writes its ``n_ctx`` and ``hf_config_overrides`` into ``__dict__``, past the
+        attributes. By what was set, such an override can be told from a value of the file.
+        """
+        super().__setattr__(key, value)
+        if key != "_values_set":
+            name = self.attribute_map.get(key, key)
+            self._values_set = getattr(self, "_values_set", {}) | {name: value}
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the values that were written past the attributes, by key."""
+        values_set = self._values_set
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in values_set or values_set[key] != value
+        }
+
+    def unknown_overrides(self) -> list[str]:
+        """Return the keys of overrides that nothing reads."""
+        return [key for key in vars(self) if key not in self._values_set and key not in KNOWN_KEYS]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the config, after reading the overrides that were written past its attributes.
+
+        ``attribute_map`` hides such values, and TransformerLens copies the config before it reads
+        it.
 
         Raises:
-            CheckpointError: if an override cannot belong to a BD3LM checkpoint.
-            BlockSizeError: if it is the block size.
+            CheckpointError: if an override cannot belong to a BD3LM checkpoint, or two overrides
+                give one key two values.
+            BlockSizeError: if the block size does not fit the context.
         """
-        for other in OTHER_NAMES.keys() & vars(self).keys():
-            setattr(self, OTHER_NAMES[other], vars(self).pop(other))
+        overrides = self.overrides()
+        for other, name in OTHER_NAMES.items():
+            if other not in vars(self):
+                continue
+            value = vars(self).pop(other)
+            if overrides.setdefault(name, value) != value:
+                raise CheckpointError(
+                    f"{other}={shown(value)} (n_ctx or hf_config_overrides) and "
+                    f"{name}={shown(overrides[name])} (hf_config_overrides) are two values of one "
+                    "thing: give one of them"
+                )
+            setattr(self, name, value)
         if self.cross_attn is True and isinstance(self.model_length, int):
             self.block_size = read_block_size(self.block_size, self.model_length)
-        self.check()
+        self.check("hf_config_overrides" if overrides else "the checkpoint's config")
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         vars(copied).update(deepcopy(vars(self), memo))
+        copied._values_set = self._values_set
         return copied
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', after refusing what only calls itself BD3LM.
+        """Make a config from the content of a ``config.json``, as transformers does.
 
         Raises:
-            CheckpointError: if a key that fixes the architecture is missing.
+            CheckpointError: if it is not a BD3LM checkpoint's.
         """
-        missing = [key for key in REQUIRED if key not in config_dict]
-        if missing:
-            family = (
-                "it looks like the E2D2 family (kuleshov-group/*-bd3lm-s*), other modules with the "
-                "streams in the other order under the same name"
-                if {"hidden_dim", "n_blocks"} & set(missing)
-                else "it is not a complete BD3LM config"
-            )
-            raise CheckpointError(
-                f"config.json says model_type 'bd3lm' but has no {', '.join(missing)}: {family}. "
-                "Supported are the block-diffusion checkpoints of Arriola et al. (ICLR 2025), "
-                "such as "
-                "kuleshov-group/bd3lm-owt-block_size4"
-            )
-        check_settings(config_dict, "config.json")
-        check_name(config_dict, kwargs.get("name_or_path"))
-        settings = of_baseline(config_dict)
-        return super().from_dict(in_our_names(settings), **kwargs)
+        settings = read_config_file(config_dict, kwargs.get("name_or_path"))
+        return super().from_dict(settings, **kwargs)
 
 
 class BAMDLMConfig(BD3LMConfig):
-    """The same under the ``model_type`` of released repositories' first revisions."""
+    """Config of a BD3LM checkpoint, as the first revisions of released repositories name it."""
 
     model_type = "bamdlm"
 
@@ -185,7 +202,7 @@ class BAMDLMConfig(BD3LMConfig):
 
 
 class MDLMConfig(BD3LMConfig):
-    """The same under the ``model_type`` of full-diffusion repositories (Sahoo et al., 2024)."""
+    """Config of a full-diffusion checkpoint (Sahoo et al., 2024), whose ``model_type`` it has."""
 
     model_type = "mdlm"
 
@@ -194,12 +211,12 @@ class MDLMConfig(BD3LMConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As ``architectures: ["MDLM"]``, which such a file need not say."""
+        """Make a config from a file, with the ``architectures: ["MDLM"]`` that it need not say."""
         return super().from_dict(config_dict | {"architectures": ["MDLM"]}, **kwargs)
 
 
 def kind_of(config: Any) -> str:
-    """Which of the family a config, ours or a repository's own, describes."""
+    """Return the kind of model that a config describes: one of three, in words."""
     if config.cross_attn:
         return "block diffusion"
     return "autoregressive" if config.causal else "full diffusion"
@@ -208,73 +225,18 @@ def kind_of(config: Any) -> str:
 def trained_block_sizes(config: Any) -> tuple[int, ...]:
     """List the block sizes that a checkpoint was trained at, in tokens, smallest first.
 
-    Any other block size is off-distribution. A model without blocks was trained at one: the whole
-    context, or one token where it is autoregressive.
+    At any other block size the model is off-distribution. A model without blocks has one: the whole
+    context, or one token if it is autoregressive.
 
     Args:
-        config: the checkpoint's, ``bridge.original_model.config`` of a bridge. The block size that
-            is set on a bridge does not change it.
+        config: config of the checkpoint, ``bridge.original_model.config`` of a bridge. Setting the
+            block size of a bridge does not change the list.
     """
     return tuple(sorted(set(getattr(config, "trained_block_sizes", [_own_block_size(config)]))))
 
 
 def _own_block_size(config: Any) -> int:
-    """Read the block size of a config that names one: without blocks, the context or one token."""
+    """Return the block size of a config: without blocks, the context or one token."""
     if config.cross_attn:
         return config.block_size
     return 1 if config.causal else config.model_length
-
-
-def of_baseline(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file, completed by what the name of a baseline says.
-
-    Raises:
-        CheckpointError: if the file says something else.
-    """
-    named = [name for name in settings.get("architectures") or () if name in BASELINES]
-    if not named:
-        return settings
-    told = BASELINES[named[0]]
-    for key in ("cross_attn", "causal"):
-        if settings.get(key, told[key]) != told[key]:
-            raise CheckpointError(
-                f"config.json says architectures {named[0]!r} and {key}={settings[key]!r}: "
-                f"{named[0]} is {key}={told[key]}; correct the one that is wrong"
-            )
-    # Without blocks; and the clipping interval is learned by block diffusion alone.
-    size = 1 if told["causal"] else settings["model_length"]
-    return {"block_size": size, "var_min": False} | told | settings
-
-
-def in_our_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Drop what other libraries call our keys, where it says the same as ours.
-
-    Raises:
-        CheckpointError: if it says something else, or a part of another kind of model is there.
-    """
-    for other, name in OTHER_NAMES.items():
-        if other in settings and settings[other] != settings[name]:
-            raise CheckpointError(
-                f"config.json has {other}={shown(settings[other])} and {name}={settings[name]}, "
-                f"two values of one thing: remove {other}"
-            )
-    return {key: value for key, value in settings.items() if key not in OTHER_NAMES}
-
-
-def check_name(settings: dict[str, Any], name: Any) -> None:
-    """Refuse a repository that calls itself SEDD, where its config does not say otherwise.
-
-    SEDD's repositories carry BD3LM's architecture name, modules and keys. Their logits are scores,
-    not log-probabilities of tokens, and nothing in such a config tells.
-
-    Raises:
-        CheckpointError: naming the repository and the key that would tell.
-    """
-    last = Path(str(name or "")).name
-    if "sedd" in last.lower() and "parameterization" not in settings:
-        raise CheckpointError(
-            f"{last} calls itself SEDD, whose logits are scores and no log-probabilities of "
-            "tokens, and its config.json does not say which they are. If they are "
-            "log-probabilities, download the repository, write "
-            '"parameterization": "subs" into its config.json, and boot the folder'
-        )

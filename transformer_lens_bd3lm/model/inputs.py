@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 from transformer_lens_bd3lm.model.masks import causal_mask, dual_mask, sampling_mask
 
@@ -66,16 +67,12 @@ def read_block_size(value: Any, model_length: int, has_blocks: bool = True) -> i
     if not has_blocks:
         raise BlockSizeError(
             f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one "
-            "stream "
-            "has no blocks, and no dial to turn"
+            "stream has no blocks, and no dial to turn"
         )
     if isinstance(value, str) and value == "full":
         return model_length
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= model_length:
-        raise BlockSizeError(
-            f'block_size={value!r} is not allowed: give an int in 1..{model_length} or "full"'
-        )
-    return value
+    rule = f'give an int in 1..{model_length} or "full"'
+    return check_int("block_size", value, 1, model_length, rule, BlockSizeError)
 
 
 def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:

@@ -1,11 +1,11 @@
 """Check a checkpoint's settings: their types, their ranges, and what must go together.
 
-Every door uses these rules: a ``config.json``, a config made in Python, an override at boot, and
-the training config in a ``.ckpt`` file. A config comes from a stranger, and 2 kB of it can ask for
-a billion layers, so a value is refused before anything is built from it.
+A config comes from a stranger, and 2 kB of it can ask for a billion layers. So a value is checked
+before anything is built from it, by the same rules wherever it comes from: a ``config.json``, a
+config made in Python, an override at boot, or the training config in a ``.ckpt`` file.
 
-Booleans are booleans, and whole numbers are whole: ``"false"`` is no false, and ``12.0`` no 12.
-Keys that are not here are not looked at.
+Types are strict: ``"false"`` is not taken for false, nor ``12.0`` for 12. Keys without a rule are
+ignored.
 """
 
 from collections.abc import Mapping
@@ -34,6 +34,7 @@ OTHER_NAMES = {
 }
 # Parts of other kinds of models, which TransformerLens and transformers would take for the model.
 OTHER_MODELS = ("text_config", "encoder", "decoder", "per_layer_config", "original_architecture")
+MORE_KEYS = ("architectures", "dtype", "head_dim", "parameterization", "transformers_weights")
 
 
 class Rules(BaseModel):
@@ -60,17 +61,20 @@ class Rules(BaseModel):
     trained_block_sizes: list[int] | None = None
 
 
+KNOWN_KEYS = frozenset((*Rules.model_fields, *OTHER_NAMES, *OTHER_MODELS, *MORE_KEYS))
+
+
 def check_settings(
     settings: Mapping[str, Any],
-    where: str = "the checkpoint's config",
+    source: str,
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse settings that cannot be a BD3LM checkpoint's.
+    """Check that settings can be those of a BD3LM checkpoint.
 
     Args:
-        settings: by the keys of a published ``config.json``; others are not looked at.
-        where: the settings' source, for errors.
-        names: what the source calls a key, where it has another name for it.
+        settings: values by the keys of a published ``config.json``; other keys are ignored.
+        source: where the values stand and can be corrected, for errors.
+        names: names that the source has for keys, if they are other ones.
 
     Raises:
         CheckpointError: naming the key, its value, the rule and the way out.
@@ -78,7 +82,7 @@ def check_settings(
 
     def refuse(key: str, rule: str) -> None:
         name, value = (names or {}).get(key, key), shown(settings[key])
-        raise CheckpointError(f"{name}={value} in {where}: {rule}; correct it there")
+        raise CheckpointError(f"{name}={value} in {source}: {rule}; correct it there")
 
     try:
         Rules.model_validate(dict(settings))
@@ -93,7 +97,7 @@ def check_settings(
             refuse("trained_block_sizes", f"block sizes are whole numbers from 1 to {MAX_LENGTH}")
     if settings.get("cross_attn") and settings.get("causal"):
         raise CheckpointError(
-            f"causal=True with cross_attn=True in {where}: no BD3LM checkpoint is both; set "
+            f"causal=True with cross_attn=True in {source}: no BD3LM checkpoint is both; set "
             "cross_attn=False for the autoregressive baseline or causal=False for block diffusion"
         )
     length = settings.get("model_length", MAX_LENGTH)
@@ -103,10 +107,10 @@ def check_settings(
         refuse("head_dim", f"it is hidden_dim / n_heads = {width // heads}, and need not be there")
     for key in OTHER_MODELS:
         if settings.get(key) is not None:
-            raise CheckpointError(f"{where} has {key}, which no BD3LM checkpoint has: remove it")
+            raise CheckpointError(f"{source} has {key}, which no BD3LM checkpoint has: remove it")
     if settings.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"{where} has transformers_weights={shown(settings['transformers_weights'])}, other "
+            f"{source} has transformers_weights={shown(settings['transformers_weights'])}, other "
             "weights than the files' usual names say: call the file model.safetensors and remove "
             "the key"
         )

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.checks import check_int
 
 
 def without_mask(
@@ -69,9 +69,8 @@ def read_mask_id(mask_id: Any, d_vocab: int) -> int:
     Raises:
         InputError: otherwise.
     """
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int) or not 0 <= mask_id < d_vocab:
-        raise InputError(
-            f"mask_id={mask_id!r}: give the id of the mask token, bridge.cfg.mask_token_id, one of "
-            f"0..{d_vocab - 1}; it is not the last one in every vocabulary"
-        )
-    return mask_id
+    rule = (
+        f"give the id of the mask token, bridge.cfg.mask_token_id, one of 0..{d_vocab - 1}; it is "
+        "not the last one in every vocabulary"
+    )
+    return check_int("mask_id", mask_id, 0, d_vocab - 1, rule)

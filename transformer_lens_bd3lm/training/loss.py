@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_int, check_noised
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 from transformer_lens_bd3lm.model.inputs import View, check_ids, fill_hidden, read_padding
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -150,20 +151,10 @@ def check_noise(
     """
     real = counted.clone()
     real[:, 0] = True
-    if bool(((x_0 == mask_id) & real).any()):
-        raise InputError(
-            f"x_0 holds the mask (id {mask_id}; mask_id=... for another): give a finished text"
-        )
-    if bool((x_t[:, 0] == mask_id).any()):
-        raise InputError("x_t masks position 0: BOS is given, never masked and not counted")
-    other = ((x_t != mask_id) & (x_t != x_0) & real).nonzero()
-    if len(other):
-        row, position = other[0].tolist()
-        raise InputError(
-            f"x_t reveals id {int(x_t[row, position])} at row {row}, position {position}, where "
-            f"x_0 has {int(x_0[row, position])}: a token is either the mask (id {mask_id}; "
-            "mask_id=... for another) or the clean one"
-        )
+    way_out = "give finished texts, or mask_id=... if another id is the mask"
+    check_finished("x_0", x_0[real], mask_id, way_out)
+    check_bos_given("x_t", x_t, mask_id)
+    check_noised("x_t", x_t, "x_0", x_0, mask_id, real)
 
 
 def read_times(t: Any, shape: tuple[int, int], block_size: Any) -> Float[Tensor, "batch pos"]:
@@ -207,11 +198,8 @@ def read_size(block_size: Any, n: int) -> int:
     """
     if block_size == "full":
         return n
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise BlockSizeError(
-            f'block_size={block_size!r} is not allowed: give an int from 1 or "full"'
-        )
-    return min(block_size, n)
+    rule = 'give an int >= 1 or "full"'
+    return min(check_int("block_size", block_size, 1, rule=rule, error=BlockSizeError), n)
 
 
 def check_times(t: Float[Tensor, "batch pos"]) -> None:

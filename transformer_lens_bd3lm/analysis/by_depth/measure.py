@@ -17,14 +17,13 @@ It does not parse. It compares nothing by itself: run it on both checkpoints of 
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
-from rich.progress import Progress
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +37,9 @@ from transformer_lens_bd3lm.analysis.by_depth.sums import (
 )
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Result
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
@@ -141,16 +142,6 @@ class DependencyDepths(Result):
         return table
 
 
-@contextmanager
-def bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over passes, if there is somebody to see it."""
-    console = Console(stderr=True)
-    wanted = (console.is_terminal or console.is_jupyter) if progress is None else progress
-    with Progress(console=console, transient=True, disable=not wanted) as shown:
-        task = shown.add_task("by depth", total=total)
-        yield lambda: shown.advance(task)
-
-
 def ticking(values: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:
     """The same, with a tick after each."""
     for each in values:
@@ -206,15 +197,13 @@ def by_dependency_depth(
         method = "exact"  # the chain rule has nothing to estimate
     method = ("exact" if summed else "stratified") if method is None else method
     order_by = ("posterior" if summed else "confidence") if order_by is None else order_by
-    if order_by not in ("posterior", "confidence"):
-        raise InputError(f'order_by={order_by!r}: give "posterior" or "confidence"')
+    check_choice("order_by", order_by, ("posterior", "confidence"))
     if not summed and "exact" in (method, {"posterior": "exact"}.get(order_by)):
         raise InputError(
             f"blocks of {longest} have {2**longest} states, max_states is {max_states}: raise it, "
             'or estimate: method="stratified", order_by="confidence"'
         )
-    if isinstance(shuffles, bool) or not isinstance(shuffles, int) or shuffles < 0:
-        raise InputError(f"shuffles={shuffles!r}: give an int >= 0")
+    check_int("shuffles", shuffles, 0)
     fine = isinstance(times, tuple | list) and len(times) > 0
     if not fine or not all(isinstance(time, float | int) and 0 < time <= 1 for time in times):
         raise InputError(f"times={times}: give shares that are masked, above 0 and at most 1")
@@ -222,7 +211,8 @@ def by_dependency_depth(
     times = (1.0,) if causal else tuple(times)
     groups = sum(1 for _ in parsed.groups())
     total = groups * (1 + (not causal)) + (len(times) if shuffles else 0)
-    with bar(progress, total) as tick:
+    with progress_bar("by depth", total, progress) as update:
+        tick = partial(update, advance=1)
         if shuffles:
             split_of(parsed, seed)
         nats = parsed.by_depth(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.conllu import Sentence, Tokens, align, read_conllu
+from transformer_lens_bd3lm.checks import check_finished, check_int, check_tokenizer
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.loop import denoise
 from transformer_lens_bd3lm.denoising.samplers import Confidence
@@ -141,16 +142,13 @@ def read_parsed(bridge: Any, parses: Any, deepest: int) -> Parsed:
     Raises:
         InputError: for what does not fit, or if no sentence does.
     """
-    if isinstance(deepest, bool) or not isinstance(deepest, int) or deepest < 1:
-        raise InputError(f"deepest={deepest!r}: give an int >= 1")
-    if bridge.tokenizer is None:
-        raise InputError("this bridge has no tokenizer, and words cannot be told apart without")
+    check_int("deepest", deepest, 1)
+    check_tokenizer(bridge, "boot it with one, which says where words begin")
     given = isinstance(parses, list) and all(isinstance(each, Sentence) for each in parses)
     sentences = parses if given else read_conllu(parses)
     found = [align(sentence, bridge.tokenizer) for sentence in sentences]
     for sentence, each in zip(sentences, found, strict=True):
-        if bool((each.ids == bridge.cfg.mask_token_id).any()):
-            raise InputError(f"sentence {sentence.name} holds the mask token: give finished texts")
+        check_finished(f"sentence {sentence.name}", each.ids, bridge.cfg.mask_token_id)
     fit = [each for each in found if 2 <= len(each.ids) <= bridge.cfg.n_ctx]
     if not any(bool((each.depth >= 0).any()) for each in fit):
         raise InputError(

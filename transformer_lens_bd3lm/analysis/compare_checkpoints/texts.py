@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText, read_noised_text
+from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import read_texts, windows
@@ -76,8 +77,7 @@ def read_rows(
     Raises:
         InputError: for what does not fit, or if nothing is masked.
     """
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise InputError(f"rows={rows!r}: give how many windows to read, at least 1")
+    check_int("rows", rows, 1, rule="give how many windows to read, at least 1")
     if isinstance(source, Tensor):
         text = read_noised_text(bridge, source, x_t, seed, "text")
         x_0, masked = text.tokens.cpu(), text.masked.cpu()
@@ -86,8 +86,7 @@ def read_rows(
         return Rows(tuple(Batch(part, x_0[part], masked[part]) for part in parts), every)
     if x_t is not None:
         raise InputError("x_t is for ids [batch, pos]: give the text as ids, or leave x_t out")
-    if bridge.tokenizer is None:
-        raise InputError("this bridge has no tokenizer: give the text as ids [batch, pos]")
+    check_tokenizer(bridge, "give the text as ids [batch, pos]")
     found = [
         window
         for number, text in enumerate(read_texts(source, split=split))

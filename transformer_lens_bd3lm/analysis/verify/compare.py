@@ -33,8 +33,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from rich import box
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text as RichText
 from torch import Tensor
@@ -56,6 +55,7 @@ from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.model.subs import masked_log_probs
+from transformer_lens_bd3lm.progress import progress_bar
 
 KINDS = ("config", "read", "logits", "gradient", "edit", "host")
 BACKWARD = 10  # as much again of a gradient, whose sums cancel
@@ -654,10 +654,11 @@ def verify(
     where = passes(pair.plain.config, block_sizes)
     rows = list(settings(bridge, pair.plain))
     left_out: list[str] = []
-    with bar(progress, pair.comparisons(where)) as advance, masks_anywhere(bridge):
+    bar = progress_bar("comparing", pair.comparisons(where), progress)
+    with bar as update, masks_anywhere(bridge):
         for row in compared(pair, where, text, left_out):
             rows.append(row)
-            advance()
+            update(advance=1)
     order = {each.name: i for i, each in enumerate(pair.points)} | {"logits": len(pair.points)}
     rows.sort(key=lambda row: order.get(row.name, -1))
     if host:
@@ -682,21 +683,6 @@ def compared(pair: Pair, where: list[Pass], text: Text, left_out: list[str]) -> 
             yield from pair.gradients(each, few)
             if each.given is None:
                 yield from pair.edits(each, few)
-
-
-@contextlib.contextmanager
-def bar(progress: bool | None, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over comparisons, if there is somebody to see it."""
-    console = Console(stderr=True)
-    if progress is None:
-        progress = console.is_terminal or console.is_jupyter
-    if not progress:
-        yield lambda: None
-        return
-    columns = (TextColumn("comparing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("comparing", total=total)
-        yield lambda: shown.advance(task)
 
 
 # The host's own judgement

@@ -28,7 +28,8 @@ from transformer_lens_bd3lm.checkpoint.lightning.archive import Archive, Stored
 from transformer_lens_bd3lm.checkpoint.lightning.settings import Settings, child
 from transformer_lens_bd3lm.checkpoint.lightning.unpickle import Made, entry
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
-from transformer_lens_bd3lm.errors import CheckpointError, InputError
+from transformer_lens_bd3lm.checks import check_choice
+from transformer_lens_bd3lm.errors import CheckpointError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.rules import check_settings, shown
 
@@ -101,8 +102,7 @@ def read_lightning(path: Path, weights: str) -> Iterator[Lightning]:
         CheckpointError: if the file is not such a checkpoint, damaged, or hostile.
         InputError: if ``weights`` is neither ``"ema"`` nor ``"raw"``.
     """
-    if weights not in ("ema", "raw"):
-        raise InputError(f'weights={weights!r}: give "ema", the moving average, or "raw"')
+    check_choice("weights", weights, ("ema", "raw"))
     with Archive(path) as archive:
         saved = archive.pickle()
         state = named_tensors(archive, saved)
