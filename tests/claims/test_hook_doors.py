@@ -12,7 +12,8 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative, shared
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
 MASK, SIZE = 11, 4
@@ -61,7 +62,7 @@ def gradient(bridge, hooks=None):
 
 def sweep_nats(bridge, hooks=None):
     found = bd3lm.sweep_block_sizes(bridge, TEXTS, (1, 2, 3), hooks=hooks)
-    return torch.stack([cast(Any, each.nll).nats for each in found.settings])
+    return torch.stack([cast(Any, each.nll).nats for each in found.likelihoods])
 
 
 def sweep_look(bridge, hooks=None):
@@ -71,7 +72,7 @@ def sweep_look(bridge, hooks=None):
 
 def family_nats(bridge, hooks=None):
     found = bd3lm.compare_models({"a": bridge, "b": bridge}, TEXTS, hooks=hooks)
-    return torch.stack([each.measured.nelbo.nats for each in found.members])
+    return torch.stack([each.likelihood.nelbo.nats for each in found.models])
 
 
 SUMS = {
@@ -572,7 +573,7 @@ def test_a_sweep_with_a_look_keeps_the_scope_of_its_pairs(bridge):
         bridge, TEXTS, (1, 2), hooks=pairs, scope="commit", look=[RESID]
     )
     plain = bd3lm.sweep_block_sizes(bridge, TEXTS, (1, 2), hooks=pairs, scope="commit")
-    for one, other in zip(looked.settings, plain.settings, strict=True):
+    for one, other in zip(looked.likelihoods, plain.likelihoods, strict=True):
         assert torch.equal(cast(Any, one.nll).nats, cast(Any, other.nll).nats)
 
 
