@@ -24,6 +24,8 @@ SECTIONS = {
     "checkpoint": "Checkpoints",
     "": "Embedded models and errors",
 }
+# Classes that functions return and callers do not make, besides results.
+RETURNED = {"MaskedText", "RepeatedTokens", "Run", "Step"}
 HEAD = """# API
 
 Every public name of `transformer_lens_bd3lm`, with the first line of its docstring.
@@ -52,8 +54,10 @@ def _section(value: Any) -> str:
 
 
 def _signature(value: Any) -> str:
-    """Return a callable's parameters and defaults, without types; empty for a result."""
-    if not callable(value) or isinstance(value, type) and issubclass(value, (Result, Exception)):
+    """Return a callable's parameters and defaults, without types; empty for what is returned."""
+    if not callable(value) or value.__name__ in RETURNED:
+        return ""
+    if isinstance(value, type) and issubclass(value, (Result, Exception)):
         return ""
     parameters = inspect.signature(value).parameters.values()
     bare = [each.replace(annotation=inspect.Parameter.empty) for each in parameters]
