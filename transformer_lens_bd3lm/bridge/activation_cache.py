@@ -75,7 +75,7 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
 
 
 def _checking_layer(name: str) -> Any:
-    """Return a method of TransformerLens's cache that refuses layers which do not exist."""
+    """Return a method of TransformerLens's cache that refuses layers that do not exist."""
     original = getattr(ActivationCache, name)
 
     @functools.wraps(original)

@@ -39,7 +39,7 @@ def _drawing_from(bridge: Any) -> Iterator[None]:
 
 
 class WithNextToken:
-    """Mixed in front of the bridge's class."""
+    """Mixed in front of the bridge's class: causal loss and generation without the mask token."""
 
     def cut(self: Any, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
         """Return the logits with the mask token's at minus infinity, as a new tensor."""

@@ -42,7 +42,7 @@ class WithoutShiftedLoss:
         return super().forward(input, return_type, *args, **kwargs)
 
     def loss_fn(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse.
+        """Refuse the shifted loss.
 
         Raises:
             LossError: always.

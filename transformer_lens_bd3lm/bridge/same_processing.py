@@ -60,8 +60,10 @@ def _require_same_tensors(bridge: Any, state_dict: Any) -> None:
     Raises:
         NotExactError: naming the tensor; nothing has been loaded.
     """
-    came = {_plainly(key) for key in state_dict}
-    here = {_plainly(key) for key in bridge.original_model.state_dict()} | set(bridge.state_dict())
+    came = {_checkpoint_name(key) for key in state_dict}
+    here = {_checkpoint_name(key) for key in bridge.original_model.state_dict()} | set(
+        bridge.state_dict()
+    )
     for name in sorted(came ^ here):
         weight = _owner_of(name)
         if weight in came and weight in here:
@@ -72,7 +74,7 @@ def _require_same_tensors(bridge: Any, state_dict: Any) -> None:
             )
 
 
-def _plainly(name: str) -> str:
+def _checkpoint_name(name: str) -> str:
     """Return a tensor's name without the parts that bridge components add."""
     return name.replace("._original_component", "")
 
