@@ -74,7 +74,7 @@ class Predicted:
         elif asked is not None:
             reason = f"positions={asked}: {reason}"
         raise InputError(
-            f"{reason}. The loss never reads clean positions, and what is predicted there is "
+            f"{reason}. The loss never looks at clean positions, and what is predicted there is "
             "untrained: give masked positions (TransformerLens's default is the last), or put a "
             "mask in their place"
         )
