@@ -1,19 +1,18 @@
-"""What TransformerLens puts together from activations and weights: exact, or refused.
+"""Activation cache whose sums of activations and weights are exact, or refused.
 
-Its ActivationCache takes the stream and the logits apart by equations of this kind::
+TransformerLens's ActivationCache splits the stream and the logits by equations of this kind::
 
     write of a head = z W_O      of a neuron = post W_out      logit = W_U (x - mean(x)) / scale
 
-On a bridge as booted adaLN stands between: gates before the stream, and behind each norm a weight,
-a shift and a scale. What leaves them out is refused, with the way out: weight processing makes them
-part of the weights, and then every equation above holds. In a dual pass the stream has both halves,
-and the read-out the noisy one alone, so nothing is read out of such a cache as a whole.
+On a bridge as booted adaLN stands between: gates before the stream, and after each norm a weight, a
+shift and a scale. A call that would leave them out is refused, with the way out: weight processing
+makes them part of the weights, and then every equation above holds. In a dual pass the stream holds
+both streams and the read-out the noisy one alone, so nothing is read out of the whole cache.
 
 A cache belongs to the weights that it was made with: once they are processed, it is refused too.
-Nor do processed weights go into a bridge as booted, or booted ones into a processed bridge.
 
-An ``ActivationCache(dict, bridge)`` made by hand refuses heads, neurons and logits in the same way,
-but says nothing of norms on the way, of a dual pass's positions, or of weights processed since.
+An ``ActivationCache(dict, bridge)`` that a user builds refuses heads, neurons and logits in the
+same way, but does not check norms, the positions of a dual pass, or weights processed since.
 """
 
 import copy
@@ -34,13 +33,13 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
     """Refuse a norm whose output is more than ``(x - mean(x)) / scale``.
 
     Args:
-        bridge: whose norm it is.
-        layer: whose input it is; ``n_layers`` is the read-out.
+        bridge: a BD3LM bridge.
+        layer: the layer whose input is normalized; ``n_layers`` is the read-out.
         mlp_input: ``ln2`` in place of ``ln1``.
-        weight: whether its weight would be left out, and not the modulation alone.
+        weight: whether the norm's weight would be left out, and not the modulation alone.
 
     Raises:
-        NotExactError: if there is anything more that is no part of other weights.
+        NotExactError: if it has a weight or a modulation that is not folded into other weights.
     """
     cfg = bridge.cfg
     if layer == cfg.n_layers:
@@ -75,21 +74,21 @@ def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: boo
     )
 
 
-def of_a_layer(name: str) -> Any:
-    """The host's method of a cache, where it is given a layer that there is."""
-    theirs = getattr(ActivationCache, name)
+def _checking_layer(name: str) -> Any:
+    """Return a method of TransformerLens's cache that refuses layers that do not exist."""
+    original = getattr(ActivationCache, name)
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = inspect.signature(theirs).bind(self, *args, **kwargs).arguments
-        require_layer(self.model.cfg.n_layers, asked.get("layer"), asked.get("mlp_input", False))
-        return theirs(self, *args, **kwargs)
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        _require_layer(self.model.cfg.n_layers, given.get("layer"), given.get("mlp_input", False))
+        return original(self, *args, **kwargs)
 
     return method
 
 
-def require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
-    """Refuse what is no layer, and an MLP behind the last one.
+def _require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
+    """Refuse a layer that does not exist, and an MLP after the last one.
 
     Raises:
         InputError: for either.
@@ -106,11 +105,11 @@ def require_layer(n_layers: int, layer: int | None, mlp_input: bool) -> None:
 
 
 class BD3LMActivationCache(ActivationCache):
-    """What ``run_with_cache`` returns.
+    """Cache that ``run_with_cache`` returns, with checks before every sum.
 
     Attributes:
         processed: whether the weights were processed when it was made.
-        predicted: where the noisy stream held a mask; None if it was given as embeddings.
+        predicted: masked positions of the noisy stream; None if it was given as embeddings.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class BD3LMActivationCache(ActivationCache):
         self.processed: bool = getattr(model, "_weights_processed", False)
 
     def require_its_weights(self) -> None:
-        """Refuse weights that were processed since.
+        """Refuse weights that were processed after the cache was made.
 
         Raises:
             NotExactError: if they were.
@@ -182,7 +181,7 @@ class BD3LMActivationCache(ActivationCache):
         rows.at(positions).require(positions)
 
     def has_all_rows(self, residual_stack: Tensor) -> bool:
-        """Whether a stack is of the whole batch."""
+        """Whether a stack has all rows of the batch."""
         return self.predicted is None or len(self.predicted.masked) == residual_stack.shape[1]
 
     def logit_attrs(
@@ -194,29 +193,29 @@ class BD3LMActivationCache(ActivationCache):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
     ) -> Tensor:
-        """As the host's, at all positions or at masked ones."""
+        """Compute logit attributions, at all positions or at masked ones."""
         self.require_predictions(pos_slice, batch_slice)
         return super().logit_attrs(
             residual_stack, tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim
         )
 
     def logit_lens(self, *, positions: Any = -1, **kwargs: Any) -> Any:
-        """As the host's, at all positions or at masked ones."""
+        """Read the logit lens, at all positions or at masked ones."""
         self.require_predictions(positions, kwargs.get("batch_slice"))
         return super().logit_lens(positions=positions, **kwargs)
 
-    accumulated_resid = of_a_layer("accumulated_resid")
-    decompose_resid = of_a_layer("decompose_resid")
-    get_full_resid_decomposition = of_a_layer("get_full_resid_decomposition")
-    stack_head_results = of_a_layer("stack_head_results")
-    stack_neuron_results = of_a_layer("stack_neuron_results")
+    accumulated_resid = _checking_layer("accumulated_resid")
+    decompose_resid = _checking_layer("decompose_resid")
+    get_full_resid_decomposition = _checking_layer("get_full_resid_decomposition")
+    stack_head_results = _checking_layer("stack_head_results")
+    stack_neuron_results = _checking_layer("stack_neuron_results")
 
     def _ensure_head_results(self) -> bool:
         self.require_its_weights()
         return super()._ensure_head_results()
 
     def get_neuron_results(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the host's."""
+        """Return what each neuron writes."""
         self.require_its_weights()
         return super().get_neuron_results(*args, **kwargs)
 
@@ -230,14 +229,15 @@ class BD3LMActivationCache(ActivationCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Tensor:
-        """As the host's; ``recompute_ln`` goes through ``ln_final``, its weight included."""
-        require_layer(self.model.cfg.n_layers, layer, mlp_input)
+        """Apply a norm to a stack; ``recompute_ln`` applies ``ln_final``, its weight included."""
+        _require_layer(self.model.cfg.n_layers, layer, mlp_input)
         if recompute_ln:
             self.require_its_weights()
             self.require_one_stream()
             require_folded(self.model, self.model.cfg.n_layers, weight=False)
             if layer is None and has_batch_dim and self.has_all_rows(residual_stack):
-                self.require_predictions(pos_slice, batch_slice)  # asked by the host's own lens
+                # TransformerLens's own lens calls it so.
+                self.require_predictions(pos_slice, batch_slice)
         return super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
@@ -253,9 +253,9 @@ class BD3LMActivationCache(ActivationCache):
         return super()._get_cached_ln_scale(layer, mlp_input, *args, **kwargs)
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "BD3LMActivationCache":
-        """As the host's."""
+        """Return the cache of some rows of the batch."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        mine = copy.copy(self)
-        mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
-        mine.predicted = self.predicted and self.predicted.rows(batch_slice)
-        return mine
+        result = copy.copy(self)
+        result.cache_dict, result.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
+        result.predicted = self.predicted and self.predicted.rows(batch_slice)
+        return result

@@ -1,11 +1,10 @@
-"""How TransformerLens sees a BD3LM checkpoint: the component mapping and cfg.
+"""Adapter of BD3LM checkpoints: TransformerLens's names for their modules, and its settings.
 
-Components map by the checkpoint's parameter names alone, so the same mapping wraps our plain
-modules and, with
-``trust_remote_code=True``, a repository's own. A repository's code is imported only when the user
-says so.
+Components map by the checkpoint's parameter names alone, so the same mapping wraps the plain
+modules of this package and, with ``trust_remote_code=True``, a repository's own. A repository's
+code is imported only when the user says so.
 
-What weight processing needs beyond the host's own is in ``folding``.
+What weight processing needs beyond TransformerLens's own is in ``folding``.
 """
 
 import difflib
@@ -52,10 +51,10 @@ from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.model.modules import NORM_EPS
 from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, shown
 
-# What a config of TransformerLens's own making lacks; what BD3LMConfig takes by default.
-DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
+# BD3LMConfig's defaults, for a config that TransformerLens makes without a checkpoint.
+_DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
 # Settings of TransformerLens that a bridge does not depend on, or that come from the call.
-FREE = {
+_FREE = {
     "dtype",
     "device",
     "model_name",
@@ -69,7 +68,7 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 class BD3LMArchitectureAdapter(ArchitectureAdapter):
-    """Adapter for BD3LM, and MDLM and AR, its baselines: every hook point exact and editable."""
+    """Adapter for BD3LM and its baselines MDLM and AR; every hook point is exact and editable."""
 
     applicable_phases: list[int] = [1, 2, 3]
     supports_generation: bool = False
@@ -81,21 +80,21 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
     # block and needs its routing, adaLN reads the conditioning vector.
     component_test_skip_suffixes: tuple[str, ...] = (".attn", ".adaln")
     denoising: ClassVar[tuple[type, ...]] = ()
-    """Methods for bridges that denoise; the denoising package, a floor above, puts its own here."""
+    """Mixins for bridges that denoise; the denoising package, a floor above, puts its own here."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        for name, value in DEFAULTS.items():
+        for name, value in _DEFAULTS.items():
             setattr(cfg, name, getattr(cfg, name, value))
         cfg.model_length = getattr(cfg, "model_length", cfg.n_ctx)
         if cfg.cross_attn:
             cfg.block_size = read_block_size(cfg.block_size, cfg.model_length)
-        describe(cfg)
+        _describe(cfg)
         self.weight_processing_conversions = {**self._qkvo_weight_conversions()}
         self.component_mapping = self.mapping()
 
     def mapping(self) -> dict[str, Any]:
-        """TransformerLens's names for the checkpoint's modules."""
+        """Return the components by TransformerLens's names."""
         cfg = self.cfg
         layer = {
             "ln1": BD3LMNormBridge(name="norm1", config=cfg),
@@ -119,17 +118,17 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         }
 
     def prepare_loading(self, model_name: str, model_kwargs: dict) -> None:
-        """With the user's trust, the repository's own classes; else ours, and none of its code.
+        """Choose the model class: the repository's own if the user trusts it, else this package's.
 
         Raises:
             CheckpointError: if the weights would not fill the model that the config describes, or
                 the config has settings of TransformerLens's own.
-            InputError: if they are to be spread over devices.
-            TokenizerError: if the tokenizer's files cannot be read, or not without risk.
+            InputError: if the weights are to be spread over devices.
+            TokenizerError: if the tokenizer's files cannot be read safely.
         """
         check_placement(model_kwargs.get("device_map"))
         config = model_kwargs["config"]
-        refuse_host_settings(config, self.cfg)
+        _refuse_tl_settings(config, self.cfg)
         self._config = config
         check_files(model_name, revision=model_kwargs.get("revision"))
         self.cfg.time_conditioning = config.time_conditioning
@@ -143,20 +142,20 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         logger.info("wrapping the modules of %s's own code", model_name)
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Record what cfg could not know before the model was there.
+        """Check the loaded model, and record in cfg the settings that only the model knows.
 
         Raises:
             CheckpointError: if a weight is too large for the dtype, or a module computes more than
                 its weights say.
             InputError: if the weights are spread over devices, if the model is in a bridge already,
-                or if it is not as ``n_ctx`` or ``hf_config_overrides`` ask.
+                or if it was made with other settings than ``n_ctx`` or ``hf_config_overrides`` ask.
         """
         if hasattr(hf_model, "tl_cfg"):
             raise InputError(
                 "hf_model is in a bridge already, which has taken its modules apart: load it anew, "
-                "or boot a copy.deepcopy of the model that was made before the first boot"
+                "or boot a copy.deepcopy that was taken before the first boot"
             )
-        refuse_late_overrides(getattr(self, "_config", hf_model.config), hf_model.config)
+        _refuse_late_overrides(getattr(self, "_config", hf_model.config), hf_model.config)
         check_placement(getattr(hf_model, "hf_device_map", None))
         check_plain(hf_model)
         check_range(hf_model)
@@ -170,10 +169,10 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             self.supports_causal_loss = self.supports_generation = True
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """Mount the conditioning, put our forward in front, and teach the tokenizer its mask."""
+        """Mount the conditioning, put this package's forward in front, and add the mask token."""
         model = bridge.original_model
         install(model, bridge.cfg)
-        mount_frequencies(bridge, model.backbone)
+        _mount_frequencies(bridge, model.backbone)
         for methods in (WithNextToken,) if self.cfg.causal else self.denoising:
             put_in_front(bridge, methods)
         put_in_front(bridge, WithWeightProcessing)
@@ -184,7 +183,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         if not self.cfg.causal:
             put_in_front(bridge, WithoutShiftedLoss)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
-            mount_conditioning(bridge, model.backbone)
+            _mount_conditioning(bridge, model.backbone)
         own_hook_points(bridge)
         if bridge.tokenizer is not None:
             bridge.cfg.mask_token_id = teach_mask(bridge.tokenizer, model.config.vocab_size)
@@ -196,7 +195,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
     @property
     def supports_compatibility_mode(self) -> bool:
-        """Refuse before the host has changed anything.
+        """Return True, or refuse before TransformerLens has changed anything.
 
         Raises:
             NotExactError: for a model that weight processing would change, time conditioning first.
@@ -205,13 +204,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         return True
 
     def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Fold the modulation, before the host folds norms and centres.
+        """Fold the modulation, before TransformerLens folds norms and centers.
 
-        Until the host has come through with the rest, the bridge's weights are as they were, and
-        it does not count as processed.
+        The bridge counts as processed only once TransformerLens has finished the rest.
 
         Raises:
-            NotExactError: for a model that it would change; nothing has been changed.
+            NotExactError: for a model that processing would change; nothing has been changed.
         """
         bridge: Any = self.cfg._bridge_ref()
         bridge._weights_processed = False
@@ -219,13 +217,13 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         return state_dict
 
     def postprocess_weights(self, bridge: Any) -> None:
-        """What the host's hand-over leaves out."""
+        """Put right what TransformerLens leaves out when it hands the processed weights over."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
 
 
-def describe(cfg: Any) -> None:
-    """Write down in TransformerLens's names what every model of this architecture is."""
+def _describe(cfg: Any) -> None:
+    """Set in cfg what holds for every model of this architecture."""
     cfg.n_ctx = cfg.model_length
     cfg.d_mlp = 4 * cfg.d_model
     cfg.act_fn = "gelu_new"
@@ -244,25 +242,25 @@ def describe(cfg: Any) -> None:
     cfg.dropout = 0.0
 
 
-def refuse_host_settings(config: Any, cfg: Any) -> None:
-    """Refuse settings of TransformerLens's own in a checkpoint's config.
+def _refuse_tl_settings(config: Any, cfg: Any) -> None:
+    """Refuse settings of TransformerLens in a checkpoint's config.
 
-    TransformerLens reads its settings out of ``config.json`` and ``hf_config_overrides``, and some
-    say what the modules do not do, or where else to take the tokenizer from.
+    TransformerLens reads its settings out of ``config.json`` and ``hf_config_overrides`` too, where
+    they could contradict the modules, or name another tokenizer.
 
     Raises:
         CheckpointError: naming the setting and its value, also for an override that nothing reads.
     """
     shape = ("d_model", "d_head", "n_layers", "n_ctx", "n_heads", "d_vocab", "architecture")
     plain: Any = TransformerBridgeConfig(**{name: getattr(cfg, name) for name in shape})
-    names = vars(plain).keys() - FREE
+    names = vars(plain).keys() - _FREE
     plain.model_length = cfg.model_length
-    describe(plain)
+    _describe(plain)
     for name in sorted(names & vars(config).keys()):
         if vars(config)[name] != getattr(plain, name):
             raise CheckpointError(
                 f"{name}={shown(vars(config)[name])} in the checkpoint's config or in "
-                "hf_config_overrides: it is a setting of TransformerLens, no checkpoint's, and "
+                "hf_config_overrides: it is a setting of TransformerLens, not of a checkpoint, and "
                 f"{getattr(plain, name)!r} here; remove it, and set on the bridge what can be set"
             )
     own_keys = config.unknown_overrides() if isinstance(config, BD3LMConfig) else []
@@ -276,8 +274,8 @@ def refuse_host_settings(config: Any, cfg: Any) -> None:
             )
 
 
-def refuse_late_overrides(wanted: Any, config: Any) -> None:
-    """Refuse overrides of the config that come too late for a model that is made already.
+def _refuse_late_overrides(wanted: Any, config: Any) -> None:
+    """Refuse overrides of the config that come too late, because the model exists already.
 
     Raises:
         InputError: naming the key and both values.
@@ -292,19 +290,19 @@ def refuse_late_overrides(wanted: Any, config: Any) -> None:
             )
 
 
-def mount_frequencies(bridge: Any, backbone: Any) -> None:
-    """Let the host see the rotary embedding itself: its own view would cast the frequencies."""
+def _mount_frequencies(bridge: Any, backbone: Any) -> None:
+    """Give TransformerLens the rotary embedding itself; its own view would cast frequencies."""
     views = bridge._modules.get("_container_state_owners")
     if views is not None and "rotary_emb" in views.backbone._modules:
         views.backbone.rotary_emb = backbone.rotary_emb
 
 
-def mount_conditioning(bridge: Any, backbone: Any) -> None:
+def _mount_conditioning(bridge: Any, backbone: Any) -> None:
     """Wrap ``sigma_map`` and the final modulation, as ``timestep_embed`` and ``final_adaln``.
 
     They stay out of ``component_mapping``, whose tools feed every component a residual. The plain
-    ``sigma_map`` stays mounted under its own name: by it the host's lenses know that the readout is
-    modulated.
+    ``sigma_map`` stays mounted under its own name, by which TransformerLens's lenses know that the
+    read-out is modulated.
     """
     plain = backbone.sigma_map
     bridge.sigma_map = plain

@@ -1,8 +1,8 @@
-"""The autoregressive baseline: the host's shifted loss and its ``generate``, mask left out.
+"""Autoregressive baseline: TransformerLens's causal loss and ``generate``, without the mask token.
 
-Position i of ``causal: true`` predicts token i + 1, so here the host's causal loss is the loss, and
-what it generates is what the model writes. One thing is left to do: the vocabulary has the mask
-token, which is no word, and its column of the raw logits was never trained::
+Position i of ``causal: true`` predicts token i + 1, so TransformerLens's causal loss and its
+``generate`` mean what they say. One thing is left to do: the vocabulary has the mask token, whose
+column of the raw logits was never trained::
 
     log p(x_i | x_<i) = log_softmax(logits[i - 1] with logits[mask] = -inf)
 
@@ -30,8 +30,8 @@ _writing: ContextVar[Any] = ContextVar("bd3lm_writing", default=None)
 
 
 @contextmanager
-def writing(bridge: Any) -> Iterator[None]:
-    """While the host draws tokens from this bridge's logits."""
+def _drawing_from(bridge: Any) -> Iterator[None]:
+    """Mark this bridge as the one whose logits TransformerLens draws tokens from."""
     token = _writing.set(bridge)
     try:
         yield
@@ -40,22 +40,22 @@ def writing(bridge: Any) -> Iterator[None]:
 
 
 class WithNextToken:
-    """Mixed in front of the bridge's class."""
+    """Mixed in front of the bridge's class: causal loss and generation without the mask token."""
 
     def cut(self: Any, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
-        """Logits with the mask token's at minus infinity, as a new tensor."""
+        """Return the logits with the mask token's at minus infinity, as a new tensor."""
         return without_mask(logits, self.cfg.mask_token_id)
 
     def forward(
         self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
-        """As the host's; without the mask where tokens are drawn from it."""
-        found = super().forward(input, return_type, *args, **kwargs)
-        drawn = _writing.get() is self and return_type == "logits" and isinstance(found, Tensor)
-        return self.cut(found) if drawn else found
+        """Run the forward; logits that tokens are drawn from have no mask token."""
+        output = super().forward(input, return_type, *args, **kwargs)
+        drawn = _writing.get() is self and return_type == "logits" and isinstance(output, Tensor)
+        return self.cut(output) if drawn else output
 
     def loss_fn(self: Any, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As the host's (nats a token), over the words alone.
+        """Compute TransformerLens's causal loss in nats a token, without the mask token.
 
         Raises:
             InputError: if a text holds the mask, which has probability zero, or has nothing to
@@ -71,38 +71,40 @@ class WithNextToken:
                 kwargs.setdefault("attention_mask", (~behind).long())
         return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
 
-    def _causal_labels_loss(self: Any, logits: Any, labels: Any, *args: Any, **how: Any) -> Tensor:
-        """As the host's, over the words alone."""
+    def _causal_labels_loss(
+        self: Any, logits: Any, labels: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Compute the loss of given labels, without the mask token."""
         self.check_finished(labels)
         behind = padding(torch.atleast_2d(labels), self.cfg.pad_token_id)
         labels = labels if behind is None else torch.atleast_2d(labels).masked_fill(behind, -100)
-        return super()._causal_labels_loss(self.cut(logits), labels, *args, **how)
+        return super()._causal_labels_loss(self.cut(logits), labels, *args, **kwargs)
 
     def check_finished(self: Any, tokens: Tensor) -> None:
-        """Refuse the mask among what is to be predicted.
+        """Refuse texts that hold the mask token, which is never predicted.
 
         Raises:
-            InputError: if it is there.
+            InputError: if they do.
         """
         way_out = "it is never predicted, give finished texts"
         check_finished("tokens", tokens, self.cfg.mask_token_id, way_out)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the host's; it never writes the mask.
+        """Generate as TransformerLens does; the mask token is never written.
 
         Raises:
             InputError: for prompts of several lengths, whose positions padding would shift, and for
                 texts that would outgrow the context.
         """
         self.check_prompt(TransformerBridge.generate, *args, **kwargs)
-        with writing(self):
+        with _drawing_from(self):
             return super().generate(*args, **kwargs)
 
     def check_prompt(self: Any, call: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse prompts of several lengths, and texts that would outgrow the context.
 
         Raises:
-            InputError: if they are that.
+            InputError: for either.
         """
         given = inspect.signature(call).bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -128,7 +130,7 @@ class WithNextToken:
                 )
 
     def generate_stream(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As the host's; it never writes the mask.
+        """Generate as a stream, as TransformerLens does; the mask token is never written.
 
         Raises:
             InputError: as ``generate``.
@@ -137,19 +139,19 @@ class WithNextToken:
         stream = super().generate_stream(*args, **kwargs)
         while True:
             try:
-                with writing(self):
+                with _drawing_from(self):
                     part = next(stream)
             except StopIteration:
                 return
             yield part
 
     def hf_generate(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: transformers' own loop knows nothing of the mask.
+        """Refuse transformers' own loop, which would write the mask token.
 
         Raises:
             NotExactError: always.
         """
         raise NotExactError(
-            "hf_generate draws from raw logits, the untrained one of the mask among them: call "
+            "hf_generate draws from raw logits, the untrained one of the mask token included: call "
             "bridge.generate"
         )

@@ -1,14 +1,11 @@
-"""Attention with every hook point exact, and none of a mask's empty area computed.
+"""Attention with every hook point exact, through one fused kernel where nothing is hooked.
 
 With rotated queries and keys of head h, over the keys that the view's mask lets a query read::
 
     z = softmax(q k^T / sqrt(d_head)) v
 
-A view's square is mostly empty: n of a dual view's 2n x 2n columns are never read by anyone in
-another block. ``Routing`` cuts it into tiles, each a few rows of queries with just the keys that
-they can read, so a dual pass costs about a third of the dense square. While nobody looks at scores
-or pattern a tile is one fused kernel; as soon as somebody does, the whole square is explicit, with
-the same numbers.
+While scores and pattern have no hooks, each tile of the mask (see ``routing``) is one fused kernel;
+otherwise the whole square is explicit, with the same numbers.
 
 Projections own their weights: the checkpoint's joint ``attn_qkv`` is split into q, k and v, which
 share its storage as booted, and the joint module is dropped, so no parameter is counted twice.
@@ -30,13 +27,13 @@ from transformer_lens_bd3lm.bridge.watched import watched
 
 
 class BD3LMAttentionBridge(JointQKVAttentionBridge):
-    """Bidirectional block attention over rotated heads, living on the checkpoint's block."""
+    """Block attention over rotated heads; its projections lie on the checkpoint's block."""
 
     def __init__(self, config: Any, submodules: dict[str, Any]):
         super().__init__(
             name=cast(Any, None),  # containerless: the projections lie on the block itself
             config=config,
-            split_qkv_matrix=split_joint_projection,
+            split_qkv_matrix=_split_joint_projection,
             submodules=submodules,
         )
         del self.hook_hidden_states
@@ -52,10 +49,10 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
 
     @property
     def _result_contribution_scale(self) -> float:
-        """1: a head writes ``z W_O``; TransformerLens asks before it recomputes that.
+        """Return 1: a head writes ``z W_O``, which TransformerLens is about to recompute.
 
         Raises:
-            NotExactError: where it does not, as the block knows.
+            NotExactError: where gates or dropout stand between; see the block.
         """
         bridge: Any = self.config._bridge_ref()
         return bridge.blocks[self._layer_idx].residual_contribution_scale
@@ -68,14 +65,14 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         fork: "Fork | None" = None,
         queries: slice | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
-        """What attention adds to the residual, before its gate; after it with ``use_attn_result``.
+        """Compute what attention writes, before its gate; after it with ``use_attn_result``.
 
         Args:
             h: what attention reads, modulated.
-            routing: how rows read each other.
+            routing: which rows read which.
             gate: adaLN's ``gate_msa``, for ``use_attn_result`` alone; None is 1.
             fork: the residual and its norm, when the split input hooks are on.
-            queries: the only rows whose write is wanted; all are keys. For a pass nobody looks at.
+            queries: the rows whose write is wanted, in a pass without hooks; all rows are keys.
         """
         if fork is None:
             h = self.hook_in(h)
@@ -90,7 +87,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         if routing.cache is not None:
             k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
             k, v = k[:, :, routing.first_key :], v[:, :, routing.first_key :]
-        # Where queries are given nobody of this pass looks; another thread may have begun to.
+        # A pass that names its queries has no hooks here; another thread may have added one since.
         if queries is None and watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense())
         else:
@@ -104,7 +101,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
     def explicit(
         self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None
     ) -> Float[Tensor, "batch head row d_head"]:
-        """The same with scores (masked: -inf) and pattern in the open; softmax in float32+."""
+        """Compute z with explicit scores (masked: -inf) and pattern, in float32 or wider."""
         scores = q @ k.transpose(-1, -2) * self.config.d_head**-0.5
         if dense is not None:
             scores = scores.masked_fill(~dense, -torch.inf)
@@ -114,7 +111,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         return self.hook_pattern(pattern) @ v
 
     def write_by_head(self, z: Tensor, gate: Tensor | None) -> Float[Tensor, "batch row d_model"]:
-        """The write as a sum of gated results by head; ``hook_out`` stays live before the gate."""
+        """Sum gated results by head; ``hook_out`` stays editable, before the gate."""
         n_heads = self.config.n_heads
         w_o = einops.rearrange(self.o.weight, "d (h e) -> h e d", h=n_heads)
         per_head = torch.einsum("bphe,hed->bphd", z.unflatten(-1, (n_heads, -1)), w_o)
@@ -130,7 +127,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         return write
 
     def project_forked(self, fork: "Fork") -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v from per-head copies of the residual, hooked before the norm."""
+        """Compute q, k and v from per-head copies of the residual, hooked before the norm."""
         heads, width = self.config.n_heads, self.config.d_head
         if self.config.use_split_qkv_input:
             hooks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
@@ -147,7 +144,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
 
 @dataclass(frozen=True)
 class Fork:
-    """A residual to copy once a head, and the norm and modulation that each copy goes through."""
+    """Residual stream to copy for every head, and the norm and modulation of each copy."""
 
     residual: Float[Tensor, "batch row d_model"]
     weight: Float[Tensor, " d_model"]
@@ -156,7 +153,7 @@ class Fork:
     eps: float
 
     def per_head(self, hook: HookPoint, heads: int) -> Float[Tensor, "batch row head d_model"]:
-        """The hooked copies, normalised and modulated."""
+        """Return the hooked copies, normalized and modulated."""
         x = hook(einops.repeat(self.residual, "b p d -> b p h d", h=heads).contiguous())
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=self.eps)
@@ -166,8 +163,8 @@ class Fork:
         return h * (1 + self.scale[:, :, None]) + self.shift[:, :, None]
 
 
-def split_joint_projection(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """q, k and v as linears over the joint weight's own storage: rows of q, k, then v heads."""
+def _split_joint_projection(block: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return q, k and v as linears that share the joint weight's storage, rows in that order."""
     joint = cast(nn.Linear, block.attn_qkv)
     parts = []
     for weight in joint.weight.detach().chunk(3):

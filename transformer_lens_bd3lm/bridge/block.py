@@ -6,8 +6,7 @@ With six modulation vectors from adaLN::
     x = x + gate_mlp * mlp(modulate(ln2(x), shift_mlp, scale_mlp))
 
 ``hook_resid_pre``, ``_mid`` and ``_post`` are the stream itself: editing one edits the skip path
-too.
-``hook_attn_out`` and ``hook_mlp_out`` are what is added to it, after the gate.
+too. ``hook_attn_out`` and ``hook_mlp_out`` are what is added to it, after the gate.
 """
 
 from typing import Any
@@ -25,16 +24,16 @@ from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import NotExactError
 
-REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
-OFF_THE_PATH = (
+_REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
+_OFF_THE_PATH = (
     "with use_split_qkv_input or use_attn_in every head reads its own copy of the residual"
 )
 
 
 def why_random(bridge: Any) -> str | None:
-    """Why a forward of the bridge is random, with the way out; None where it is not.
+    """Return why a forward of the bridge is random, with the way out; None where it is not.
 
-    Layers have training modes of their own, which ``bridge.training`` does not tell:
+    Layers have training modes of their own, which ``bridge.training`` does not show:
     ``bridge.blocks[0].train()``, ``bridge.original_model.train()``.
     """
     dropping = [str(i) for i, block in enumerate(bridge.blocks) if block.drops]
@@ -48,7 +47,7 @@ def why_random(bridge: Any) -> str | None:
 
 
 def require_eval(bridge: Any) -> None:
-    """Refuse a bridge of which any layer drops at random.
+    """Refuse a bridge that has a layer with active dropout.
 
     Raises:
         NotExactError: naming the layers.
@@ -58,25 +57,25 @@ def require_eval(bridge: Any) -> None:
         raise NotExactError(reason)
 
 
-def add(
+def _add_write(
     x: Float[Tensor, "batch row d_model"],
     gate: Float[Tensor, "batch row_or_1 d_model"] | None,
     write: Float[Tensor, "batch row d_model"],
     hook: HookPoint,
 ) -> Float[Tensor, "batch row d_model"]:
-    """``x + hook(gate * write)``, in one kernel while nobody looks at the gated write."""
+    """Compute ``x + hook(gate * write)``, in one kernel while the gated write has no hook."""
     if gate is None:
         return x + hook(write)
     return x + hook(gate * write) if watched(hook) else torch.addcmul(x, gate, write)
 
 
 class BD3LMBlockBridge(BlockBridge):
-    """A layer whose forward is ours over the checkpoint's own weights."""
+    """Transformer layer with this package's forward over the checkpoint's own weights."""
 
     def __init__(self, name: str, config: Any, submodules: dict[str, Any]):
         super().__init__(name, config=config, submodules=submodules)
         aliases = dict(type(self).hook_aliases)
-        for alias in REPLACED:
+        for alias in _REPLACED:
             aliases.pop(alias)
             setattr(self, alias, HookPoint())
         self.hook_aliases = aliases
@@ -84,7 +83,7 @@ class BD3LMBlockBridge(BlockBridge):
         self.hook_modulated_mlp = HookPoint()
 
     def set_original_component(self, original_component: nn.Module) -> None:
-        """Take the checkpoint's block, and tell its attention which layer it is."""
+        """Take the checkpoint's block, and give its attention the number of the layer."""
         super().set_original_component(original_component)
         self.submodules["attn"]._layer_idx = self._extract_layer_idx()
 
@@ -95,18 +94,18 @@ class BD3LMBlockBridge(BlockBridge):
         routing: Routing,
         readout: slice | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this layer.
+        """Return the residual stream after this layer.
 
         Args:
             hidden_states: the residual stream before it.
             c: the conditioning vector, one a batch row, or one a position.
-            routing: how rows read each other.
-            readout: the only rows that anybody reads after this layer. The others are keys still,
-                but nothing else of them is computed, unless somebody looks at this layer.
+            routing: which rows read which.
+            readout: the only rows that are read after this layer. The others still give keys and
+                values, and nothing else of them is computed, unless this layer has hooks.
         """
         (x,), _ = self._maybe_inject_start_residual((hidden_states,), {})
         self._check_stop_at_layer(x)
-        if readout is not None and not self.training and not self.looked_at():
+        if readout is not None and not self.training and not self.is_watched():
             return self.read_out(x, c, routing, readout)
         x = self.hook_in(x)
         vectors = self.modulation(c, routing)
@@ -114,23 +113,23 @@ class BD3LMBlockBridge(BlockBridge):
 
         flags = self.attn.config  # shared with the bridge; a block's own config is a copy
         if flags.use_split_qkv_input or flags.use_attn_in:
-            h = modulate(self.ln1.observe(x, OFF_THE_PATH), shift_msa, scale_msa)
-            read_only(self.hook_modulated_msa, h, OFF_THE_PATH)
-            read_only(self.attn.hook_in, h, OFF_THE_PATH)
+            h = modulate(self.ln1.observe(x, _OFF_THE_PATH), shift_msa, scale_msa)
+            read_only(self.hook_modulated_msa, h, _OFF_THE_PATH)
+            read_only(self.attn.hook_in, h, _OFF_THE_PATH)
             fork = Fork(x, self.ln1.weight, shift_msa, scale_msa, self.config.eps)
         else:
             h = self.hook_modulated_msa(modulate(self.ln1(x), shift_msa, scale_msa))
             fork = None
         write = self.dropout(self.attn(h, routing, gate_msa, fork))
         gate = None if flags.use_attn_result else gate_msa
-        x = self.hook_resid_mid(add(x, gate, write, self.hook_attn_out))
+        x = self.hook_resid_mid(_add_write(x, gate, write, self.hook_attn_out))
 
         read = self.hook_mlp_in(x) if self._read_use_hook_mlp_in() else x
         h = self.hook_modulated_mlp(modulate(self.ln2(read), shift_mlp, scale_mlp))
-        return self.hook_out(add(x, gate_mlp, self.dropout(self.mlp(h)), self.hook_mlp_out))
+        return self.hook_out(_add_write(x, gate_mlp, self.dropout(self.mlp(h)), self.hook_mlp_out))
 
     def modulation(self, c: Tensor | None, routing: Routing) -> tuple[Tensor | None, ...]:
-        """AdaLN's six vectors; where c is one constant of a run, computed once if nobody looks."""
+        """Return adaLN's six vectors; where c is constant in a run, they are computed once."""
         if c is None or (self.adaln.folded == MODULATION and not watched(*self.adaln.modules())):
             return (None,) * 6
         if routing.constants is None or watched(*self.adaln.modules()):
@@ -142,11 +141,11 @@ class BD3LMBlockBridge(BlockBridge):
 
     @property
     def drops(self) -> bool:
-        """Whether what this layer writes goes through dropout: in training mode, with some."""
+        """Whether this layer's writes go through dropout: in training mode, with a rate above 0."""
         return self.training and bool(self.attn.config.dropout)
 
     def dropout(self, write: Tensor) -> Tensor:
-        """The checkpoint's residual dropout, before the gate; the identity unless in training.
+        """Apply the checkpoint's residual dropout, before the gate, in training mode alone.
 
         Raises:
             NotExactError: with ``use_attn_result``, whose results by head it would not sum to.
@@ -163,10 +162,10 @@ class BD3LMBlockBridge(BlockBridge):
 
     @property
     def residual_contribution_scale(self) -> float:
-        """1: heads and neurons write what their weights say, ``z W_O`` and ``post W_out``.
+        """Return 1: heads and neurons write ``z W_O`` and ``post W_out``.
 
-        TransformerLens multiplies with this whatever it puts together from those weights: heads,
-        neurons and biases of a cache, sources of path patching.
+        TransformerLens multiplies by it what it computes from those weights: heads, neurons and
+        biases of a cache, sources of path patching.
 
         Raises:
             NotExactError: while anything stands between the weights and the residual stream.
@@ -174,31 +173,31 @@ class BD3LMBlockBridge(BlockBridge):
         if self.drops:
             raise NotExactError(
                 f"blocks.{self.attn._layer_idx} is in training with "
-                f"dropout={self.attn.config.dropout}, through which all goes that heads and "
-                "neurons write: call bridge.eval() and run again"
+                f"dropout={self.attn.config.dropout}, which comes after what heads "
+                "and neurons write: call bridge.eval() and run again"
             )
         self.require_plain_writes()
         return 1.0
 
     def require_plain_writes(self) -> None:
-        """Refuse weights that gates come after.
+        """Refuse weights whose output still goes through a gate.
 
         Raises:
-            NotExactError: unless there are none, or they are part of the weights.
+            NotExactError: if the layer has gates that are not folded into the weights.
         """
         flags = self.attn.config
         if not flags.adaln or "gate_msa" in self.adaln.folded:
             return
         fold = "" if flags.time_conditioning else "Call bridge.enable_compatibility_mode(). "
         raise NotExactError(
-            f"blocks.{self.attn._layer_idx}: adaLN's gates come after W_O and W_out, and what is "
-            f"put together from those weights alone (heads, neurons, biases) is off. {fold}"
+            f"blocks.{self.attn._layer_idx}: adaLN's gates come after W_O and W_out, so what is "
+            f"computed from those weights alone (heads, neurons, biases) is off. {fold}"
             "For heads, bridge.set_use_attn_result(True) is enough: attn.hook_result is gated, as "
             "are hook_attn_out and hook_mlp_out. Then run again"
         )
 
-    def looked_at(self) -> bool:
-        """Whether anything in this layer has a hook, or a flag makes its heads fork."""
+    def is_watched(self) -> bool:
+        """Whether this layer has a hook, or a flag that gives its heads copies or results."""
         flags = self.attn.config
         forked = flags.use_split_qkv_input or flags.use_attn_in or flags.use_attn_result
         return forked or watched(*self.modules())
@@ -206,11 +205,13 @@ class BD3LMBlockBridge(BlockBridge):
     def read_out(
         self, x: Tensor, c: Tensor | None, routing: Routing, readout: slice
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The same for the rows ``readout`` alone, with every row a key."""
+        """Compute the layer for the rows ``readout`` alone, with every row a key."""
         vectors = self.modulation(c, routing)
         read = [v if v is None or v.shape[1] == 1 else v[:, readout] for v in vectors]
         gate_msa, shift_mlp, scale_mlp, gate_mlp = read[2:]
         h = modulate(self.ln1(x), vectors[0], vectors[1])
-        x = add(x[:, readout], gate_msa, self.attn(h, routing, queries=readout), self.hook_attn_out)
+        x = _add_write(
+            x[:, readout], gate_msa, self.attn(h, routing, queries=readout), self.hook_attn_out
+        )
         h = modulate(self.ln2(x), shift_mlp, scale_mlp)
-        return add(x, gate_mlp, self.mlp(h), self.hook_mlp_out)
+        return _add_write(x, gate_mlp, self.mlp(h), self.hook_mlp_out)

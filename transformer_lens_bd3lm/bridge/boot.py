@@ -1,4 +1,4 @@
-"""What may stand for a bridge: the bridge itself, or the name of a checkpoint, which is booted.
+"""Boot a checkpoint by its name, and read a bridge or a name where either may be given.
 
 A name is a folder, a Hub id, a ``.ckpt`` file, ``REPO::FILENAME``, or that of an embedded model.
 """
@@ -23,21 +23,21 @@ from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 from transformer_lens_bd3lm.model.rules import ARCHITECTURES
 
-EMBEDDED = ("tiny", "grammar")
-CHECKPOINTS = Path(checkpoint.__file__).parent
+_EMBEDDED = ("tiny", "grammar")
+_CHECKPOINTS = Path(checkpoint.__file__).parent
 
 
 def path_of(model: str) -> str:
-    """The folder of an embedded model; any other name as it is."""
-    return str(CHECKPOINTS / model) if model in EMBEDDED else model
+    """Return the folder of an embedded model; any other name as it is."""
+    return str(_CHECKPOINTS / model) if model in _EMBEDDED else model
 
 
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Tell of a checkpoint that cannot be loaded, whatever the library below says.
+    """Turn every error of loading a checkpoint into a CheckpointError that names it.
 
     Raises:
-        CheckpointError: with its reason; an error of ours stays what it is.
+        CheckpointError: with the reason; errors of this package stay as they are.
     """
     try:
         yield
@@ -48,12 +48,12 @@ def loading(path: str) -> Iterator[None]:
         raise CheckpointError(f"{path} could not be loaded: {why}") from error
 
 
-def read_bridge(model: Any, **how: Any) -> Any:
+def read_bridge(model: Any, **kwargs: Any) -> Any:
     """Return the bridge that was given, or boot the one that was named.
 
     Args:
         model: a BD3LM bridge, or a checkpoint's name.
-        how: as :func:`boot_checkpoint`, for a name.
+        kwargs: of :func:`boot_checkpoint`, for a name.
 
     Raises:
         InputError: for anything else.
@@ -63,11 +63,11 @@ def read_bridge(model: Any, **how: Any) -> Any:
         return require_bridge(model)
     path = path_of(str(model))
     with loading(path):
-        return require_bridge(boot_checkpoint(path, **how))
+        return require_bridge(boot_checkpoint(path, **kwargs))
 
 
 def require_bridge(bridge: Any) -> Any:
-    """Return a bridge where only that will do, since something of it stays with the caller.
+    """Return the bridge that was given, where a checkpoint's name will not do.
 
     Raises:
         InputError: for a name, another model, or a bridge of another architecture.
@@ -97,30 +97,30 @@ def boot_lightning(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerBridge:
-    """A bridge over a training checkpoint, as ``boot_transformers`` gives over a published one.
+    """Boot a bridge of a training checkpoint, as ``boot_transformers`` does of a published one.
 
     Args:
         path_or_repo: a ``.ckpt`` file, or the folder or Hub id that has it.
         filename: its name in the folder or repository.
         weights: ``"ema"``, the moving average, which is what gets published; or ``"raw"``.
-        revision: of the repository.
-        tokenizer: the checkpoint's, where it is not to be found by itself.
-        device: the host's choice by default.
-        dtype: to compute in.
+        revision: branch, tag or commit of the repository.
+        tokenizer: the checkpoint's tokenizer, where its settings do not lead to one.
+        device: TransformerLens's choice by default.
+        dtype: of the weights and of all that is computed.
 
     Raises:
-        CheckpointError: if the file is not such a checkpoint, damaged, or hostile.
-        TokenizerError: if its tokenizer is not to be found.
-        InputError: if ``weights`` is neither.
+        CheckpointError: if the file is not a BD3LM training checkpoint, is damaged, or is hostile.
+        TokenizerError: if its tokenizer cannot be found.
+        InputError: if ``weights`` is neither of the two.
     """
     device = get_device() if device is None else device
     path = find_checkpoint_file(path_or_repo, filename, revision)
-    with read_lightning(path, weights) as found, TemporaryDirectory() as folder:
-        # The host makes its tokenizer anew from where it came from, so it comes from a folder.
-        write_config_and_tokenizer(found, tokenizer, Path(folder))
+    with read_lightning(path, weights) as lightning, TemporaryDirectory() as folder:
+        # TransformerLens reloads a tokenizer from where it came from, so it comes from a folder.
+        write_config_and_tokenizer(lightning, tokenizer, Path(folder))
         with torch.device("meta"):
-            model = BD3LM(found.config)
-        model.load_state_dict(found.state(), assign=True)
+            model = BD3LM(lightning.config)
+        model.load_state_dict(lightning.state(), assign=True)
         model.eval().to(device=device, dtype=dtype)
         bridge = TransformerBridge.boot_transformers(
             folder, hf_model=model, device=device, dtype=dtype
@@ -136,27 +136,27 @@ def boot_checkpoint(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerBridge:
-    """A bridge over whatever one name stands for, a published checkpoint or a training one.
+    """Boot a bridge by one name, of a published checkpoint or of a training one.
 
     Args:
         name: a folder or Hub id; a ``.ckpt`` file; or ``REPO::FILENAME``, a ``.ckpt`` file in a
             folder or repository.
         weights: of a training checkpoint, as in :func:`boot_lightning`.
-        device: the host's choice by default.
-        dtype: to compute in.
+        device: TransformerLens's choice by default.
+        dtype: of the weights and of all that is computed.
 
     Raises:
         CheckpointError: if it cannot be loaded as it is.
-        InputError: if ``weights`` is neither, or not for such a checkpoint.
+        InputError: if ``weights`` is not one of the two, or given for a published checkpoint.
     """
     repository, _, filename = str(name).partition("::")
     if filename or Path(repository).is_file():
-        how: dict[str, Any] = {"device": device, "dtype": dtype}
-        bridge = boot_lightning(repository, filename or None, weights, **how)
+        placement: dict[str, Any] = {"device": device, "dtype": dtype}
+        bridge = boot_lightning(repository, filename or None, weights, **placement)
         bridge.cfg.model_name = str(name)
         return bridge
     if weights != "ema":
         raise InputError(
-            f"weights={weights!r} is for training checkpoints: {name} is none, leave it out"
+            f"weights={weights!r} is for training checkpoints, and {name} is not one: leave it out"
         )
     return TransformerBridge.boot_transformers(repository, device=device, dtype=dtype)

@@ -14,7 +14,7 @@ from transformer_lens_bd3lm.model.modules import KeptFrequencies, Rotary
 
 
 class FollowsCasts:
-    """Mixed in front of a bridge's class and its model's: ``cfg.dtype`` follows every cast."""
+    """Mixed in front of the classes of a bridge and its model: ``cfg.dtype`` follows every cast."""
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -24,16 +24,16 @@ class FollowsCasts:
 
 
 def keep_frequencies(rotary: Any) -> None:
-    """Put the checkpoint's rotary frequencies out of reach of casts; undo one that was made."""
-    there = rotary.inv_freq
-    if there.dtype.itemsize < 4:
-        exact = Rotary(2 * there.shape[0]).frequencies().to(there.device)
-        cast = torch.equal(exact.to(there.dtype), there)
-        rotary.inv_freq = exact if cast else there.float()
+    """Keep casts away from the rotary frequencies, and undo one that has happened."""
+    inv_freq = rotary.inv_freq
+    if inv_freq.dtype.itemsize < 4:
+        exact = Rotary(2 * inv_freq.shape[0]).frequencies().to(inv_freq.device)
+        was_cast = torch.equal(exact.to(inv_freq.dtype), inv_freq)
+        rotary.inv_freq = exact if was_cast else inv_freq.float()
     if not isinstance(rotary, KeptFrequencies):
         put_in_front(rotary, KeptFrequencies)
 
 
 def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
-    """The checkpoint's rotary frequencies on a device, whatever the model is cast to."""
+    """Return the checkpoint's rotary frequencies on a device, whatever the model is cast to."""
     return model.backbone.rotary_emb.inv_freq.to(device)

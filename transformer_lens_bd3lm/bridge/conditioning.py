@@ -1,9 +1,8 @@
 """Embedding, norms, adaLN and read-out: everything around attention and the MLP.
 
 With ``c = silu(sigma_map(sigma))``, a layer's ``adaLN_modulation(c)`` is six vectors, and a norm's
-output is
-``norm(x) * (1 + scale) + shift``. Without time conditioning sigma is zero and all of them are
-constants of the checkpoint; they are still computed, hooked and editable at every forward.
+output is ``norm(x) * (1 + scale) + shift``. Without time conditioning sigma is zero and all of them
+are constants of the checkpoint; they are still computed, hooked and editable at every forward.
 """
 
 from typing import Any, cast
@@ -31,15 +30,15 @@ GATES = ("gate_msa", "gate_mlp")
 def modulate(
     h: Float[Tensor, "batch row d_model"], shift: Tensor | None, scale: Tensor | None
 ) -> Float[Tensor, "batch row d_model"]:
-    """``h * (1 + scale) + shift``; the identity where there is no adaLN."""
+    """Compute ``h * (1 + scale) + shift``; the identity without adaLN."""
     return h if shift is None or scale is None else torch.addcmul(shift, h, 1 + scale)
 
 
-def require_one_half_precision(weight: Tensor) -> None:
-    """Refuse autocast to the one half precision over weights in the other, which torch cannot join.
+def _require_one_half_precision(weight: Tensor) -> None:
+    """Refuse autocast to one half precision over weights in the other, which torch cannot mix.
 
     Raises:
-        InputError: naming both.
+        InputError: if the two differ.
     """
     kind = weight.device.type
     if weight.dtype.itemsize > 2 or not torch.is_autocast_enabled(kind):
@@ -53,17 +52,17 @@ def require_one_half_precision(weight: Tensor) -> None:
 
 
 class BD3LMEmbeddingBridge(EmbeddingBridge):
-    """The token table, a bare parameter named ``embedding``."""
+    """Token table, a bare parameter named ``embedding``."""
 
     def set_original_component(self, original_component: Any) -> None:
-        """Take the table, and give it the name that state dicts of the host look for."""
+        """Take the table, and give it the name that TransformerLens's state dicts have."""
         super().set_original_component(original_component)
         if "weight" not in original_component._parameters:
             original_component.weight = original_component.embedding
 
     @property
     def weight(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The table, under the name that the host reads."""
+        """The table, under the name that TransformerLens reads."""
         return cast(Any, self.original_component).embedding
 
     @property
@@ -74,25 +73,25 @@ class BD3LMEmbeddingBridge(EmbeddingBridge):
     def forward(
         self, input_ids: Int[Tensor, "batch row"], **kwargs: Any
     ) -> Float[Tensor, "batch row d_model"]:
-        """Rows of the table.
+        """Look token ids up in the table.
 
         Raises:
             InputError: under autocast to another half precision than the weights'.
         """
-        require_one_half_precision(self.weight)
+        _require_one_half_precision(self.weight)
         return self.hook_out(F.embedding(self.hook_in(input_ids), self.weight))
 
 
 class BD3LMUnembeddingBridge(UnembeddingBridge):
-    """The read-out. Once processed, the mask token's own column lies beside the others' table.
+    """Unembedding; once processed, it keeps the mask token's own column beside the table.
 
-    Its logit is untrained and never competes (SUBS), so centring must not see it: in the table its
-    column is the mean of the real tokens, and what it has more is added wherever it is read. Raw
-    logits, ``W_U`` and ``b_U`` have it.
+    The mask token's logit is untrained and never competes (SUBS), so centering must not see it. In
+    the table its column is the mean of the real tokens, and the difference is kept apart and added
+    to raw logits, ``W_U`` and ``b_U``.
     """
 
     def set_aside(self, mask_id: int, weight: Tensor, bias: Tensor) -> None:
-        """Keep what the mask token has more than the mean: weight ``[d_model]``, bias ``[]``."""
+        """Keep the mask token's difference from the mean: weight ``[d_model]``, bias ``[]``."""
         linear = cast(Any, self.original_component)
         linear.mask_id = mask_id
         linear.mask = nn.Module().train(linear.training)  # named so that state dicts have it
@@ -100,7 +99,7 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
         linear.mask.register_buffer("bias", bias.to(linear.weight))
 
     def whole(self, part: str) -> Tensor:
-        """The table's weight or bias, the mask token's own among them."""
+        """Return the table's weight or bias with the mask token's own column."""
         linear = cast(Any, self.original_component)
         table = getattr(linear, part)
         if not hasattr(linear, "mask"):
@@ -111,7 +110,7 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """What logits are read along; once processed, a copy."""
+        """Directions that logits are read along; once processed, a copy."""
         return self.whole("weight").T
 
     @property
@@ -122,24 +121,24 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
     def forward(
         self, hidden_states: Float[Tensor, "*dims d_model"], **kwargs: Any
     ) -> Float[Tensor, "*dims d_vocab"]:
-        """Raw logits of every token, the mask's too."""
+        """Compute raw logits of every token, the mask token included."""
         linear = cast(Any, self.original_component)
         h = self.hook_in(hidden_states)
         logits = linear(h)
         if hasattr(linear, "mask"):
-            more = h @ linear.mask.weight + linear.mask.bias
+            difference = h @ linear.mask.weight + linear.mask.bias
             column = torch.tensor([linear.mask_id], device=logits.device)
-            logits = logits.index_add(-1, column, more[..., None])
+            logits = logits.index_add(-1, column, difference[..., None])
         return self.hook_out(logits)
 
 
 class BD3LMNormBridge(NormalizationBridge):
-    """Layer norm in float32 or wider times a weight; one kernel unless somebody looks inside."""
+    """Layer norm in float32 or wider, times a weight; one kernel unless its inside is hooked."""
 
     def forward(
         self, hidden_states: Float[Tensor, "batch row d_model"], **kwargs: Any
     ) -> Float[Tensor, "batch row d_model"]:
-        """Normalised over the last axis; ``hook_out`` is after the weight."""
+        """Normalize over the last axis; ``hook_out`` is after the weight."""
         x = self.hook_in(hidden_states)
         if watched(self.hook_scale, self.hook_normalized):
             return self.hook_out(self._python_norm_forward(x))
@@ -153,12 +152,12 @@ class BD3LMNormBridge(NormalizationBridge):
     def observe(
         self, x: Float[Tensor, "batch row d_model"], why: str
     ) -> Float[Tensor, "batch row d_model"]:
-        """The same where nothing downstream reads it: hooks may look, an edit is refused."""
+        """Normalize for hooks alone, where nothing downstream reads it: an edit is refused."""
         read_only(self.hook_in, x, why)
         wide = at_least_float32(x)
-        centred = wide - wide.mean(-1, keepdim=True)
-        scale = (centred.pow(2).mean(-1, keepdim=True) + self.config.eps).sqrt()
-        normalized = centred / scale
+        centered = wide - wide.mean(-1, keepdim=True)
+        scale = (centered.pow(2).mean(-1, keepdim=True) + self.config.eps).sqrt()
+        normalized = centered / scale
         h = (normalized * self.weight).to(x.dtype)
         for hook, value in (
             (self.hook_scale, scale),
@@ -169,36 +168,36 @@ class BD3LMNormBridge(NormalizationBridge):
         return h
 
 
-FOLDED = (
+_FOLDED = (
     "the modulation is folded into the weights and neutral here. Edit what it modulated "
     "(hook_modulated_msa, hook_modulated_mlp, hook_attn_out, hook_mlp_out), or boot a bridge "
     "without weight processing"
 )
 
 
-def fire(hook: HookPoint, x: Tensor, folded: bool) -> Tensor:
-    """The hook; on what is folded it may look, and an edit is refused."""
+def _fire(hook: HookPoint, x: Tensor, folded: bool) -> Tensor:
+    """Fire a hook; where the modulation is folded, an edit is refused."""
     if not folded:
         return hook(x)
-    read_only(hook, x, FOLDED)
+    read_only(hook, x, _FOLDED)
     return x
 
 
 class TimestepEmbedBridge(GeneralizedComponent):
-    """``sigma_map(sigma)``, before its SiLU."""
+    """Timestep embedding ``sigma_map(sigma)``, before its SiLU."""
 
     folded = False
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch *row cond"]:
-        """Features of sigma through the checkpoint's two linears."""
+        """Compute features of sigma, and the checkpoint's two linear layers of them."""
         mlp = self.original_component.mlp
-        features = timestep_features(fire(self.hook_in, sigma, self.folded))
+        features = timestep_features(_fire(self.hook_in, sigma, self.folded))
         c = mlp(features.to(next(mlp.parameters()).dtype))
-        return fire(self.hook_out, c, self.folded)
+        return _fire(self.hook_out, c, self.folded)
 
 
 class AdaLNBridge(GeneralizedComponent):
-    """One ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``.
+    """An ``adaLN_modulation``, with a hook point for each vector ``[batch, 1, d_model]``.
 
     Attributes:
         folded: the vectors that are part of the weights now, and neutral here, whatever is trained.
@@ -215,18 +214,18 @@ class AdaLNBridge(GeneralizedComponent):
     def forward(
         self, c: Float[Tensor, "batch *row cond"]
     ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
-        """The vectors, in the checkpoint's order; one a row if only some rows' ``c`` is edited."""
+        """Compute the vectors, in the checkpoint's order; one a row if ``c`` is edited by row."""
         folded = bool(self.folded)
-        joint = self.neutral(self.original_component(fire(self.hook_in, c, folded)))
-        joint = fire(self.hook_out, joint[:, None] if joint.ndim == 2 else joint, folded)
+        joint = self.neutral(self.original_component(_fire(self.hook_in, c, folded)))
+        joint = _fire(self.hook_out, joint[:, None] if joint.ndim == 2 else joint, folded)
         parts = joint.chunk(len(self._vectors), dim=-1)
         return tuple(
-            fire(getattr(self, f"hook_{vector}"), part, vector in self.folded)
+            _fire(getattr(self, f"hook_{vector}"), part, vector in self.folded)
             for vector, part in zip(self._vectors, parts, strict=True)
         )
 
     def neutral(self, joint: Float[Tensor, "*batch joint"]) -> Float[Tensor, "*batch joint"]:
-        """The joint output, with gates 1, shifts and scales 0 where they are folded."""
+        """Return the joint output, with gates 1, shifts and scales 0 where they are folded."""
         if not self.folded:
             return joint
         parts = list(joint.chunk(len(self._vectors), dim=-1))

@@ -1,14 +1,14 @@
-"""Where a pass is off-distribution: a block that reads masks in an earlier one.
+"""Warn of passes that are off-distribution: a block that reads masks in an earlier one.
 
 A block is trained beside clean earlier blocks. In the dual view it reads them from the clean
 stream, whatever is masked in the noisy one. The sampling view has one stream, so there only the
 last block of a row may have masks: a mask in a block that another follows, masked or clean itself,
 is read as it never was in training. At block size 1 that is any mask but one in the last position;
-at ``"full"`` there is one block, and nothing to say. What comes up to the end of the first masked
-block is on-distribution all the same.
+at ``"full"`` there is one block, and no warning. Everything up to the end of the first masked block
+is on-distribution all the same.
 
-It is said in a warning, once a bridge. The package's own passes that put masks anywhere say it in
-their results, or compare modules and predict nothing: they run within ``masks_anywhere``.
+The warning comes once a bridge. The package's own passes that put masks anywhere say so in their
+results, or compare modules and predict nothing: they run within ``masks_anywhere``.
 """
 
 import warnings
@@ -26,13 +26,13 @@ from transformer_lens_bd3lm.model.inputs import View
 
 
 def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch pos"] | None) -> None:
-    """Warn of a mask in a block that another block of its row follows, unless it was said before.
+    """Warn, once a bridge, of a mask in a block that another block of its row follows.
 
     Args:
-        model: the wrapped model, which keeps whether it was said.
-        view: the pass; only the sampling view of several blocks is looked at.
+        model: the wrapped model, which remembers whether it has warned.
+        view: the pass; only a sampling view of several blocks is checked.
         mask_id: the mask token's id.
-        real: which positions are no padding; None where all are.
+        real: True at positions that are not padding; None without padding.
     """
     one_block = view.kind != "block" or view.length <= view.block_size
     if view.dual or one_block or model.warned_off_distribution or not has_values(view.ids):
@@ -50,7 +50,7 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
         f"{view.block_size}) that read it; in training earlier blocks are clean, so activations "
         f"and predictions from position {end} on are off-distribution. Mask the last block alone "
         "(pad_block=True completes it), give the finished text as clean=, or set a larger "
-        "block_size. This is said once a bridge",
+        "block_size. This warning comes once a bridge",
         OffDistributionWarning,
         stacklevel=2,
     )
@@ -58,7 +58,7 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
 
 @contextmanager
 def masks_anywhere(bridge: Any) -> Iterator[None]:
-    """Run passes of the package's own, which say themselves what is off-distribution."""
+    """Run passes without the warning, whose results say themselves what is off-distribution."""
     model = bridge.original_model
     before, model.warned_off_distribution = model.warned_off_distribution, True
     try:

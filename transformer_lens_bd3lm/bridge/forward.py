@@ -1,13 +1,11 @@
-"""One forward for both views, over hooked components, and the dial.
+"""One forward for both views, over hooked components.
 
-The wrapped model keeps its class and its weights; ``install`` puts this forward in front of its
-own, so the same code runs over our plain modules and over a repository's. What it reads at the door
-is the same as the plain forward's, and adds what the host needs: strings as ``clean``, padding of
-string batches, embeddings in place of ids, and ``pad_block``.
+The wrapped model keeps its class and its weights. ``install`` puts this forward in front of the
+model's own, so the same code runs over the plain modules of this package and over a repository's.
+Its input is that of the plain forward, and what TransformerLens needs besides: padded batches,
+embeddings in place of ids, and ``pad_block``.
 
-**The dial.** ``block_size`` only changes the mask. It may be given per call, for a while, or for
-good; it lives in ``bridge.cfg.block_size``. A checkpoint at another block size than it was trained
-at is off-distribution.
+Block sizes are in ``block_size``, tiles and masks in ``routing``.
 """
 
 from typing import Any
@@ -44,10 +42,10 @@ def run(
     readout: slice,
     predicted: Int[Tensor, "token 2"] | None = None,
 ) -> Float[Tensor, "*where d_vocab"]:
-    """The residual stream through every layer; raw logits at the rows ``readout``.
+    """Run every layer and the read-out; return raw logits at the rows ``readout``.
 
-    With ``predicted``, pairs of (batch row, row of the readout), logits of those alone
-    ``[token, d_vocab]``; nothing else is unembedded unless somebody looks there.
+    With ``predicted``, pairs of (batch row, row of the read-out), these are the logits of those
+    alone ``[token, d_vocab]``; nothing else is unembedded unless the unembedding has hooks.
     """
     width = x.shape[1]
     x, c = through_layers(model, x, sigma, routing, readout)
@@ -73,9 +71,9 @@ def through_layers(
     routing: Routing,
     readout: slice,
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch *row cond"] | None]:
-    """The residual stream after the last layer, and c; nothing is read out of it.
+    """Run every layer; return the residual stream after the last one, and c.
 
-    Behind the last layer only the rows ``readout`` are wanted; see :class:`BD3LMBlockBridge`.
+    The last layer computes only the rows ``readout``, if it can; see :class:`BD3LMBlockBridge`.
     """
     backbone = model.backbone
     c = F.silu(backbone.sigma_map(sigma)) if hasattr(backbone, "sigma_map") else None
@@ -85,21 +83,21 @@ def through_layers(
     return x, c
 
 
-def stand_ins(
+def _stand_ins(
     embeds: Tensor, cfg: Any, alone: bool, sample_mode: bool | None
 ) -> Int[Tensor, "batch pos"]:
-    """Ids in place of an embedded stream, for all that is decided by their number.
+    """Return ids in place of an embedded stream, for everything that depends on their number.
 
     Raises:
-        InputError: for floats that are no such stream, or beside what would need ids, and for the
-            stream of a dual pass that is not called one.
+        InputError: for floats that are not an embedded stream, with arguments that need ids, and
+            for the stream of a dual pass without ``sample_mode=False``.
     """
     if embeds.ndim != 3 or embeds.shape[-1] != cfg.d_model or not alone:
         raise InputError(
             f"input is {embeds.dtype} of shape {tuple(embeds.shape)}: give integer token ids "
             f"[batch, pos], or with start_at_layer an embedded stream [batch, pos, {cfg.d_model}] "
-            "and nothing else; that of a dual pass is [noisy | clean] already, and goes on with "
-            "sample_mode=False in place of clean"
+            "and nothing else; the stream of a dual pass is [noisy | clean] already, and goes on "
+            "with sample_mode=False in place of clean"
         )
     n = embeds.shape[1]
     if cfg.n_ctx < n < 2 * cfg.n_ctx and cfg.cross_attn and sample_mode is not False:
@@ -110,11 +108,11 @@ def stand_ins(
     return torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
 
 
-def scalar(value: Any) -> Float[Tensor, ""]:
-    """What ``reduce`` made of the logits.
+def _scalar(value: Any) -> Float[Tensor, ""]:
+    """Check that ``reduce`` returned a scalar, and return it.
 
     Raises:
-        InputError: if it is no scalar.
+        InputError: if it did not.
     """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -123,10 +121,10 @@ def scalar(value: Any) -> Float[Tensor, ""]:
 
 
 class HookedForward(SavesAsCheckpoint, FollowsCasts):
-    """Mixed in front of the wrapped model's class; every pass of a bridge goes through here.
+    """Mixed in front of the wrapped model's class: the forward of every pass of a bridge.
 
     Attributes:
-        warned_off_distribution: whether it was said that blocks read masks in earlier ones.
+        warned_off_distribution: whether it has warned of blocks that read masks in earlier ones.
     """
 
     warned_off_distribution = False
@@ -147,7 +145,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
         output_hidden_states: bool | None = None,
         store_kv: bool | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"] | Float[Tensor, ""]:
-        """Raw logits: every position of the sampling view, or the dual view's noisy half.
+        """Compute raw logits: every position of the sampling view, or the dual view's noisy stream.
 
         Args:
             input_ids: ids ``[batch, pos]`` at any length up to the context, or the checkpoint's own
@@ -156,20 +154,20 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
             sample_mode: the checkpoint's own keyword: False is the dual view over joined streams.
             clean: x_0 as ids, a string or strings; makes the view dual. Activations then have 2n
                 positions ``[noisy | clean]``, but ``ln_final`` and ``unembed`` have n.
-            block_size: the dial for this call, in tokens, or ``"full"``.
+            block_size: tokens a block in this call, or ``"full"``; the bridge's by default.
             pad_block: complete the last block with mask tokens; logits cover them too. A prompt
                 whose active block is cut short is off-distribution.
             attention_mask: True at real tokens, for batches padded on the right.
-            inputs_embeds: the embedded stream in place of ids (the host's ``start_at_layer``).
-            reduce: called with the logits; the scalar that it returns is returned in their place,
-                as ``run_with_cache(..., incl_bwd=True)`` needs.
-            labels: of the host's causal loss, which it computes itself: allowed where there is one.
-            token_type_ids: zeros, which a tokenizer may add; the model has no token types.
-            output_hidden_states: refused where it is True: every stream has hook points.
-            store_kv: refused where it is True: the denoising loop keeps keys and values.
+            inputs_embeds: the embedded stream in place of ids (``start_at_layer``).
+            reduce: function from logits to a scalar, which is returned in their place, as
+                ``run_with_cache(..., incl_bwd=True)`` needs.
+            labels: of TransformerLens's causal loss, which computes it; for causal models alone.
+            token_type_ids: zeros, which some tokenizers add; the model has no token types.
+            output_hidden_states: True is refused: every stream has hook points.
+            store_kv: True is refused: the denoising loop keeps keys and values.
 
         Raises:
-            InputError: for anything that does not fit; nothing has been run then.
+            InputError: for an argument that does not fit; nothing has been run then.
 
         Warns:
             OffDistributionWarning: once a bridge, where a block reads masks in an earlier one.
@@ -185,10 +183,13 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
         cfg = self.tl_cfg
         config = ConfigAtBlockSize(self.config, cfg)
         if labels is not None and not config.causal:
-            raise InputError("labels are the causal loss's, which this checkpoint does not have")
+            raise InputError(
+                "labels are for the causal loss, which this checkpoint does not have: leave them "
+                "out"
+            )
         if inputs_embeds is not None:
             alone = clean is None and not pad_block
-            input_ids = stand_ins(inputs_embeds, cfg, alone, sample_mode)
+            input_ids = _stand_ins(inputs_embeds, cfg, alone, sample_mode)
         if pad_block:
             input_ids, clean, attention_mask = complete_block(
                 config, input_ids, clean, attention_mask, block_size
@@ -204,7 +205,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
             warn_once(self, view, cfg.mask_token_id, padding)
         routing = Routing.of_view(view, frequencies(self, x.device), x.dtype, padding)
         logits = run(self, x, sigma, routing, slice(0, view.length))
-        return logits if reduce is None else scalar(reduce(logits))
+        return logits if reduce is None else _scalar(reduce(logits))
 
 
 def install(model: Any, cfg: Any) -> None:

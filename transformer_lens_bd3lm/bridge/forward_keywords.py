@@ -1,11 +1,10 @@
-"""Keywords of TransformerLens's forward: each is honored, or refused by its name.
+"""Check the keywords of TransformerLens's forward: each is honored, or refused by name.
 
-TransformerLens hands what it does not know to the wrapped model, and some of its own keywords do
-nothing on a model that has no use for them. Nothing is dropped in silence here: keys and values of
-a pass are not handed out (the denoising loop has its own), and a layer to stop at is one that is
-there.
+TransformerLens passes keywords that it does not know to the wrapped model, and some of its own do
+nothing on a model that has no use for them. Here none is dropped in silence: keys and values of a
+pass are refused (the denoising loop has its own), and so is a layer to stop at that does not exist.
 
-What a keyword means where it is honored is said in ``forward``.
+The meaning of honored keywords is in ``forward``.
 """
 
 import functools
@@ -17,22 +16,22 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
-STORED = ("past_key_values", "past_kv_cache", "use_cache", "use_past_kv_cache")
+_STORED = ("past_key_values", "past_kv_cache", "use_cache", "use_past_kv_cache")
 
 
 class WithForwardKeywords:
-    """Mixed in front of the bridge's class."""
+    """Mixed in front of the bridge's class: checks of the forward's keywords."""
 
     @functools.wraps(TransformerBridge.forward)
     def forward(
         self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
-        """As TransformerLens's.
+        """Run the forward, with every keyword honored or refused.
 
         Raises:
             NotExactError: if keys and values of a pass are asked for, or given.
-            InputError: for a layer that is not there, and for keywords that would do nothing; under
-                ``torch.export``, which cannot spell the names of a bridge's components.
+            InputError: for a layer that does not exist, for keywords that would do nothing, and
+                under ``torch.export``, which cannot spell the names of a bridge's components.
         """
         if torch.compiler.is_exporting():
             raise InputError(
@@ -41,19 +40,20 @@ class WithForwardKeywords:
                 "AutoModelForMaskedLM.from_pretrained loads and which compute the same; of a "
                 "fine-tuned bridge, those of the folder that bd3lm.save wrote"
             )
-        require_no_stored_keys(return_type, kwargs)
-        for name in STORED:
+        _require_no_stored_keys(return_type, kwargs)
+        for name in _STORED:
             kwargs.pop(name, None)
         layers, stop = self.cfg.n_layers, kwargs.get("stop_at_layer")
         if stop is not None and not -layers <= stop < layers:
             raise InputError(
                 f"stop_at_layer={stop}: give a layer in 0..{layers - 1}, whose input is returned; "
-                f"what the last one writes is blocks.{layers - 1}.hook_resid_post"
+                f"the stream after the last one is blocks.{layers - 1}.hook_resid_post"
             )
         if kwargs.get("labels") is not None and return_type not in ("loss", "both"):
             raise InputError(
-                f"labels with return_type={return_type!r}: they are of the causal loss alone; give "
-                'return_type="loss" or "both" with an autoregressive checkpoint, or leave them out'
+                f"labels with return_type={return_type!r}: they are for the causal loss alone; "
+                'give return_type="loss" or "both" with an autoregressive checkpoint, or leave '
+                "them out"
             )
         masks = ("attention_mask", "one_zero_attention_mask")
         if all(kwargs.get(name) is not None for name in masks):
@@ -63,7 +63,7 @@ class WithForwardKeywords:
     def _finalize_return(
         self: Any, return_type: str | None, logits: Any, input_ids: Any, **kwargs: Any
     ) -> Any:
-        """As TransformerLens's; ``"predictions"`` are words at the masks of the input.
+        """Return what the caller asked for; ``"predictions"`` are words at the masks of the input.
 
         Raises:
             InputError: if the input has no mask, or other positions than the logits.
@@ -81,13 +81,13 @@ class WithForwardKeywords:
         return super()._finalize_return(return_type, logits, input_ids, **kwargs)
 
 
-def require_no_stored_keys(return_type: str | None, kwargs: dict[str, Any]) -> None:
-    """Refuse incremental decoding, which would go on without the prefix.
+def _require_no_stored_keys(return_type: str | None, kwargs: dict[str, Any]) -> None:
+    """Refuse stored keys and values, without which a pass would not see the prefix.
 
     Raises:
         NotExactError: if keys and values of a pass are asked for, or given.
     """
-    given = {name: kwargs.get(name) for name in STORED}
+    given = {name: kwargs.get(name) for name in _STORED}
     asked = [f"{name}=..." for name, x in given.items() if x is not None and x is not False]
     if return_type == "logits_and_cache":
         asked.append('return_type="logits_and_cache"')

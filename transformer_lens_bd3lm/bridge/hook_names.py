@@ -1,7 +1,7 @@
-"""Which hook points are meant: a name, several names, or a function of names, on some bridge.
+"""Find the hook points of a bridge by a name, several names, or a function of names.
 
-A name is an alias or canonical. What would never fire is refused by name, and left out where a
-function of names passes it among others.
+A name is an alias or canonical. A hook point that would never fire is refused when it is named, and
+left out when a function of names passes it among others.
 """
 
 import difflib
@@ -17,7 +17,7 @@ NameFilter = Callable[[str], bool]
 
 
 def read_names(names: Any) -> list[str] | NameFilter:
-    """Read which hook points are meant, once: a name, several names, or a function of names.
+    """Read a name, several names, or a function of names, once.
 
     Raises:
         InputError: for anything else.
@@ -35,24 +35,24 @@ def read_names(names: Any) -> list[str] | NameFilter:
 
 
 def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
-    """The hook points behind names, each checked.
+    """Return the hook points behind names, each checked.
 
     Raises:
         HookNameError: for a name that the bridge does not have (the nearest are listed), or that
             would never fire: its flag is off, or a flag takes it off the path.
     """
-    found = {}
+    points = {}
     for name in names:
         point = known_point(bridge, name)
         reason = silent(bridge, name)
         if reason is not None:
             raise HookNameError(f"{name!r} would never fire: {reason}")
-        found[name] = point
-    return found
+        points[name] = point
+    return points
 
 
 def known_point(bridge: Any, name: str) -> HookPoint:
-    """The hook point of a name.
+    """Return the hook point of a name.
 
     Raises:
         HookNameError: if the bridge has none; the nearest names are listed.
@@ -60,27 +60,27 @@ def known_point(bridge: Any, name: str) -> HookPoint:
     known = bridge.hook_dict
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        told = f"; the nearest are {', '.join(near)}" if near else ""
-        raise HookNameError(f"{name!r} is no hook point of this bridge{told}")
+        nearest = f"; the nearest are {', '.join(near)}" if near else ""
+        raise HookNameError(f"{name!r} is no hook point of this bridge{nearest}")
     return known[name]
 
 
 def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
-    """The hook points that fire and whose name passes a filter, by every such name.
+    """Return the hook points that fire and whose name passes a filter, by every name that passes.
 
     Raises:
-        HookNameError: if there is none.
+        HookNameError: if no hook point passes.
     """
     passed = {name: point for name, point in bridge.hook_dict.items() if names(name)}
     reasons = {name: silent(bridge, name) for name in passed}
-    found = {name: point for name, point in passed.items() if reasons[name] is None}
-    if not found:
+    points = {name: point for name, point in passed.items() if reasons[name] is None}
+    if not points:
         why = next((f"{name!r} would never fire: {reasons[name]}" for name in passed), None)
         raise HookNameError(
             f"the function of names {getattr(names, '__name__', names)!r} matches no hook point of "
             f"this bridge{'' if why is None else f' that fires: {why}'}"
         )
-    return found
+    return points
 
 
 def silent(bridge: Any, name: str) -> str | None:

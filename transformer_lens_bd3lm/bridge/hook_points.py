@@ -1,4 +1,4 @@
-"""The one table of hook points: their names, shapes, and what stands there.
+"""The one table of hook points: their names, shapes, and what they hold.
 
 What a step hook sees, what a record costs, how a cache is cut into streams, which names never fire:
 all of it depends on what a hook point holds, and is read here, by name::
@@ -7,7 +7,7 @@ all of it depends on what a hook point holds, and is read here, by name::
     lookup("blocks.3.attn.q.hook_out").kind    "head", the same point by its other name
 
 In a pattern ``{i}`` is the layer, and other braces hold alternatives: ``hook_{q,k,v}`` is three
-hook points. Axes are those of a pass that nobody edits; an edit of single rows may give a
+hook points. Axes are those of a pass without edits; an edit of single rows may give a
 modulation's axis of 1 the length of the pass.
 
 To add a hook point, add its row; ``tests/bridge/test_hook_points.py`` compares the table with

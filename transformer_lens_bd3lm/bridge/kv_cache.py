@@ -1,15 +1,15 @@
-"""Finished blocks' keys and values, so that a denoising step runs only the active block.
+"""Store finished blocks' keys and values, so that a denoising step runs only the active block.
 
 A block attends to everything before it and to itself, and earlier blocks never read it. So once a
 block is clean its keys and values are final, and a step over rows ``start:end`` needs only what is
 stored for ``0:start``. Exact while the network does not see t; with time conditioning the stored
-prefix would have to be modulated anew at every step's sigma, and the cache is refused where it is
-asked for.
+prefix would have to be modulated anew at every step's sigma, so the denoising loop refuses the
+cache.
 
 One buffer a layer, sized for the whole canvas: the active rows are written behind what is stored
 and are overwritten at the next step, until ``commit`` makes them final. Where text outgrows the
 context nothing moves: keys are rotated by absolute position, only differences of positions count,
-and a pass reads from the first one that is still in view. It does not know which that is.
+and a pass reads from the first one that is still in view. Which one that is, the pass decides.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` are final.
 
-    ``constants`` holds what else is the same in every pass of the run: adaLN's vectors by layer.
+    ``constants`` holds adaLN's vectors by layer, which are the same in every pass of the run too.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class KVCache:
         k: Float[Tensor, "batch head row d_head"],
         v: Float[Tensor, "batch head row d_head"],
     ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
-        """Write the pass's rows behind what is final; returns everything up to their end."""
+        """Write the pass's rows after what is final; return everything up to their end."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def commit(self, length: int) -> None:
-        """Declare the rows written up to ``length`` final."""
+        """Declare the rows up to ``length`` final."""
         self.length = length
 
 
 class CleanStream:
-    """Keys and values of a whole clean stream by layer, with their graph, made by one pass over it.
+    """Keys and values of a whole clean stream by layer, with their graph.
 
-    Handed to that pass as its cache it collects; ``beside`` makes the cache of a pass over noisy
-    rows that read it.
+    As the cache of a pass over the clean stream it collects them; ``beside`` returns the cache of a
+    pass over noisy rows that read them.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None):
@@ -72,23 +72,23 @@ class CleanStream:
         k: Float[Tensor, "batch head row d_head"],
         v: Float[Tensor, "batch head row d_head"],
     ) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row d_head"]]:
-        """Keep the layer's keys and values; they are all that there is to read."""
+        """Keep the layer's keys and values; return them as all that its rows read."""
         assert layer == len(self.layers)
         self.layers.append((k, v))
         return k, v
 
     def beside(self, copies: int) -> "BesideClean":
-        """For a pass whose batch is so many copies of this one's, one after another."""
+        """Return the cache of a pass whose batch is ``copies`` copies of this one's, in order."""
         return BesideClean(self.layers, copies)
 
     def leaves(self) -> "CleanStream":
-        """The same numbers without their graph, to gather gradients at."""
+        """Return the same numbers without their graph, as leaves that gather gradients."""
         return CleanStream(
             [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers]
         )
 
     def backward(self, leaves: "CleanStream") -> None:
-        """Send the gradients gathered at the leaves on through this stream's graph."""
+        """Propagate the gradients of the leaves through this stream's graph."""
         pairs = [
             (x, leaf.grad)
             for mine, theirs in zip(self.layers, leaves.layers, strict=True)
@@ -112,6 +112,6 @@ class BesideClean:
         k: Float[Tensor, "batch head row d_head"],
         v: Float[Tensor, "batch head row d_head"],
     ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
-        """Both streams' keys and values."""
+        """Return both streams' keys and values."""
         keys, values = (x.repeat(self.copies, 1, 1, 1) for x in self.layers[layer])
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)

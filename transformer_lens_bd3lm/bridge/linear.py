@@ -12,14 +12,10 @@ FEW_ROWS = 64
 
 
 class Linear(nn.Linear):
-    """A linear that is fast for the few rows of a denoising step in bfloat16 on a CPU.
-
-    There ``x W^T`` has all of W laid out anew at every call, and ``(W x^T)^T`` only x: the same
-    sums, in about three quarters of the time. Everything else is the plain linear's.
-    """
+    """Linear layer with ``(W x^T)^T`` for few rows in bfloat16 on a CPU."""
 
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
-        """``input W^T + bias``."""
+        """Compute ``input W^T + bias``."""
         rows = input.shape[:-1].numel()
         weight, bias = self.weight, self.bias
         # Under autocast weights and inputs have dtypes of their own, which the linear casts.

@@ -1,4 +1,4 @@
-"""A class put in front of an object's own: what a plugin may change of what the host has made.
+"""Put a class in front of an object's own, to change what TransformerLens has built.
 
 The object keeps its class's name, module and methods. ``deepcopy`` follows; ``pickle`` does
 not, nor does it follow any of TransformerLens's bridges, whose hook points hold local classes.
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def put_in_front(thing: Any, mixin: type) -> None:
-    """Let methods of ``mixin`` come before those of the object's own class; once.
+    """Put the methods of ``mixin`` before those of the object's own class, once.
 
     Args:
-        thing: whose class to extend, in place.
+        thing: the object, whose class is extended in place.
         mixin: calls ``super()`` for the object's own.
     """
     if not isinstance(thing, mixin):
@@ -21,5 +21,5 @@ def put_in_front(thing: Any, mixin: type) -> None:
 
 @cache
 def _joined(mixin: type, cls: type) -> type:
-    """Make the class of both, once: objects that are made alike have the same class."""
+    """Return the class of both, the same one for every object of that class."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})

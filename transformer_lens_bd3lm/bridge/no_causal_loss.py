@@ -1,10 +1,10 @@
-"""The host's shifted causal loss, refused by name, with the way to the loss that there is.
+"""Refuse TransformerLens's shifted causal loss, and name the loss to use.
 
 Position i predicting token i + 1 is what an autoregressive model is trained for. A BD3LM predicts
 masked tokens where they stand, from everything its mask lets it read, so that loss would be a
-number without a meaning. The host refuses it in its forward; its ``loss_fn`` would compute it.
+number without a meaning. TransformerLens refuses it in its forward, but not in ``loss_fn``.
 
-What is computed from logits outside the bridge (``lm_cross_entropy_loss``) cannot be seen here.
+A loss computed from logits outside the bridge (``lm_cross_entropy_loss``) cannot be refused here.
 """
 
 import functools
@@ -15,8 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens_bd3lm.errors import LossError
 
 
-def refuse(asked: str) -> NoReturn:
-    """Say what there is instead.
+def _refuse(asked: str) -> NoReturn:
+    """Refuse the shifted loss, and name the losses to use.
 
     Raises:
         LossError: always.
@@ -30,21 +30,21 @@ def refuse(asked: str) -> NoReturn:
 
 
 class WithoutShiftedLoss:
-    """Mixed in front of the bridge's class."""
+    """Mixed in front of the bridge's class: no shifted loss."""
 
     @functools.wraps(TransformerBridge.forward)
     def forward(
         self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
-        """As the host's, but no loss."""
+        """Run the forward; refuse a return type that asks for the loss."""
         if return_type in ("loss", "both"):
-            refuse(f"return_type={return_type!r}")
+            _refuse(f"return_type={return_type!r}")
         return super().forward(input, return_type, *args, **kwargs)
 
     def loss_fn(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+        """Refuse the shifted loss.
 
         Raises:
             LossError: always.
         """
-        refuse("loss_fn")
+        _refuse("loss_fn")

@@ -15,10 +15,10 @@ from transformer_lens_bd3lm.model.inputs import read_input
 def complete_block(
     config: ConfigAtBlockSize, input_ids: Any, clean: Any, attention_mask: Any, block_size: Any
 ) -> tuple[Int[Tensor, "batch pos"], None, None]:
-    """Fill the last block up with mask tokens, at most to the context.
+    """Fill the last block up with mask tokens, at most to the end of the context.
 
     Raises:
-        InputError: beside ``clean`` or padding, whose streams it would tear apart.
+        InputError: with ``clean``, or with rows of several lengths.
     """
     padded = attention_mask is not None and not bool(torch.as_tensor(attention_mask).all())
     if clean is not None or padded:

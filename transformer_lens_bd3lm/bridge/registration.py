@@ -1,9 +1,9 @@
-"""The four contributing sites of TransformerLens, filled from outside in one function.
+"""Register the adapter in the four contributing sites of TransformerLens.
 
-1. the adapter package, 2. the factory, 3. the model registry, 4. the report's descriptions. The
-host reads its factory's table in two places and has a native adapter under our name, so both are
-set and ours replaces it. transformers' auto classes learn the config, model and tokenizer, so that
-loading runs no repository's code.
+1. the adapter package, 2. the factory, 3. the model registry, 4. the report's descriptions.
+TransformerLens reads its factory's table in two places and has a native adapter under the same
+name, so both are set and this one replaces it. transformers' auto classes learn the config, model
+and tokenizer, so that loading runs no repository's code.
 """
 
 import logging
@@ -21,9 +21,9 @@ from transformer_lens_bd3lm.checkpoint.pretrained import BAMDLM, BD3LM, MDLM
 from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
 from transformer_lens_bd3lm.model.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
 
-AUTHOR = "kuleshov-group"
+_AUTHOR = "kuleshov-group"
 DESCRIPTIONS = {
-    "BD3LM": "Block diffusion language model (BD3LM, ICLR 2025), one dial from AR to diffusion",
+    "BD3LM": "Block diffusion language model (BD3LM, ICLR 2025), from AR to diffusion",
     "BAMDLM": "BD3LM under the name of its repositories' first revisions, the same modules",
     "MDLM": "Masked diffusion over the whole context (MDLM), the full-diffusion baseline of BD3LM",
     "AR": "Autoregressive baseline of BD3LM, with the same modules",
@@ -33,7 +33,7 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 def register() -> None:
-    """Make this package's BD3LM and its baselines the ones both libraries use; safe to repeat."""
+    """Register BD3LM and its baselines with TransformerLens and transformers; safe to repeat."""
     for config, model in ((BD3LMConfig, BD3LM), (BAMDLMConfig, BAMDLM), (MDLMConfig, MDLM)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForMaskedLM.register(config, model, exist_ok=True)
@@ -45,9 +45,9 @@ def register() -> None:
         ArchitectureAdapterFactory.register_adapter(name, BD3LMArchitectureAdapter)
         model_registry.HF_SUPPORTED_ARCHITECTURES.add(name)
         authors = model_registry.CANONICAL_AUTHORS_BY_ARCH.setdefault(name, [])
-        if AUTHOR not in authors:
-            authors.append(AUTHOR)
+        if _AUTHOR not in authors:
+            authors.append(_AUTHOR)
         generate_report.ARCHITECTURE_DESCRIPTIONS[name] = description
-        # By this the host chooses the auto class, and the whole family has the same.
+        # TransformerLens chooses the auto class by this set; the whole family has the same class.
         MASKED_LM_ARCHITECTURES.add(name)
     logger.info("transformer_lens_bd3lm's BD3LM adapter is active in place of the native one")

@@ -1,4 +1,4 @@
-"""``run_with_cache`` of a bridge: which hook points it keeps, and a cache that knows its masks."""
+"""Run a bridge with a cache that knows its masked positions."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from transformer_lens_bd3lm.errors import InputError
 
 
 class WithCache:
-    """Mixed in front of the bridge's class: its caches, and what it puts together from weights."""
+    """Mixed in front of the bridge's class: ``run_with_cache``."""
 
     @functools.wraps(TransformerBridge.run_with_cache)
     def run_with_cache(
@@ -29,10 +29,11 @@ class WithCache:
         pos_slice: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the host's; with ``pos_slice``, what has no positions is left out.
+        """Run with a cache; with ``pos_slice``, hook points without positions are left out.
 
         Raises:
-            HookNameError: if one of the names is no hook point, and not only if all are.
+            HookNameError: if any of the names is not a hook point.
+            InputError: for ``pos_slice`` in a dual pass, or at a named point without positions.
         """
         if names_filter is not None:
             names_filter = read_names(names_filter)
@@ -40,7 +41,7 @@ class WithCache:
             for name in names_filter:
                 known_point(self, name)
         if Slice.unwrap(pos_slice).mode != "identity":
-            names_filter = with_positions(self, input, names_filter, **kwargs)
+            names_filter = _with_positions(self, input, names_filter, **kwargs)
         seen: list[Tensor] = []
         with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
             output, cache = super().run_with_cache(
@@ -56,23 +57,23 @@ class WithCache:
         if return_cache_object:
             predicted = None
             if seen:
-                ids = seen[0].chunk(2, dim=1)[0] if is_dual(self, seen[0], **kwargs) else seen[0]
+                ids = seen[0].chunk(2, dim=1)[0] if _is_dual(self, seen[0], **kwargs) else seen[0]
                 predicted = Predicted.of(ids, self.cfg.mask_token_id).at(pos_slice)
             cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim, predicted)
         return output, cache
 
 
-def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
-    """The filter of names for a ``pos_slice``: conditioning has no positions.
+def _with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
+    """Return the filter of names for a ``pos_slice``: hook points that have positions.
 
     Raises:
-        InputError: for a dual pass, and if conditioning was asked for by name.
+        InputError: for a dual pass, and for a named hook point without positions.
     """
-    if is_dual(bridge, input, **kwargs):
+    if _is_dual(bridge, input, **kwargs):
         raise InputError(
             "pos_slice in a dual pass: its stream has 2n positions, [noisy | clean], and its "
-            "read-out n, so a slice would name other tokens in the one than in the other. Cache "
-            "the whole, and take bd3lm.noisy_stream(cache)"
+            "read-out n, so a slice would select different tokens in each. Cache all positions, "
+            "and take bd3lm.noisy_stream(cache)"
         )
     points = bridge.hook_dict
     if names_filter is None:
@@ -84,7 +85,7 @@ def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) ->
     return names_filter
 
 
-def is_dual(
+def _is_dual(
     bridge: Any, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
 ) -> bool:
     """Whether a call asks for the dual view, by keywords or by ids of twice the context."""

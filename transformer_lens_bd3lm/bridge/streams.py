@@ -1,4 +1,4 @@
-"""One stream of a dual pass, as a cache of its own.
+"""Take one stream out of the cache of a dual pass.
 
 A dual pass runs ``[noisy | clean]``: its activations have 2n positions, its logits the noisy n.
 Tools that index by position, or apply the read-out to the residual, want the n that the logits
@@ -6,7 +6,7 @@ belong to::
 
     noisy[name] = both[name][:, :n]          clean[name] = both[name][:, n:]
 
-Scores and patterns are halved by query. Their keys stay ``[noisy | clean]``, because a noisy query
+Scores and patterns are split by query. Their keys stay ``[noisy | clean]``, because a noisy query
 reads both streams. The read-out (``ln_final``, ``unembed``) is the noisy stream's alone.
 """
 
@@ -21,38 +21,51 @@ from transformer_lens_bd3lm.errors import InputError
 
 
 def noisy_stream(cache: Any, length: int | None = None) -> ActivationCache:
-    """The noisy stream of a dual pass; its positions are those of the logits.
+    """Return the noisy stream of a dual pass; its positions are those of the logits.
 
     Args:
-        cache: an ``ActivationCache`` of a dual pass, whole: no ``pos_slice``.
-        length: n; needed only if the cache holds nothing of the read-out to tell.
+        cache: the ``ActivationCache`` of a dual pass, without ``pos_slice``.
+        length: n, the length of the text; needed only if the cache has no entry of the read-out.
 
     Returns:
         Views of the same tensors, positions ``[noisy]``; keys of patterns stay ``[noisy | clean]``.
 
     Raises:
-        InputError: if the cache is not of a dual pass, or nothing tells.
+        InputError: if the cache is not of a dual pass, or n is unknown.
     """
-    return half(cache, length, "noisy")
+    return _one_stream(cache, length, "noisy")
 
 
 def clean_stream(cache: Any, length: int | None = None) -> ActivationCache:
-    """The clean stream of a dual pass, which has no read-out; otherwise as :func:`noisy_stream`."""
-    return half(cache, length, "clean")
+    """Return the clean stream of a dual pass, which has no read-out.
+
+    Args:
+        cache: as for :func:`noisy_stream`.
+        length: as for :func:`noisy_stream`.
+
+    Returns:
+        Views of the same tensors, positions ``[clean]``; keys of patterns stay ``[noisy | clean]``.
+
+    Raises:
+        InputError: if the cache is not of a dual pass, or n is unknown.
+    """
+    return _one_stream(cache, length, "clean")
 
 
-def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> ActivationCache:
-    """Every entry's rows of one stream."""
+def _one_stream(
+    cache: Any, length: int | None, stream: Literal["noisy", "clean"]
+) -> ActivationCache:
+    """Return every entry's rows of one stream."""
     axis = 1 if cache.has_batch_dim else 0
-    n = length_of(cache, axis) if length is None else length
+    n = _length_of(cache, axis) if length is None else length
     rows = slice(0, n) if stream == "noisy" else slice(n, 2 * n)
-    halved: dict[str, Tensor] = {}
+    entries: dict[str, Tensor] = {}
     for key, x in cache.items():
         spec = lookup(key.removesuffix("_grad"))
         if stream not in spec.streams:
             continue
         if spec.streams == (stream,) or not _has_positions(spec, x, axis):
-            halved[key] = x
+            entries[key] = x
         else:
             where = spec.row_axis - 1 + axis
             if x.shape[where] != 2 * n:
@@ -60,13 +73,13 @@ def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> A
                     f"{key} has {x.shape[where]} positions, not 2 x {n}: give the whole cache of a "
                     "dual pass (clean=...), without pos_slice"
                 )
-            halved[key] = x.movedim(where, 0)[rows].movedim(0, where)
-    mine = copy.copy(cache)
-    mine.cache_dict = halved
+            entries[key] = x.movedim(where, 0)[rows].movedim(0, where)
+    result = copy.copy(cache)
+    result.cache_dict = entries
     predicted = getattr(cache, "predicted", None)
     if predicted is not None and stream == "clean":
-        mine.predicted = predicted.clean_stream()
-    return mine
+        result.predicted = predicted.clean_stream()
+    return result
 
 
 def _has_positions(spec: HookPointSpec, x: Tensor, axis: int) -> bool:
@@ -75,16 +88,16 @@ def _has_positions(spec: HookPointSpec, x: Tensor, axis: int) -> bool:
     return spec.rows != "none" or by_row
 
 
-def length_of(cache: Any, axis: int) -> int:
-    """n, from an entry of the read-out, which the noisy stream alone has.
+def _length_of(cache: Any, axis: int) -> int:
+    """Return n, from an entry of the read-out, which holds the noisy stream alone.
 
     Raises:
-        InputError: if there is none.
+        InputError: if the cache has no such entry.
     """
     for key, x in cache.items():
         if lookup(key.removesuffix("_grad")).rows == "read-out":
             return x.shape[axis]
     raise InputError(
-        "nothing in this cache tells how long the text is: cache ln_final.hook_in too, or give "
-        "length=n"
+        "the length of the text cannot be read from this cache: cache ln_final.hook_in too, or "
+        "give length=n"
     )

@@ -1,4 +1,4 @@
-"""What the tokens of a text are: one rule, at every door that takes text or ids.
+"""Turn texts into tokens by one rule, in every function that takes text or ids.
 
 ::
 
@@ -7,10 +7,10 @@
 
 Nothing is appended, and what a text spells stays, an end-of-text token or ``[SEP]`` at its end
 included. Padding has an id that no text has (see ``tokenizer.padding_id``), so ids tell padding
-from text by themselves: a run of it at the end of a row is hidden, and no position reads it. So a
+from text: a run of it at the end of a row is hidden, and no position reads it. So a
 text has the same tokens, and the same logits, alone, in a batch, and as padded ids.
 
-Attention itself, and what a mask hides, is in ``forward``.
+What an attention mask hides is decided in ``forward``.
 """
 
 import functools
@@ -27,11 +27,11 @@ from transformer_lens_bd3lm.checks import check_choice, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.ids import check_ids, fill_hidden, has_values
 
-TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
+_TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
 
 
-def words_of(tokenizer: Any, texts: Sequence[str], pad_id: int) -> list[list[int]]:
-    """Tokens of each text, without BOS.
+def _words_of(tokenizer: Any, texts: Sequence[str], pad_id: int) -> list[list[int]]:
+    """Return the tokens of each text, without BOS.
 
     Raises:
         InputError: if the tokenizer cannot read a text, or a text spells the padding token.
@@ -40,29 +40,31 @@ def words_of(tokenizer: Any, texts: Sequence[str], pad_id: int) -> list[list[int
         rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:  # the tokenizers' own, in Rust, have no class of theirs
         raise InputError(
-            f"the tokenizer cannot read {shown(texts)}: {error}. A tokenizer without an unknown "
+            f"the tokenizer cannot read {_shown(texts)}: {error}. A tokenizer without an unknown "
             "token reads the words of its vocabulary and no others"
         ) from error
     for text, ids in zip(texts, rows, strict=True):
         if pad_id in ids:
             raise InputError(
-                f"{shown([text])} spells {tokenizer.decode([pad_id])!r}, which stands for padding "
+                f"{_shown([text])} spells {tokenizer.decode([pad_id])!r}, which stands for padding "
                 f"(id {pad_id}) and would be hidden, not read: take it out of the text"
             )
     return rows
 
 
-def shown(texts: Sequence[str]) -> str:
-    """The beginning of some texts, for a message."""
-    told = ", ".join(repr(text[:40] + "..." if len(text) > 40 else text) for text in texts[:2])
-    return told + (", ..." if len(texts) > 2 else "")
+def _shown(texts: Sequence[str]) -> str:
+    """Return the beginning of some texts, for a message."""
+    beginnings = ", ".join(
+        repr(text[:40] + "..." if len(text) > 40 else text) for text in texts[:2]
+    )
+    return beginnings + (", ..." if len(texts) > 2 else "")
 
 
 def bos_of(bridge: Any) -> int:
-    """The id of BOS.
+    """Return the id of BOS.
 
     Raises:
-        InputError: if the bridge's tokenizer has none that its checkpoint knows.
+        InputError: if the bridge's tokenizer has no BOS among the checkpoint's tokens.
     """
     bos, size = bridge.tokenizer.bos_token_id, bridge.original_model.config.vocab_size
     if bos is None or bos >= size:
@@ -77,15 +79,15 @@ def bos_of(bridge: Any) -> int:
 def tokens_of(
     bridge: Any, texts: Any, prepend_bos: bool | None = None
 ) -> list[Int[Tensor, " pos"]]:
-    """Ids of each text ``[pos]``, on the CPU, at any length.
+    """Return the ids of each text ``[pos]``, on the CPU, at any length.
 
     Args:
-        bridge: whose tokenizer reads them.
+        bridge: a BD3LM bridge, whose tokenizer reads them.
         texts: strings.
         prepend_bos: begin with BOS; ``bridge.cfg.default_prepend_bos`` by default.
 
     Raises:
-        InputError: for anything but strings, or what the tokenizer cannot read.
+        InputError: for anything but strings, and for texts that the tokenizer cannot read.
     """
     check_tokenizer(bridge, "give ids [batch, pos]")
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -97,17 +99,17 @@ def tokens_of(
     if prepend_bos is None:
         prepend_bos = getattr(bridge.cfg, "default_prepend_bos", True)
     first = [bos_of(bridge)] if prepend_bos else []
-    rows = words_of(bridge.tokenizer, texts, bridge.cfg.pad_token_id)
+    rows = _words_of(bridge.tokenizer, texts, bridge.cfg.pad_token_id)
     return [torch.tensor([*first, *ids], dtype=torch.long) for ids in rows]
 
 
 def read_ids(
     bridge: Any, given: Any, name: str = "tokens", prepend_bos: bool | None = None
 ) -> Int[Tensor, "batch pos"]:
-    """Ids of texts of one length, on the bridge's device, from strings or ids.
+    """Return ids of texts of one length, on the bridge's device, from strings or ids.
 
     Args:
-        bridge: whose tokenizer reads strings.
+        bridge: a BD3LM bridge, whose tokenizer reads strings.
         given: a string, a list of strings of one length in tokens, or ids ``[batch, pos]``.
         name: of the argument, for a message.
         prepend_bos: begin strings with BOS; ``bridge.cfg.default_prepend_bos`` by default.
@@ -138,16 +140,16 @@ def refuse_path(text: str, name: str) -> None:
     """Refuse a string that names a file where a text is asked for.
 
     Raises:
-        InputError: if such a file exists, or the string looks like the path of a text file.
+        InputError: if the file exists, or the string looks like the path of a text file.
     """
     if len(text) > 4096 or "\n" in text:
         return
     try:
-        there = Path(text).is_file()
+        exists = Path(text).is_file()
     except (OSError, ValueError):  # too long for a path, or with a null byte
         return
-    if there or (not any(c.isspace() for c in text) and text.lower().endswith(TEXT_FILES)):
-        kind = "a file" if there else "what looks like the path of a file"
+    if exists or (not any(c.isspace() for c in text) and text.lower().endswith(_TEXT_FILES)):
+        kind = "a file" if exists else "what looks like the path of a file"
         raise InputError(
             f"{name} is {text!r}, {kind}, but a string is read as the text itself: give "
             f"Path({text!r}) to read the file, or bridge.to_tokens(...) to measure these characters"
@@ -155,7 +157,7 @@ def refuse_path(text: str, name: str) -> None:
 
 
 def padding(ids: Tensor, pad_id: int | None) -> Bool[Tensor, "batch pos"] | None:
-    """Where rows ``[batch, pos]`` are padded, on the right; None where nothing is.
+    """Return where rows ``[batch, pos]`` are padded, on the right; None without padding.
 
     Raises:
         InputError: if some rows are padded on the left. If all rows begin with the padding's id, it
@@ -176,22 +178,22 @@ def padding(ids: Tensor, pad_id: int | None) -> Bool[Tensor, "batch pos"] | None
 
 
 def without_padding(ids: Tensor, pad_id: int | None) -> Tensor:
-    """The tokens ``[word]`` of a row ``[pos]`` that may be padded on the right."""
+    """Return the tokens ``[word]`` of a row ``[pos]`` that may be padded on the right."""
     words = (ids.long() != pad_id).nonzero() if pad_id is not None else None
     return ids if words is None or not len(words) else ids[: int(words[-1]) + 1]
 
 
-def hide_padding(
+def _hide_padding(
     bridge: Any, ids: Tensor, clean: Any, attention_mask: Any, sample_mode: bool | None
 ) -> tuple[Tensor, Any, Any]:
-    """Ids of a pass as the network takes them, and the mask that hides their padding.
+    """Return the ids of a pass as the network takes them, and the mask that hides their padding.
 
-    In the dual view the clean stream tells where texts end: what the noisy one has behind that end
-    is hidden. A mask that is given decides in place of the padding's id. What fits no view is left
-    as it is, and refused where views are read.
+    In the dual view the clean stream decides where texts end; the noisy one is hidden after that.
+    A given mask decides in place of the padding's id. What fits no view is left as it is, and
+    refused where views are read.
 
     Args:
-        bridge: whose padding it is.
+        bridge: a BD3LM bridge.
         ids: the noisy or only stream ``[batch, pos]``, or both joined; a single row is promoted.
         clean: the clean stream, if it comes apart.
         attention_mask: True at real tokens ``[batch, pos]``, or None.
@@ -215,7 +217,7 @@ def hide_padding(
     if attention_mask is None:
         padded = [padding(stream, cfg.pad_token_id) for stream in streams]
         if len(streams) == 2:
-            refuse_early_end(*padded)
+            _refuse_early_end(*padded)
         if padded[-1] is None:
             return ids, clean, None
         behind = padded[-1].to(ids.device)
@@ -231,11 +233,11 @@ def hide_padding(
     return filled[0], filled[-1], attention_mask
 
 
-def refuse_early_end(noisy: Tensor | None, clean: Tensor | None) -> None:
+def _refuse_early_end(noisy: Tensor | None, clean: Tensor | None) -> None:
     """Refuse noisy texts that are padded where their clean ones go on.
 
     Raises:
-        InputError: naming the first such row.
+        InputError: naming the first of these rows.
     """
     if noisy is None:
         return
@@ -249,7 +251,7 @@ def refuse_early_end(noisy: Tensor | None, clean: Tensor | None) -> None:
 
 
 class WithTexts:
-    """Mixed in front of the bridge's class: text and padding become ids and a mask here."""
+    """Mixed in front of the bridge's class: texts and padding become ids and a mask."""
 
     def to_tokens(
         self: Any,
@@ -298,7 +300,7 @@ class WithTexts:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As TransformerLens's; strings, ``clean`` among them, and padded ids by one rule."""
+        """Run the forward; strings, ``clean`` included, and padded ids are read by one rule."""
         clean = kwargs.pop("clean", None)
         if isinstance(input, str | list | tuple):
             input = self.to_tokens(input, prepend_bos, padding_side)
@@ -307,7 +309,7 @@ class WithTexts:
         if attention_mask is None:
             attention_mask = kwargs.pop("one_zero_attention_mask", None)
         if is_ids(input) and has_values(input):
-            input, clean, attention_mask = hide_padding(
+            input, clean, attention_mask = _hide_padding(
                 self, input, clean, attention_mask, kwargs.get("sample_mode")
             )
         if clean is not None:
@@ -324,7 +326,7 @@ class WithTexts:
 
 
 def is_ids(x: Any) -> bool:
-    """Whether these are ids of one row or several, whatever they hold."""
+    """Whether these are ids of one row or several, whatever their values."""
     if not isinstance(x, Tensor) or x.ndim not in (1, 2) or not x.numel():
         return False
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

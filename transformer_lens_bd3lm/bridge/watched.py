@@ -1,4 +1,4 @@
-"""Hook points whose hooks own what they are shown, so that an edit in place is an edit returned.
+"""Hook points that hand their hooks a copy, so that an edit in place is an edit returned.
 
 One tensor has several readers: the stream goes on beside the norm that reads it, one h is read by
 q, k and v, and in the backward pass a sum hands one gradient to both its terms. A hook that writes
@@ -7,9 +7,9 @@ into such a tensor would edit them all::
     def halve(x, hook):        # at ln1.hook_in: the norm's input, and not the stream
         x *= 0.5
 
-So while somebody looks at a hook point, it hands on a copy, and the gradient that its hooks are
-shown is a copy too. What was cached at an earlier point, and what the caller gave, stay as they
-were. A point that nobody looks at copies nothing.
+So a hook point with hooks hands on a copy, and the gradient that its hooks get is a copy too. What
+was cached at an earlier point, and what the caller gave, stay as they were. A hook point without
+hooks copies nothing.
 
 Two hooks at one point share that copy, as TransformerLens's do.
 """
@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.errors import InputError
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether anything looks at these modules: a hook of either library, or a wrapped ``forward``.
+    """Whether these modules are watched: by a hook of either library, or by a wrapped ``forward``.
 
     Tracing tools set a ``forward`` on the instance and register nothing.
     """
@@ -41,10 +41,10 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class OwningHookPoint(HookPoint):
-    """A hook point that hands on a copy while it is watched."""
+    """Hook point that hands on a copy while it is watched."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The activation after its hooks."""
+        """Return the activation after its hooks."""
         if not watched(self):
             return super().__call__(x)
         y = super().__call__(x.clone())
@@ -55,32 +55,32 @@ class OwningHookPoint(HookPoint):
     def add_hook(
         self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
     ) -> LensHandle:
-        """As TransformerLens's; a backward hook may return ``(grad,)`` at every point."""
-        handle = super().add_hook(unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
+        """Add a hook; a backward hook may return ``(grad,)`` at every hook point."""
+        handle = super().add_hook(_unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
         handle.user_hook = hook
         return handle
 
 
-def unpacked(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The same backward hook, its gradient taken out of a tuple of one."""
+def _unpacked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward hook, with its gradient taken out of a tuple of one."""
 
     @wraps(hook, assigned=())
     def unpacking(grad: Any, hook: Any, *, fn: Callable[..., Any] = hook) -> Any:
-        found = fn(grad, hook=hook)
-        return found[0] if isinstance(found, tuple) and len(found) == 1 else found
+        edited = fn(grad, hook=hook)
+        return edited[0] if isinstance(edited, tuple) and len(edited) == 1 else edited
 
     return unpacking
 
 
 def own_hook_points(bridge: nn.Module) -> None:
-    """Make every hook point of a bridge one that owns what it shows."""
+    """Make every hook point of a bridge one that hands on copies."""
     for module in bridge.modules():
         if type(module) is HookPoint:
             module.__class__ = OwningHookPoint
 
 
 def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
-    """Fire a hook that may look and must not edit; an edit is refused, not lost.
+    """Fire a hook that may read and must not edit; an edit is refused, not lost.
 
     Raises:
         InputError: if the hook wrote into what it was shown, or returned anything else.

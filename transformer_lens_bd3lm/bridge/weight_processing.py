@@ -1,6 +1,7 @@
-"""Weight processing of a bridge, and what is put together from weights: exact, or refused.
+"""Process the weights of a bridge, and compute scores from weights: exactly, or not at all.
 
-What TransformerLens would get wrong, or fail at halfway, is refused before anything is changed.
+Calls that TransformerLens would get wrong, or fail at halfway, are refused before anything is
+changed.
 """
 
 import functools
@@ -18,7 +19,7 @@ class WithWeightProcessing:
     """Mixed in front of the bridge's class: weight processing, and scores of weights."""
 
     def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
-        """Columns of ``W_U``, where they are what logits are read along.
+        """Return columns of ``W_U``, where logits are read along them alone.
 
         Raises:
             NotExactError: before the final norm is folded; ``W_U`` itself can always be read.
@@ -27,10 +28,10 @@ class WithWeightProcessing:
         return super().tokens_to_residual_directions(tokens)
 
     def all_composition_scores(self: Any, mode: str) -> Any:
-        """As the host's, from weights that have the modulation between two heads in them.
+        """Compute composition scores, from weights with the modulation between heads folded in.
 
         Raises:
-            NotExactError: before it is folded into them.
+            NotExactError: before the modulation is folded into them.
         """
         for layer, block in enumerate(self.blocks):
             block.require_plain_writes()
@@ -39,23 +40,23 @@ class WithWeightProcessing:
 
     @functools.wraps(TransformerBridge.enable_compatibility_mode)
     def enable_compatibility_mode(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As the host's; what it would fail at is refused before anything is changed."""
+        """Enable compatibility mode; options that cannot be exact are refused first."""
         refuse_refactoring(TransformerBridge.enable_compatibility_mode, self, *args, **kwargs)
         super().enable_compatibility_mode(*args, **kwargs)
 
     @functools.wraps(TransformerBridge.process_weights)
     def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As the host's; what it would fail at is refused before anything is changed."""
+        """Process weights; options that cannot be exact are refused first."""
         refuse_refactoring(TransformerBridge.process_weights, self, *args, **kwargs)
         super().process_weights(*args, **kwargs)
 
     @functools.wraps(TransformerBridge.load_state_dict)
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the host's, of weights that are processed if this bridge's are.
+        """Load weights of the same processing as this bridge's.
 
         Raises:
-            NotExactError: if they are not, whether ``strict`` or not: gates would then be in the
-                weights twice, or not at all, and biases without the weights they belong to.
+            NotExactError: for weights of other processing, whether ``strict`` or not: gates would
+                be in the weights twice, or not at all, and biases without their weights.
         """
         require_same_processing(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
