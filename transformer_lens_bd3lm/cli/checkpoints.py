@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
     from transformer_lens_bd3lm.training.recipe import Recipe
-    from transformer_lens_bd3lm.training.recipe import train as run
+    from transformer_lens_bd3lm.training.train import train as run
 
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     texts = [read_file(file) for file in (train_file, valid_file)]
