@@ -163,10 +163,10 @@ def test_without_copying_nothing_far_apart_would_depend(monkeypatch):
 @pytest.mark.parametrize(
     "ids, told",
     [
-        ([[1, 2, 3]], "no texts"),
-        ([[0, 2, 0]], "no texts"),
-        ([[0]], "no texts"),
-        ([[0] + [1] * 8], "no texts"),
+        ([[1, 2, 3]], "not texts"),
+        ([[0, 2, 0]], "not texts"),
+        ([[0]], "not texts"),
+        ([[0] + [1] * 8], "not texts"),
         ([[0, 8]], "id 8"),
     ],
 )
