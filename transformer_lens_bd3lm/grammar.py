@@ -61,7 +61,7 @@ def _before_mark(before: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch word"
 
 
 def _after_mark(before: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch word"]:
-    """Return the probabilities of the next word in texts with a mark, at the period's position."""
+    """Return the probabilities of the next word after a mark, whose position is the period."""
     period = (before == MARK).int().argmax(-1, keepdim=True)
     copied = before.gather(-1, before.shape[1] - period)[:, 0]
     return COPY * F.one_hot(copied - 1, len(WORDS)).double() + (1 - COPY) / len(WORDS)

@@ -240,11 +240,11 @@ def test_the_loss_is_of_masked_positions_alone(model):
 ROWS = text_windows(torch.randint(1, 11, (500,), generator=generator(0)), CONTEXT)
 
 
-def go(run: Run, steps: int) -> list[tuple[int, float]]:
+def go(run: TrainingRun, steps: int) -> list[tuple[int, float]]:
     return [run.advance(ROWS) for _ in range(steps)]
 
 
-def same_state(one: Run, other: Run) -> bool:
+def same_state(one: TrainingRun, other: Run) -> bool:
     first, second = one.tensors(), other.tensors()
     assert first.keys() == second.keys()
     return one.step == other.step and all(torch.equal(first[k], second[k]) for k in first)
@@ -353,7 +353,7 @@ def test_a_run_may_end_before_its_schedule():
     assert rates[0] == rates[1]
 
 
-def loaded(path) -> Run:
+def loaded(path) -> TrainingRun:
     run = TrainingRun(TINY)
     run.load(path)
     return run
