@@ -244,7 +244,7 @@ def go(run: TrainingRun, steps: int) -> list[tuple[int, float]]:
     return [run.advance(ROWS) for _ in range(steps)]
 
 
-def same_state(one: TrainingRun, other: Run) -> bool:
+def same_state(one: TrainingRun, other: TrainingRun) -> bool:
     first, second = one.tensors(), other.tensors()
     assert first.keys() == second.keys()
     return one.step == other.step and all(torch.equal(first[k], second[k]) for k in first)
