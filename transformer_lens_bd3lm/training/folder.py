@@ -73,9 +73,8 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
         before, files = dict(begun["made of"]), dict(begun["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not as it was written: give another folder") from error
-    changed = [
-        name for name in made_of if before.get(name) != json.loads(json.dumps(made_of[name]))
-    ]
+    now = json.loads(json.dumps(made_of))
+    changed = " and another ".join(name for name in now if before.get(name) != now[name])
     if changed:
         raise InputError(
             f"{folder} was begun with another {changed}: give another folder, or remove it"
