@@ -15,11 +15,9 @@ from transformer_lens_bd3lm import grammar
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 from transformer_lens_bd3lm.grammar import MARK, MASK
 from transformer_lens_bd3lm.likelihoods.exact import exact
-from transformer_lens_bd3lm.training.recipe import (
-    GRAMMAR_RECIPE,
-    Run,
-    train_grammar,
-)
+from transformer_lens_bd3lm.training.recipe import GRAMMAR_RECIPE
+from transformer_lens_bd3lm.training.train import train_grammar
+from transformer_lens_bd3lm.training.training_run import TrainingRun
 
 GRAMMAR = Path(bd3lm.GRAMMAR)
 EXACT = 1e-10
@@ -162,10 +160,10 @@ def test_without_copying_nothing_far_apart_would_depend(monkeypatch):
 @pytest.mark.parametrize(
     "ids, told",
     [
-        ([[1, 2, 3]], "no texts"),
-        ([[0, 2, 0]], "no texts"),
-        ([[0]], "no texts"),
-        ([[0] + [1] * 8], "no texts"),
+        ([[1, 2, 3]], "not texts"),
+        ([[0, 2, 0]], "not texts"),
+        ([[0]], "not texts"),
+        ([[0] + [1] * 8], "not texts"),
         ([[0, 8]], "id 8"),
     ],
 )
@@ -329,7 +327,7 @@ def test_the_recipe_decides_every_weight_stopped_or_not(tmp_path):
     recipe = replace(GRAMMAR_RECIPE, steps=6, batch=8)
     for name in ("whole", "again", "stopped"):
         (tmp_path / name).mkdir()
-    run = Run(recipe)
+    run = TrainingRun(recipe)
     for _ in range(4):
         run.advance(grammar.sample)
     run.save(tmp_path / "stopped" / "state.safetensors")

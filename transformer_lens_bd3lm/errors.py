@@ -1,61 +1,61 @@
-"""Every error this package raises on purpose, in one tree.
+"""Errors that the package raises on purpose, in one tree.
 
 ::
 
     BD3LMError
-    ├── InputError (ValueError)       ids, shapes, timesteps: what a forward was given
-    │   └── BlockSizeError            the dial was set to something that is no block size
-    ├── CheckpointError (ValueError)  a config or weights file that cannot be loaded as it is
-    ├── TokenizerError (OSError)      no tokenizer to be found, or not the checkpoint's
-    ├── LossError (NotImplementedError) the host's shifted loss, which means nothing here
-    ├── HookNameError (KeyError)      a hook name that this bridge does not have
-    ├── HookReturnError (ValueError)  a hook returned neither None nor a same-shaped tensor
-    └── NotExactError (RuntimeError)  what was asked for cannot be exact here, so it is refused
+    ├── InputError (ValueError)          arguments: ids, shapes, timesteps, settings
+    │   └── BlockSizeError               a block size that the checkpoint cannot have
+    ├── CheckpointError (ValueError)     a config or weights that cannot be loaded as they are
+    ├── TokenizerError (OSError)         no tokenizer, or one of another checkpoint
+    ├── LossError (NotImplementedError)  TransformerLens's causal loss, which has no meaning here
+    ├── HookNameError (KeyError)         a hook point that the bridge does not have
+    ├── HookReturnError (ValueError)     a hook that returned another shape than it was given
+    └── NotExactError (RuntimeError)     a result that cannot be exact, and so is refused
 
-Each says what came, the rule, and the way out. One thing is a warning, because it may be meant:
-``OffDistributionWarning``, of input that training never showed the model.
+Each message names the argument and its value, the rule, and the way out. ``OffDistributionWarning``
+is a warning, for the input may be meant: the model never saw its like in training.
 """
 
 
 class BD3LMError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of all errors that the package raises on purpose."""
 
 
 class InputError(BD3LMError, ValueError):
-    """Token ids, shapes, timesteps or keywords that a forward pass cannot take."""
+    """Argument that cannot be used: token ids, a shape, timesteps, a setting."""
 
 
 class BlockSizeError(InputError):
-    """A value that is not a block size of this checkpoint."""
+    """Value that is not a block size of the checkpoint."""
 
 
 class CheckpointError(BD3LMError, ValueError):
-    """A repository, config or weights file that cannot be loaded as it is."""
+    """Repository, config or weights file that cannot be loaded as it is."""
 
 
 class TokenizerError(BD3LMError, OSError):
-    """No tokenizer was found for a checkpoint."""
+    """Tokenizer that was not found, cannot be read, or does not fit the checkpoint."""
 
 
 class LossError(BD3LMError, NotImplementedError):
-    """The host's shifted causal loss was asked for; it has no meaning in block diffusion."""
+    """Call of TransformerLens's causal loss, which has no meaning in block diffusion."""
 
 
 class HookNameError(BD3LMError, KeyError):
-    """A hook name that the bridge does not have."""
+    """Name of a hook point that the bridge does not have, or that would never fire."""
 
     def __str__(self) -> str:
-        """The message itself; ``KeyError`` would print its ``repr``."""
+        """Return the message; ``KeyError`` would return its ``repr``."""
         return str(self.args[0]) if self.args else ""
 
 
 class HookReturnError(BD3LMError, ValueError):
-    """A hook returned something other than None or a tensor of the shape it was given."""
+    """Hook that returned neither None nor a tensor of the shape that it was given."""
 
 
 class NotExactError(BD3LMError, RuntimeError):
-    """What was asked for cannot be exact here, and an approximation would be silent."""
+    """Request that cannot be answered exactly; an approximation would be silent."""
 
 
 class OffDistributionWarning(UserWarning):
-    """The model was given what training never showed it: a block that reads masks in another."""
+    """Input that the model never saw in training: a block that reads masks in another block."""

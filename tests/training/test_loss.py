@@ -370,7 +370,7 @@ def test_a_time_of_another_shape_is_refused(t):
         ("mask_id=-1", {"mask_id": -1}),
         ("attention_mask has shape", {"attention_mask": torch.ones(3, 13)}),
         ("attention_mask hides", {"attention_mask": (torch.arange(14) > 0).expand(3, 14)}),
-        ("nothing counts", {"attention_mask": (torch.arange(14) < 1).expand(3, 14)}),
+        ("no token is counted", {"attention_mask": (torch.arange(14) < 1).expand(3, 14)}),
     ],
 )
 def test_what_does_not_fit_is_refused(match, changes):

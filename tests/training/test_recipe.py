@@ -15,17 +15,13 @@ from tests.helpers import small
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
-from transformer_lens_bd3lm.training import recipe as recipe_module
-from transformer_lens_bd3lm.training.recipe import (
-    Recipe,
-    Run,
-    draw_masks,
-    learning_rate,
-    nelbo_loss,
-    train,
-    train_tokenizer,
-    windows,
-)
+from transformer_lens_bd3lm.training import closed_form_loss, training_run
+from transformer_lens_bd3lm.training import train as train_module
+from transformer_lens_bd3lm.training.closed_form_loss import draw_masks, nelbo_loss
+from transformer_lens_bd3lm.training.data import text_windows, train_tokenizer
+from transformer_lens_bd3lm.training.recipe import Recipe, learning_rate
+from transformer_lens_bd3lm.training.train import train
+from transformer_lens_bd3lm.training.training_run import TrainingRun
 
 CONTEXT, VOCAB, MASK = 8, 6, 5
 TINY = Recipe(
@@ -126,7 +122,7 @@ def test_masks_come_from_the_generator_alone():
 
 def test_windows_are_bos_and_consecutive_tokens_from_anywhere_in_the_text():
     text = torch.arange(100, 120)
-    rows = windows(text, CONTEXT)(400, generator())
+    rows = text_windows(text, CONTEXT)(400, generator())
     assert rows.shape == (400, CONTEXT) and bool((rows[:, 0] == 0).all())
     assert bool((rows[:, 2:] - rows[:, 1:-1] == 1).all())
     assert set(rows[:, 1].tolist()) == set(range(100, 120 - (CONTEXT - 1) + 1))
@@ -195,7 +191,7 @@ def test_another_expectation_would_be_seen(model, monkeypatch, wrong):
             masked, weight = draw_masks(*args)
             return masked, torch.ones_like(weight)
 
-        monkeypatch.setattr(recipe_module, "draw_masks", unweighted)
+        monkeypatch.setattr(closed_form_loss, "draw_masks", unweighted)
         assert standard_errors_from(draws(model, 4), exact_nelbo(model, 4)) > 8
     else:
         assert standard_errors_from(draws(model, 4), exact_nelbo(model, 8)) > 8
@@ -241,14 +237,14 @@ def test_the_loss_is_of_masked_positions_alone(model):
 # Stopping and going on.
 
 
-ROWS = windows(torch.randint(1, 11, (500,), generator=generator(0)), CONTEXT)
+ROWS = text_windows(torch.randint(1, 11, (500,), generator=generator(0)), CONTEXT)
 
 
-def go(run: Run, steps: int) -> list[tuple[int, float]]:
+def go(run: TrainingRun, steps: int) -> list[tuple[int, float]]:
     return [run.advance(ROWS) for _ in range(steps)]
 
 
-def same_state(one: Run, other: Run) -> bool:
+def same_state(one: TrainingRun, other: TrainingRun) -> bool:
     first, second = one.tensors(), other.tensors()
     assert first.keys() == second.keys()
     return one.step == other.step and all(torch.equal(first[k], second[k]) for k in first)
@@ -257,18 +253,18 @@ def same_state(one: Run, other: Run) -> bool:
 @pytest.fixture(scope="module")
 def whole():
     """A run that was never stopped, and what it reported."""
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     return run, go(run, TINY.steps)
 
 
 @pytest.mark.parametrize("stop", [1, 5])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, stop):
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     before = go(run, stop)
     run.save(tmp_path / "state.safetensors")
     del run
     torch.manual_seed(99)
-    resumed = Run(TINY)
+    resumed = TrainingRun(TINY)
     resumed.load(tmp_path / "state.safetensors")
     assert resumed.step == stop
     torch.rand(7)
@@ -279,7 +275,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(whole, tmp_path, stop):
 
 def test_each_step_draws_rows_of_its_own_from_the_seed_and_the_step():
     def drawn(seed: int) -> list[list]:
-        seen, run = [], Run(replace(TINY, seed=seed))
+        seen, run = [], TrainingRun(replace(TINY, seed=seed))
 
         def draw(rows: int, generator: torch.Generator) -> torch.Tensor:
             seen.append(ROWS(rows, generator))
@@ -297,7 +293,7 @@ def test_each_step_draws_rows_of_its_own_from_the_seed_and_the_step():
 
 @pytest.mark.parametrize("autocast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_recipe_says_in_which_precision_the_forward_is(autocast, dtype):
-    run, seen = Run(replace(TINY, autocast=autocast)), []
+    run, seen = TrainingRun(replace(TINY, autocast=autocast)), []
     layer = run.model.backbone.blocks[0].attn_qkv
     layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     go(run, 1)
@@ -305,7 +301,7 @@ def test_a_recipe_says_in_which_precision_the_forward_is(autocast, dtype):
 
 
 def test_looking_at_a_run_does_not_change_it(whole):
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     for _ in range(TINY.steps):
         run.validate(ROWS, 2, rows=3)
         run.advance(ROWS)
@@ -314,10 +310,10 @@ def test_looking_at_a_run_does_not_change_it(whole):
 
 @pytest.mark.parametrize("lost", ["exp_avg", "ema", "step"])
 def test_a_state_without_one_of_its_parts_would_be_seen(whole, tmp_path, lost):
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     go(run, 5)
     run.save(tmp_path / "state.safetensors")
-    resumed = Run(TINY)
+    resumed = TrainingRun(TINY)
     resumed.load(tmp_path / "state.safetensors")
     for name, p in resumed.model.named_parameters():
         if lost == "ema":
@@ -329,8 +325,8 @@ def test_a_state_without_one_of_its_parts_would_be_seen(whole, tmp_path, lost):
 
 
 def test_every_block_size_of_the_dial_is_drawn_and_the_loss_falls():
-    run = Run(replace(TINY, steps=60, schedule=60, dropout=0.0, learning_rate=2e-2))
-    text = windows(torch.arange(1, 11).repeat(60), CONTEXT)
+    run = TrainingRun(replace(TINY, steps=60, schedule=60, dropout=0.0, learning_rate=2e-2))
+    text = text_windows(torch.arange(1, 11).repeat(60), CONTEXT)
     reported = [run.advance(text) for _ in range(60)]
     assert {size for size, _ in reported} == set(TINY.block_sizes)
     losses = [loss for _, loss in reported]
@@ -338,7 +334,7 @@ def test_every_block_size_of_the_dial_is_drawn_and_the_loss_falls():
 
 
 def test_another_seed_is_another_run(whole):
-    run = Run(replace(TINY, seed=4))
+    run = TrainingRun(replace(TINY, seed=4))
     assert go(run, 3) != whole[1][:3]
 
 
@@ -357,8 +353,8 @@ def test_a_run_may_end_before_its_schedule():
     assert rates[0] == rates[1]
 
 
-def loaded(path) -> Run:
-    run = Run(TINY)
+def loaded(path) -> TrainingRun:
+    run = TrainingRun(TINY)
     run.load(path)
     return run
 
@@ -366,7 +362,7 @@ def loaded(path) -> Run:
 @pytest.mark.parametrize("killed_in", ["writing", "renaming"])
 def test_a_killed_save_leaves_the_old_state_whole(tmp_path, monkeypatch, killed_in):
     path = tmp_path / "state.safetensors"
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     go(run, 2)
     run.save(path)
     kept = path.read_bytes()
@@ -381,9 +377,9 @@ def test_a_killed_save_leaves_the_old_state_whole(tmp_path, monkeypatch, killed_
 
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         if killed_in == "writing":
-            killed.setattr(recipe_module, "save_file", half)
+            killed.setattr(training_run, "save_file", half)
         else:
-            killed.setattr(recipe_module.os, "replace", never)
+            killed.setattr(training_run.os, "replace", never)
         run.save(path)
     assert path.read_bytes() == kept and loaded(path).step == 2
     run.save(path)
@@ -394,10 +390,10 @@ def test_a_killed_save_leaves_the_old_state_whole(tmp_path, monkeypatch, killed_
 @pytest.mark.parametrize("change", [{"seed": 4}, {"steps": 9}, {"block_sizes": (1, 2)}])
 def test_another_recipes_state_is_refused_and_nothing_of_it_is_loaded(tmp_path, change):
     path = tmp_path / "state.safetensors"
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     go(run, 1)
     run.save(path)
-    other = Run(replace(TINY, **change))
+    other = TrainingRun(replace(TINY, **change))
     before = {name: x.clone() for name, x in other.tensors().items()}
     with pytest.raises(ValueError, match="another recipe"):
         other.load(path)
@@ -424,7 +420,7 @@ def test_an_export_is_the_averaged_weights_in_half_precision(whole, tmp_path):
 
 
 def test_the_average_lags_behind_the_weights(whole):
-    run = Run(TINY)
+    run = TrainingRun(TINY)
     start = {name: x.clone() for name, x in run.ema.items()}
     go(run, 1)
     name = "backbone.output_layer.linear.weight"
@@ -587,7 +583,7 @@ def test_other_texts_in_the_same_folder_are_refused(
 ):
     folder = tmp_path / "run"
     if stopped:
-        monkeypatch.setattr(recipe_module, "go_on", lambda *args: iter(()))
+        monkeypatch.setattr(train_module, "continue_run", lambda *args: iter(()))
         train_two_steps(folder)
     else:
         shutil.copytree(trained, folder)

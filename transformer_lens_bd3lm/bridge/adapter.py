@@ -49,7 +49,7 @@ from transformer_lens_bd3lm.errors import CheckpointError, InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.model.modules import NORM_EPS
-from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, shown
+from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, quoted
 
 # BD3LMConfig's defaults, for a config that TransformerLens makes without a checkpoint.
 _DEFAULTS = {"block_size": 1, "adaln": True, "cross_attn": True}
@@ -259,7 +259,7 @@ def _refuse_tl_settings(config: Any, cfg: Any) -> None:
     for name in sorted(names & vars(config).keys()):
         if vars(config)[name] != getattr(plain, name):
             raise CheckpointError(
-                f"{name}={shown(vars(config)[name])} in the checkpoint's config or in "
+                f"{name}={quoted(vars(config)[name])} in the checkpoint's config or in "
                 "hf_config_overrides: it is a setting of TransformerLens, not of a checkpoint, and "
                 f"{getattr(plain, name)!r} here; remove it, and set on the bridge what can be set"
             )
@@ -269,7 +269,7 @@ def _refuse_tl_settings(config: Any, cfg: Any) -> None:
             near = difflib.get_close_matches(key, [*KNOWN_KEYS, *vars(config)], n=4)
             nearest = ", ".join(name for name in near if name != key)
             raise CheckpointError(
-                f"{key}={shown(vars(config)[key])} in hf_config_overrides: nothing reads that key"
+                f"{key}={quoted(vars(config)[key])} in hf_config_overrides: nothing reads that key"
                 f"{f'; the nearest are {nearest}' if nearest else ''}"
             )
 

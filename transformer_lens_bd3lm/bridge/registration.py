@@ -33,7 +33,13 @@ logger = logging.getLogger("transformer_lens_bd3lm")
 
 
 def register() -> None:
-    """Register BD3LM and its baselines with TransformerLens and transformers; safe to repeat."""
+    """Register BD3LM and its baselines with TransformerLens and transformers.
+
+    Importing the package calls it, and it may be called again. Afterwards
+    ``TransformerBridge.boot_transformers`` uses this package's adapter for BD3LM, MDLM and AR in
+    place of TransformerLens's own, and transformers' auto classes load their configs, models and
+    tokenizers without running a repository's code.
+    """
     for config, model in ((BD3LMConfig, BD3LM), (BAMDLMConfig, BAMDLM), (MDLMConfig, MDLM)):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForMaskedLM.register(config, model, exist_ok=True)

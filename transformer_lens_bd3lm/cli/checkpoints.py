@@ -16,7 +16,7 @@ from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.show.tables import new_table
 from transformer_lens_bd3lm.show.terminal import console
 from transformer_lens_bd3lm.training.recipe import Recipe
-from transformer_lens_bd3lm.training.recipe import train as run
+from transformer_lens_bd3lm.training.train import train as run
 
 
 @app.command()

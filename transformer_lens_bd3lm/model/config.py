@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformer_lens_bd3lm.errors import CheckpointError
 from transformer_lens_bd3lm.model.config_file import complete_baseline, read_config_file
 from transformer_lens_bd3lm.model.inputs import read_block_size
-from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, OTHER_NAMES, check_settings, shown
+from transformer_lens_bd3lm.model.rules import KNOWN_KEYS, OTHER_NAMES, check_settings, quoted
 
 
 class BD3LMConfig(PretrainedConfig):
@@ -166,8 +166,8 @@ class BD3LMConfig(PretrainedConfig):
             value = vars(self).pop(other)
             if overrides.setdefault(name, value) != value:
                 raise CheckpointError(
-                    f"{other}={shown(value)} (n_ctx or hf_config_overrides) and "
-                    f"{name}={shown(overrides[name])} (hf_config_overrides) are two values of one "
+                    f"{other}={quoted(value)} (n_ctx or hf_config_overrides) and "
+                    f"{name}={quoted(overrides[name])} (hf_config_overrides) are two values of one "
                     "thing: give one of them"
                 )
             setattr(self, name, value)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer_lens_bd3lm.errors import CheckpointError
-from transformer_lens_bd3lm.model.rules import OTHER_NAMES, check_settings, shown
+from transformer_lens_bd3lm.model.rules import OTHER_NAMES, check_settings, quoted
 
 FILE = "config.json"
 # Settings of the baselines, by the architecture that a config names.
@@ -100,7 +100,7 @@ def _in_our_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     for other, name in OTHER_NAMES.items():
         if other in settings and settings[other] != settings[name]:
             raise CheckpointError(
-                f"{FILE} has {other}={shown(settings[other])} and {name}={settings[name]}, two "
+                f"{FILE} has {other}={quoted(settings[other])} and {name}={settings[name]}, two "
                 f"values of one thing: remove {other}"
             )
     return {key: value for key, value in settings.items() if key not in OTHER_NAMES}

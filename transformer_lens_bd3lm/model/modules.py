@@ -1,4 +1,4 @@
-"""The plain modules that a checkpoint's weights fall into, and their plain forward.
+"""Plain modules of a checkpoint, and their forward pass.
 
 One layer, with ``c = silu(sigma_map(sigma))`` and six vectors from ``adaLN_modulation(c)``::
 
@@ -6,10 +6,10 @@ One layer, with ``c = silu(sigma_map(sigma))`` and six vectors from ``adaLN_modu
     x = x + gate_mlp * mlp(norm2(x) * (1 + scale_mlp) + shift_mlp)
     logits = linear(norm_final(x) * (1 + scale) + shift)
 
-Module names are the checkpoint's parameter names; the order of ``parameters()`` is theirs too.
+Modules have the names that a checkpoint's weights have, in the same order.
 
-No hooks, no cache and no block structure exploited here: this is what the hooked forward is
-compared with.
+There are no hooks, no cache and no fast attention here: the hooked forward pass is compared with
+this one.
 """
 
 from typing import Any
@@ -28,14 +28,14 @@ NORM_EPS = 1e-5
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Widen half precisions to float32; leave float32 and float64 alone."""
+    """Return half-precision tensors as float32, and others as they are."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def timestep_features(
     sigma: Float[Tensor, " batch"], width: int = TIMESTEP_FEATURES
 ) -> Float[Tensor, "batch features"]:
-    """Sinusoidal features of sigma: the cosine half, then the sine half."""
+    """Compute sinusoidal features of sigma: cosines, then sines."""
     sigma = at_least_float32(sigma)
     half = width // 2
     k = torch.arange(half, device=sigma.device, dtype=sigma.dtype)
@@ -46,7 +46,7 @@ def timestep_features(
 def rotary_tables(
     positions: Int[Tensor, " pos"], inv_freq: Float[Tensor, " half"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "pos d_head"], Float[Tensor, "pos d_head"]]:
-    """Cosines and sines at these positions, computed in float32 or wider, in ``dtype``."""
+    """Compute the cosines and sines of positions, in float32 or wider; return them in ``dtype``."""
     wide = torch.promote_types(torch.promote_types(inv_freq.dtype, dtype), torch.float32)
     angles = positions.to(wide)[:, None] * inv_freq.to(wide)
     angles = torch.cat([angles, angles], dim=-1)
@@ -58,25 +58,25 @@ def rotate(
     cos: Float[Tensor, "pos d_head"],
     sin: Float[Tensor, "pos d_head"],
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Rotary embedding, halves convention: ``(x1, x2) -> (x1, x2) cos + (-x2, x1) sin``."""
+    """Apply the rotary embedding to halves of heads: ``(x1, x2) cos + (-x2, x1) sin``."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
 
 class Embedding(nn.Module):
-    """A bare ``[vocab, d]`` parameter, looked up by index."""
+    """Token embedding: a bare ``[vocab, d]`` parameter, looked up by index."""
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """Rows of the table."""
+        """Return the embedding of each id."""
         return F.embedding(ids, self.embedding)
 
 
 class TimestepEmbedder(nn.Module):
-    """``sigma_map``: features, linear, SiLU, linear."""
+    """Timestep embedding ``sigma_map``: features, linear, SiLU, linear."""
 
     def __init__(self, cond_dim: int):
         super().__init__()
@@ -85,17 +85,17 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch cond"]:
-        """The conditioning vector before its SiLU."""
+        """Compute the conditioning vector, before its SiLU."""
         features = timestep_features(sigma)
         # Quantized linears have no parameters, and compute in float32.
         return self.mlp(features.to(next((p.dtype for p in self.mlp.parameters()), features.dtype)))
 
 
 class KeptFrequencies:
-    """Holds ``inv_freq``, in float32 or wider whatever the model is cast to.
+    """Mixin that keeps ``inv_freq`` in float32 or wider when the model is cast.
 
-    Also mixed in front of a repository's own rotary embedding: what is there is what is computed
-    with, saved, and replaced by ``load_state_dict``.
+    It is also put in front of a repository's own rotary embedding. The buffer stays the one that is
+    computed with, saved, and replaced by ``load_state_dict``.
     """
 
     inv_freq: Tensor
@@ -109,7 +109,7 @@ class KeptFrequencies:
 
 
 class Rotary(KeptFrequencies, nn.Module):
-    """The buffer alone; :func:`rotary_tables` computes with it."""
+    """Buffer of rotary frequencies; :func:`rotary_tables` computes with it."""
 
     def __init__(self, d_head: int):
         super().__init__()
@@ -117,7 +117,7 @@ class Rotary(KeptFrequencies, nn.Module):
         self.register_buffer("inv_freq", self.frequencies())
 
     def frequencies(self) -> Float[Tensor, " half"]:
-        """``10000^(-2k / d_head)`` for k in 0 .. d_head/2 - 1."""
+        """Compute ``10000^(-2k / d_head)`` for k in 0 .. d_head/2 - 1."""
         return 1.0 / (MAX_PERIOD ** (torch.arange(0, self.d_head, 2).float() / self.d_head))
 
 
@@ -129,7 +129,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Normalised over the last axis."""
+        """Normalize over the last axis."""
         wide = F.layer_norm(at_least_float32(x), (x.shape[-1],), eps=NORM_EPS)
         return (wide * self.weight).to(self.weight.dtype)
 
@@ -159,7 +159,7 @@ class Block(nn.Module):
         sin: Float[Tensor, "pos d_head"],
         mask: Tensor | None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Multi-head attention under a dense mask (True is visible), before ``attn_out``."""
+        """Compute attention under a dense mask (True is visible), before ``attn_out``."""
         q, k, v = self.attn_qkv(h).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         z = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask
@@ -174,7 +174,7 @@ class Block(nn.Module):
         sin: Float[Tensor, "pos d_head"],
         mask: Tensor | None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this layer."""
+        """Compute the residual stream after this layer."""
         drop, train = self.dropout, self.training
         if c is None:
             x = x + F.dropout(
@@ -204,7 +204,7 @@ class OutputLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], c: Float[Tensor, "batch cond"] | None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Raw logits."""
+        """Compute raw logits."""
         h = self.norm_final(x)
         if c is not None:
             shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
@@ -231,10 +231,13 @@ class Backbone(nn.Module):
         real: Bool[Tensor, "batch length"] | None = None,
         streams: list[Tensor] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Raw logits at every position of the view (dual: both halves).
+        """Compute raw logits at every position of a view; a dual one has both streams.
 
-        ``real`` says where there is no padding, None that there is none. The embedded ids and what
-        each layer returns are appended to ``streams``.
+        Args:
+            view: ids, and how their positions read each other.
+            sigma: sigma of each row.
+            real: True at real tokens of one stream; None if there is no padding.
+            streams: list to which the embedded ids and the output of each layer are appended.
         """
         x = self.vocab_embed(view.ids)
         c = F.silu(self.sigma_map(sigma)) if hasattr(self, "sigma_map") else None

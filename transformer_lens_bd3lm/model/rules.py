@@ -22,9 +22,9 @@ MAX_WIDTH = 2**17
 MAX_LENGTH = 2**20
 MAX_VOCABULARY = 2**22
 ARCHITECTURES = ("BD3LM", "BAMDLM", "MDLM", "AR")
-# What the network's logits are. Scores (SEDD) are not log-probabilities of tokens.
+# Kinds of models whose logits are log-probabilities of tokens; the scores of SEDD are not.
 PARAMETERIZATIONS = ("subs", "ar")
-# Names that TransformerLens and transformers have for our keys, and would read before ours.
+# Names that TransformerLens and transformers have for our keys, and read before ours.
 OTHER_NAMES = {
     **dict.fromkeys(("hidden_size", "n_embd"), "hidden_dim"),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), "n_blocks"),
@@ -32,13 +32,13 @@ OTHER_NAMES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), "n_heads"),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), "model_length"),
 }
-# Parts of other kinds of models, which TransformerLens and transformers would take for the model.
+# Keys of other kinds of models, whose parts the libraries would take for the whole model.
 OTHER_MODELS = ("text_config", "encoder", "decoder", "per_layer_config", "original_architecture")
 MORE_KEYS = ("architectures", "dtype", "head_dim", "parameterization", "transformers_weights")
 
 
 class Rules(BaseModel):
-    """Types and ranges of a checkpoint's settings, each by itself."""
+    """Type and range of each setting of a checkpoint."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -81,14 +81,14 @@ def check_settings(
     """
 
     def refuse(key: str, rule: str) -> None:
-        name, value = (names or {}).get(key, key), shown(settings[key])
+        name, value = (names or {}).get(key, key), quoted(settings[key])
         raise CheckpointError(f"{name}={value} in {source}: {rule}; correct it there")
 
     try:
         Rules.model_validate(dict(settings))
     except ValidationError as error:
         key = str(error.errors(include_input=False, include_url=False)[0]["loc"][0])
-        refuse(key, f"it must be {_spelled(Rules.model_fields[key])}")
+        refuse(key, f"it must be {_rule_of(Rules.model_fields[key])}")
     width, heads = settings.get("hidden_dim", 2), settings.get("n_heads", 1)
     if width % heads or (width // heads) % 2:
         refuse("hidden_dim", f"rotary heads need an even multiple of n_heads={heads}")
@@ -110,7 +110,7 @@ def check_settings(
             raise CheckpointError(f"{source} has {key}, which no BD3LM checkpoint has: remove it")
     if settings.get("transformers_weights") is not None:
         raise CheckpointError(
-            f"{source} has transformers_weights={shown(settings['transformers_weights'])}, other "
+            f"{source} has transformers_weights={quoted(settings['transformers_weights'])}, other "
             "weights than the files' usual names say: call the file model.safetensors and remove "
             "the key"
         )
@@ -132,8 +132,8 @@ def check_settings(
         )
 
 
-def shown(value: Any) -> str:
-    """Spell a value for an error or a card, however long or strange it is."""
+def quoted(value: Any) -> str:
+    """Return a short text for a value, for an error or a model card, however long the value is."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, str):
@@ -143,8 +143,8 @@ def shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _spelled(field: FieldInfo) -> str:
-    """A field's type and range in words."""
+def _rule_of(field: FieldInfo) -> str:
+    """Return the type and range of a field, in words."""
     if field.annotation in (bool, str):
         return "true or false" if field.annotation is bool else "text"
     if field.annotation not in (int, float):

@@ -1,1 +1,1 @@
-"""The training loss, and the recipes of the embedded models."""
+"""Training: the loss of block diffusion, and the recipes of the embedded models."""

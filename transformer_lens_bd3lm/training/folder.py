@@ -1,8 +1,8 @@
-"""The folder of a training run: what it was begun with, and files that are whole or not there.
+"""Folder of a training run: what it was begun with, and files that are whole or do not exist.
 
-``begun.json`` holds the recipe, and SHA-256 of the texts and of the tokenizer's files. It is
-written after these, so a folder that has it has them whole, and one that was stopped before is
-begun anew. A run goes on only from what it was begun with.
+``begun.json`` holds the recipe, and the SHA-256 of the texts and of the tokenizer's files. It is
+written last: a folder that has it has the other files whole, and one without it is begun anew. A
+run resumes only with what it was begun with.
 """
 
 import json
@@ -24,7 +24,7 @@ RESULTS = ("state.safetensors", "config.json", "model.safetensors")
 
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """Give a draft folder to write files into; each then takes its place whole, ``BEGUN`` last."""
+    """Yield a draft folder, whose files are then moved into the folder, ``BEGUN`` last."""
     draft = folder / ".draft"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -34,26 +34,30 @@ def whole_files(folder: Path) -> Iterator[Path]:
     draft.rmdir()
 
 
-def begin(folder: Path, made_of: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a run's tokenizer, and what it is begun with.
+def begin_folder(folder: Path, made_of: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the tokenizer of a run, and what it is begun with.
 
     Args:
-        folder: the run's, which is made.
-        made_of: what must be the same when the run goes on, by name: plain values.
-        tokenizer: made of it.
+        folder: folder of the run, which is created.
+        made_of: plain values by name, which must be the same when the run resumes.
+        tokenizer: tokenizer of the run.
     """
     with whole_files(folder) as draft:
         tokenizer.save_pretrained(draft)
-        files = {file.name: fingerprint(file.read_bytes()) for file in draft.iterdir()}
+        files = {file.name: sha256_of(file.read_bytes()) for file in draft.iterdir()}
         begun = json.dumps({"made of": made_of, "files": files}, indent=1)
         (draft / BEGUN).write_text(begun, encoding="utf-8")
 
 
 def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast | None:
-    """Read the tokenizer of a run that was begun with the same; None where none was begun.
+    """Read the tokenizer of a run that was begun with the same values; None if none was begun.
+
+    Args:
+        folder: folder of the run.
+        made_of: plain values by name, with which the run is to resume.
 
     Raises:
-        InputError: if the folder was begun with something else, or holds something else.
+        InputError: if the folder was begun with other values, or its files were changed.
     """
     path = folder / BEGUN
     if not path.exists():
@@ -69,15 +73,15 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
         before, files = dict(begun["made of"]), dict(begun["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not as it was written: give another folder") from error
-    other = [name for name in made_of if before.get(name) != json.loads(json.dumps(made_of[name]))]
-    if other:
+    now = json.loads(json.dumps(made_of))
+    changed = " and another ".join(name for name in now if before.get(name) != now[name])
+    if changed:
         raise InputError(
-            f"{folder} was begun with another {' and another '.join(other)}: give another folder, "
-            "or remove it"
+            f"{folder} was begun with another {changed}: give another folder, or remove it"
         )
     for name, wanted in files.items():
         file = folder / Path(name).name
-        if not file.is_file() or fingerprint(file.read_bytes()) != wanted:
+        if not file.is_file() or sha256_of(file.read_bytes()) != wanted:
             raise InputError(
                 f"{file} is not the one that the training was begun with: give another folder, or "
                 "put it back"
@@ -85,6 +89,6 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def fingerprint(content: bytes) -> str:
-    """SHA-256 in hexadecimal digits."""
+def sha256_of(content: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal digits."""
     return sha256(content).hexdigest()

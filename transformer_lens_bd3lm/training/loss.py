@@ -1,4 +1,4 @@
-"""What a BD3LM is trained with: one draw of the NELBO, from a forward's logits.
+"""Training loss of block diffusion: one draw of the NELBO, from the logits of a forward pass.
 
 With the log-linear schedule (Arriola et al., equation 8) each token of a block is masked with
 probability t, t ~ U(0, 1] for every block, and N tokens count::
@@ -6,9 +6,8 @@ probability t, t ~ U(0, 1] for every block, and N tokens count::
     loss = 1/N * sum over masked i of  (1 / t_i) * -log p(x_0,i | x_t, clean earlier blocks)
 
 Its expectation over t and masks is the NELBO in nats a token, which ``nelbo`` gives exactly. A draw
-that masks nothing is worth exactly 0: it is not refused, for without such draws the mean would be
-too high. The network must have seen ``x_t`` beside the clean tokens, ``bridge(x_t, clean=x_0)``,
-or be told of one block alone.
+that masks nothing has loss 0. It is not refused: without such draws the mean would be too high. The
+logits must be those of the dual view, ``bridge(x_t, clean=x_0)``, or of a text of one block.
 
 Nothing is drawn here, and no model is run.
 """
@@ -30,7 +29,7 @@ from transformer_lens_bd3lm.model.subs import masked_log_probs, read_mask_id
 def masked_nll(
     logits: Float[Tensor, "token d_vocab"], x_0: Int[Tensor, " token"], mask_id: int
 ) -> Float[Tensor, " token"]:
-    """``-log p(x_0 | x_t)`` of masked tokens, in nats, from raw logits, in float32 or wider."""
+    """Compute ``-log p(x_0 | x_t)`` of masked tokens, in nats, in float32 or wider."""
     log_p = masked_log_probs(at_least_float32(logits), mask_id)
     return -log_p.gather(-1, x_0[:, None])[:, 0]
 
@@ -46,34 +45,37 @@ def diffusion_loss(
     mask_id: Any = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos"]:
-    """One draw of the NELBO, in nats a token; differentiable in ``logits``.
+    """Compute one draw of the NELBO, in nats a token; differentiable in ``logits``.
+
+    It is the loss of Arriola et al., equation 8, under the log-linear schedule: the cross-entropy
+    of each masked token, weighted by 1/t of its block.
 
     Args:
         logits: raw logits of the noisy stream ``[batch, pos, d_vocab]``.
-        x_t: the noisy ids they were computed from ``[batch, pos]``.
-        x_0: the clean ids ``[batch, pos]``; position 0 is BOS, never masked and not counted.
-        t: the probability with which each token was masked, in (0, 1]: a number, one a row
+        x_t: noisy ids that they were computed from ``[batch, pos]``.
+        x_0: clean ids ``[batch, pos]``. Position 0 is BOS, which is never masked and not counted.
+        t: probability with which each token was masked, in (0, 1]: one number, one a row
             ``[batch]``, one a position ``[batch, pos]``, or with ``block_size`` one a block
             ``[batch, block]``.
-        block_size: tokens a block, or ``"full"``; says where the blocks of ``t`` begin.
-        attention_mask: True at real tokens ``[batch, pos]``, padded on the right; padding counts
-            for nothing, whatever its ids.
-        mask_id: the mask token's id; the last id by default, which ``x_t`` and ``x_0`` must bear
-            out: where they differ, ``x_t`` has the mask.
-        per_token: what each position adds ``[batch, pos]``, in place of the sum over N tokens
-            divided by N: 0 where nothing is masked.
+        block_size: tokens a block, or ``"full"``; needed only for a ``t`` of one a block.
+        attention_mask: True at real tokens ``[batch, pos]``, padded on the right. Padding is not
+            counted, and may have any ids.
+        mask_id: id of the mask token; by default the last id. Where ``x_t`` and ``x_0`` differ,
+            ``x_t`` must be the mask.
+        per_token: whether to return the weighted loss of each position, 0 where nothing is masked,
+            instead of its sum over the N counted tokens divided by N.
 
     Returns:
-        A scalar, or one value a position, in float32 or wider.
+        A scalar, or the loss of each position ``[batch, pos]``, in float32 or wider.
 
     Raises:
-        InputError: if shapes do not fit, a time is none, a revealed token is not the clean one, BOS
-            is masked, or nothing counts.
-        BlockSizeError: if ``block_size`` is none.
+        InputError: if shapes do not fit, a time is outside (0, 1], a revealed token is not the
+            clean one, BOS is masked, ``x_0`` holds the mask, or no token is counted.
+        BlockSizeError: for a block size other than an int >= 1 or ``"full"``.
     """
-    logits, mask_id = read_logits(logits, mask_id)
+    logits, mask_id = _read_logits(logits, mask_id)
     x_t, x_0 = (
-        read_stream(ids, logits.shape[-1], name, attention_mask).to(logits.device)
+        _read_stream(ids, logits.shape[-1], name, attention_mask).to(logits.device)
         for ids, name in ((x_t, "x_t"), (x_0, "x_0"))
     )
     for ids, name in ((x_t, "x_t"), (x_0, "x_0")):
@@ -82,11 +84,11 @@ def diffusion_loss(
                 f"{name} has shape {tuple(ids.shape)}, the logits {tuple(logits.shape)}: give the "
                 "ids [batch, pos] of the logits [batch, pos, d_vocab]"
             )
-    counted = read_counted(x_0, attention_mask)
-    check_noise(x_t, x_0, counted, mask_id)
+    counted = _counted_positions(x_0, attention_mask)
+    _check_masks(x_t, x_0, counted, mask_id)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    t = read_times(t, x_t.shape, block_size).to(logits.device, wide)
-    check_times(t)
+    t = _read_times(t, x_t.shape, block_size).to(logits.device, wide)
+    _check_times(t)
     masked = (x_t == mask_id) & counted
     weighted = masked_nll(logits[masked], x_0[masked], mask_id) / t[masked]
     if not per_token:
@@ -94,29 +96,23 @@ def diffusion_loss(
     return torch.zeros_like(t).index_put((masked,), weighted)
 
 
-def read_logits(logits: Any, mask_id: Any) -> tuple[Float[Tensor, "batch pos d_vocab"], int]:
-    """Raw logits as they came, and the mask's id among them.
-
-    Raises:
-        InputError: if they are none, or it is no id of theirs.
-    """
+def _read_logits(logits: Any, mask_id: Any) -> tuple[Float[Tensor, "batch pos d_vocab"], int]:
+    """Check that logits are ``[batch, pos, d_vocab]``, and return them with the mask's id."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 3:
-        came = (
+        given = (
             f"{logits.dtype} of shape {tuple(logits.shape)}"
             if isinstance(logits, Tensor)
             else type(logits).__name__
         )
-        raise InputError(f"logits is {came}: give raw logits [batch, pos, d_vocab]")
+        raise InputError(f"logits is {given}: give raw logits [batch, pos, d_vocab]")
     d_vocab = logits.shape[-1]
     return logits, read_mask_id(d_vocab - 1 if mask_id is None else mask_id, d_vocab)
 
 
-def read_stream(ids: Any, d_vocab: int, name: str, attention_mask: Any) -> Int[Tensor, "batch pos"]:
-    """Ids of one stream, whatever the padding is.
-
-    Raises:
-        InputError: for what are no ids of the vocabulary.
-    """
+def _read_stream(
+    ids: Any, d_vocab: int, name: str, attention_mask: Any
+) -> Int[Tensor, "batch pos"]:
+    """Check the ids of one stream; ids at padding that no token has become 0."""
     if isinstance(ids, Tensor) and attention_mask is not None and not ids.is_floating_point():
         hidden = ~torch.as_tensor(attention_mask).bool()
         if hidden.shape == ids.shape:
@@ -124,32 +120,26 @@ def read_stream(ids: Any, d_vocab: int, name: str, attention_mask: Any) -> Int[T
     return check_ids(ids, d_vocab, name)
 
 
-def read_counted(x_0: Int[Tensor, "batch pos"], attention_mask: Any) -> Bool[Tensor, "batch pos"]:
-    """Positions that count: all but BOS and padding.
-
-    Raises:
-        InputError: if the padding does not fit, or nothing counts.
-    """
+def _counted_positions(
+    x_0: Int[Tensor, "batch pos"], attention_mask: Any
+) -> Bool[Tensor, "batch pos"]:
+    """Return which positions are counted: all but BOS and padding."""
     batch, n = x_0.shape
     counted = (torch.arange(n, device=x_0.device) > 0).expand(batch, n)
     real = read_padding(View(x_0, n, n, "open", dual=False), attention_mask)
     counted = counted if real is None else counted & real
     if not bool(counted.any()):
-        raise InputError("nothing counts: give BOS and at least one real token in some row")
+        raise InputError("no token is counted: give BOS and at least one real token in some row")
     return counted
 
 
-def check_noise(
+def _check_masks(
     x_t: Int[Tensor, "batch pos"],
     x_0: Int[Tensor, "batch pos"],
     counted: Bool[Tensor, "batch pos"],
     mask_id: int,
 ) -> None:
-    """Refuse an ``x_t`` that is not ``x_0`` with some of its tokens masked.
-
-    Raises:
-        InputError: and says where.
-    """
+    """Check that ``x_t`` is ``x_0`` with masks at counted positions."""
     real = counted.clone()
     real[:, 0] = True
     way_out = "give finished texts, or mask_id=... if another id is the mask"
@@ -158,15 +148,10 @@ def check_noise(
     check_noised("x_t", x_t, "x_0", x_0, mask_id, real)
 
 
-def read_times(t: Any, shape: tuple[int, int], block_size: Any) -> Float[Tensor, "batch pos"]:
-    """Times at every position, from a number or one a row, block or position.
-
-    Raises:
-        InputError: for another shape, or what is no number.
-        BlockSizeError: if ``block_size`` is none.
-    """
+def _read_times(t: Any, shape: tuple[int, int], block_size: Any) -> Float[Tensor, "batch pos"]:
+    """Return the time of every position, from one number or one a row, block or position."""
     batch, n = shape
-    size = None if block_size is None else read_size(block_size, n)
+    size = None if block_size is None else _read_size(block_size, n)
     try:
         times = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -191,27 +176,19 @@ def read_times(t: Any, shape: tuple[int, int], block_size: Any) -> Float[Tensor,
     )
 
 
-def read_size(block_size: Any, n: int) -> int:
-    """Tokens a block; one that is longer than the text is as good as ``"full"``.
-
-    Raises:
-        BlockSizeError: for anything but 1 or more, or ``"full"``.
-    """
+def _read_size(block_size: Any, n: int) -> int:
+    """Return a block size in tokens; one beyond the text's length n is the same as ``"full"``."""
     if block_size == "full":
         return n
     rule = 'give an int >= 1 or "full"'
     return min(check_int("block_size", block_size, 1, rule=rule, error=BlockSizeError), n)
 
 
-def check_times(t: Float[Tensor, "batch pos"]) -> None:
-    """Refuse a time outside (0, 1].
-
-    Raises:
-        InputError: and says which.
-    """
-    fine = (t > 0) & (t <= 1)
-    if not bool(fine.all()):
+def _check_times(t: Float[Tensor, "batch pos"]) -> None:
+    """Check that every time is in (0, 1]."""
+    inside = (t > 0) & (t <= 1)
+    if not bool(inside.all()):
         raise InputError(
-            f"t holds {t[~fine][0].item()}: a time is in (0, 1], and its tokens weigh 1/t; "
+            f"t holds {t[~inside][0].item()}: a time is in (0, 1], and its tokens weigh 1/t; "
             "1 - torch.rand(...) is never 0"
         )

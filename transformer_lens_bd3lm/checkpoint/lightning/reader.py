@@ -31,7 +31,7 @@ from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import CheckpointError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
-from transformer_lens_bd3lm.model.rules import check_settings, shown
+from transformer_lens_bd3lm.model.rules import check_settings, quoted
 
 ByteProgress = Callable[[int, int], object]
 """Function that is called with the bytes read so far and the bytes in all."""
@@ -251,7 +251,7 @@ def _training_facts(saved: Any, training: TrainingConfig, weights: str) -> dict[
         with suppress(CheckpointError):
             facts[key] = training.get(key, None)
     return {
-        key: shown(value)
+        key: quoted(value)
         for key, value in facts.items()
         if isinstance(value, (bool, int, float, str))
     }

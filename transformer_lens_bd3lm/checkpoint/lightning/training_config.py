@@ -15,7 +15,7 @@ from typing import Any
 
 from transformer_lens_bd3lm.checkpoint.lightning.unpickle import StandIn, entry
 from transformer_lens_bd3lm.errors import CheckpointError
-from transformer_lens_bd3lm.model.rules import shown
+from transformer_lens_bd3lm.model.rules import quoted
 
 REFERENCE = re.compile(r"\$\{([\w.]{1,200})\}")
 MAX_REFERENCES = 8
@@ -84,7 +84,7 @@ class TrainingConfig:
             reference = REFERENCE.fullmatch(value)
             if reference is None:
                 raise CheckpointError(
-                    f"{first_path} in the training config of {self.name} is {shown(value)}: what "
+                    f"{first_path} in the training config of {self.name} is {quoted(value)}: what "
                     "that stands for is not looked up. Save the checkpoint anew with a resolved "
                     "config"
                 )
