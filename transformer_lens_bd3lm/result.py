@@ -9,8 +9,11 @@ for each type of result; so no result imports what draws it::
 Nothing is computed when a result is drawn.
 """
 
+import math
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,3 +56,14 @@ def table_of(result: Any, **options: Any) -> "RenderableType":
 def figure_of(result: Any, **options: Any) -> "Figure":
     """Return the figure of a result; ``show`` registers one for each type of result."""
     raise NotImplementedError(f"{type(result).__name__} has no figure: its table() says it all")
+
+
+def plain_values(value: Any) -> Any:
+    """Return a value as JSON has it: a tensor or tuple is a list, what is not finite is None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

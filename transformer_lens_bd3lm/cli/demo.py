@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli.app import MOST, ModelOption, app, boot
-from transformer_lens_bd3lm.show.terminal import Canvases, compare, console, hook_tree
+from transformer_lens_bd3lm.show.terminal import Canvases, console, hook_tree
 
 
 @app.command()
@@ -119,4 +119,4 @@ def show_denoising(
     console.print(
         Text("Replay", "bold"), '      bd3lm.replay(run, hooks, "coupled"): the same noise', sep=""
     )
-    compare(bd3lm.replay(run, hooks, "coupled"))
+    console.print(bd3lm.replay(run, hooks, "coupled").table())

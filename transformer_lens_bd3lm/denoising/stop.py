@@ -93,7 +93,7 @@ class Stop:
         self.ends = self.canvas.lengths.clone()
         self.stopped = torch.zeros(len(self.ends), dtype=torch.bool)
         self._written = self.canvas.written()
-        self._begun = self._written & self.canvas.asked()
+        self._begun = self._written & self.canvas.within_lengths()
 
     @classmethod
     def of(cls, bridge: Any, canvas: Canvas, stop: Any) -> "Stop":

@@ -13,9 +13,17 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.sweep import Sweep
+from transformer_lens_bd3lm.denoising.mediate import Mediation
+from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.result import figure_of, table_of
 
-TABLES = {CheckpointComparison: "terminal:diff_tables"}
+TABLES = {
+    CheckpointComparison: "terminal:diff_tables",
+    Mediation: "run_tables:mediation_table",
+    Replay: "run_tables:replay_table",
+    Run: "run_tables:run_table",
+}
 FIGURES = {
     DependencyDepths: "checkpoint_figures:dependency_figure",
     BlockSizeComparison: "figures:dial_figure",

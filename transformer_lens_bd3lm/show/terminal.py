@@ -97,27 +97,6 @@ class Canvases:
             self.live.update(drawn)
 
 
-def compare(other: Any) -> None:
-    """A coupled replay beside its base: both texts, differences in colour, and where they part."""
-    bridge, base = other.bridge, other.base
-    table = Table(
-        title="what the hook changed, under the same noise", title_justify="left", show_lines=True
-    )
-    table.add_column("run")
-    table.add_column("text")
-    for name, run, style in (("base", base, "green"), ("edited", other, "red")):
-        text = Text()
-        same = other.agreement[0].tolist()
-        for token, agrees in zip(run.final[0, : int(run.ends[0])].tolist(), same, strict=False):
-            text.append(bridge.tokenizer.decode([token]), style="" if agrees else f"bold {style}")
-        table.add_row(name, text)
-    console.print(table)
-    differ, written = int((~other.agreement).sum()), int((base.commit_step >= 0).sum())
-    first = int(other.first_divergence[0])
-    told = "no token changed" if first < 0 else f"they part at step {first}"
-    console.print(f"{differ} of {written} written tokens differ; {told}")
-
-
 def diff_tables(diff: Any, n: int = 10) -> Group:
     """Lay two checkpoints out side by side: what changed most, ``n`` rows a table at most."""
     return Group(*_diff_tables(diff, n))
