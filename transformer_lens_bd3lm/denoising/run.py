@@ -42,9 +42,9 @@ class Run(Result):
         ends: positions that each row keeps ``[batch]``: prompt and new tokens, fewer where a stop
             rule ended the row.
         timeline: when each step happened.
-        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked
-            for; keys of a pattern that a step did not have yet are 0 (scores: -inf). Keys count
-            from the first position in view, which moves where text outgrows the context.
+        activations: recorded activations ``[step, batch, block position, ...]`` by the name given
+            in the record. Keys of a pattern that a step did not have yet are 0 (scores: -inf); keys
+            count from the first position in view, which moves where text outgrows the context.
         recorded_steps: index of the step of each slice of ``activations``.
         sampler: what chose the positions to reveal, and their tokens.
         noise: the randomness of the run.
