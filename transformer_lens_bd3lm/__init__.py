@@ -34,16 +34,14 @@ from transformer_lens_bd3lm.analysis.verify import verify as verify
 from transformer_lens_bd3lm.bridge.adapter import (
     BD3LMArchitectureAdapter as BD3LMArchitectureAdapter,
 )
+from transformer_lens_bd3lm.bridge.block_size import block_size as block_size
+from transformer_lens_bd3lm.bridge.block_size import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.boot import boot_lightning as boot_lightning
-from transformer_lens_bd3lm.bridge.forward import block_size as block_size
-from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save as save
 from transformer_lens_bd3lm.bridge.streams import clean_stream as clean_stream
 from transformer_lens_bd3lm.bridge.streams import noisy_stream as noisy_stream
-from transformer_lens_bd3lm.checkpoint.lightning.convert import (
-    convert_lightning as convert_lightning,
-)
+from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning as convert_lightning
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.denoise import denoise as denoise
 from transformer_lens_bd3lm.denoising.denoise import denoise_steps as denoise_steps
@@ -69,11 +67,11 @@ from transformer_lens_bd3lm.errors import OffDistributionWarning as OffDistribut
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood as Likelihood
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import likelihood as likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact as Exact
-from transformer_lens_bd3lm.likelihoods.exact import ExactEffect as ExactEffect
 from transformer_lens_bd3lm.likelihoods.exact import exact as exact
-from transformer_lens_bd3lm.likelihoods.exact import exact_backward as exact_backward
-from transformer_lens_bd3lm.likelihoods.exact import exact_effect as exact_effect
-from transformer_lens_bd3lm.likelihoods.nelbo import Clip as Clip
+from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect as ExactEffect
+from transformer_lens_bd3lm.likelihoods.exact_effect import exact_backward as exact_backward
+from transformer_lens_bd3lm.likelihoods.exact_effect import exact_effect as exact_effect
+from transformer_lens_bd3lm.likelihoods.mask_draws import Clip as Clip
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo as Nelbo
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo as nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats as Nats

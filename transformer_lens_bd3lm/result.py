@@ -1,12 +1,8 @@
-"""What every result has in common: a table, a figure, and its figures as plain JSON.
+"""Base of every result: its values as plain JSON, its table, and its figure.
 
-Results are computed on lower floors and drawn on a higher one, ``show``, which registers a drawing
-for each type of result; so no result imports what draws it::
-
-    @figure_of.register
-    def sweep_figure(sweep: Sweep) -> Figure: ...
-
-Nothing is computed when a result is drawn.
+Results are computed by lower folders and drawn by a higher one, ``show``, which registers a
+function for each type of result in ``table_of`` and ``figure_of``. So no result imports rich or
+matplotlib.
 """
 
 import math
@@ -23,11 +19,19 @@ if TYPE_CHECKING:
 class Result:
     """Base of every result object."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain values for JSON; a number that is not finite is None.
+
+        Raises:
+            NotImplementedError: for a result that holds no values of its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no to_dict")
+
     def table(self, **options: Any) -> "RenderableType":
-        """Lay the result out as a table for a terminal or a notebook.
+        """Return the result as a table for a terminal or a notebook.
 
         Args:
-            options: of this type of result, such as ``n``, the most rows to show.
+            options: those of this type of result, as ``n``, the largest number of rows.
 
         Raises:
             NotImplementedError: for a result that has no table.
@@ -38,7 +42,7 @@ class Result:
         """Draw the result as a matplotlib figure.
 
         Args:
-            options: of this type of result.
+            options: those of this type of result.
 
         Raises:
             NotImplementedError: for a result that has no figure.
@@ -48,14 +52,14 @@ class Result:
 
 @singledispatch
 def table_of(result: Any, **options: Any) -> "RenderableType":
-    """Return the table of a result; ``show`` registers one for each type of result."""
+    """Return the table of a result; ``show`` registers a function for each type of result."""
     raise NotImplementedError(f"{type(result).__name__} has no table")
 
 
 @singledispatch
 def figure_of(result: Any, **options: Any) -> "Figure":
-    """Return the figure of a result; ``show`` registers one for each type of result."""
-    raise NotImplementedError(f"{type(result).__name__} has no figure: its table() says it all")
+    """Draw the figure of a result; ``show`` registers a function for each type of result."""
+    raise NotImplementedError(f"{type(result).__name__} has no figure: call its table()")
 
 
 def plain_values(value: Any) -> Any:

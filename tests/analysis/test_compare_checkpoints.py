@@ -18,9 +18,12 @@ from tests.helpers.passes import boot, shared, there
 from tests.helpers.reference import reference
 from transformer_lens_bd3lm import compare_checkpoints
 from transformer_lens_bd3lm.analysis.compare_checkpoints import texts as noised_texts
-from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import SAMPLES, Gathered
+from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import (
+    SAMPLES,
+    PairedActivations,
+)
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change, parameters_of
-from transformer_lens_bd3lm.analysis.noised_text import cka
+from transformer_lens_bd3lm.analysis.similarity import cka
 from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import (
     BlockSizeError,
@@ -29,8 +32,8 @@ from transformer_lens_bd3lm.errors import (
     InputError,
     NotExactError,
 )
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
-from transformer_lens_bd3lm.show import checkpoint_figures as plots
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
+from transformer_lens_bd3lm.show.style import write_figure
 
 MASK, LENGTH, ROWS = 11, 14, 4
 PUBLIC = FIXTURES / "lightning" / "best.ckpt"
@@ -293,22 +296,22 @@ def test_sums_are_in_float64_and_a_piece_at_a_time(monkeypatch):
     a = torch.ones(1000)
     b = a + 1e-7
     wanted = float((b.double() - a.double()).norm() / a.double().norm())
-    whole = Change.between(a, b)
+    whole = Change.of(a, b)
     assert whole.relative == pytest.approx(wanted, rel=1e-12) and 0 < wanted < 2e-7
     turned = torch.tensor([1.0, 1e-5]), torch.tensor([1.0, 0.0])
-    assert 0 < 1 - Change.between(*turned).cosine < 1e-10, "which float32 would not see"
+    assert 0 < 1 - Change.of(*turned).cosine < 1e-10, "which float32 would not see"
     monkeypatch.setattr("transformer_lens_bd3lm.analysis.compare_checkpoints.weights.AT_ONCE", 7)
-    parts = Change.between(a, b)
+    parts = Change.of(a, b)
     assert parts.size == 1000 and parts.relative == pytest.approx(whole.relative, rel=1e-12)
 
 
 def test_what_grows_from_zero_is_infinitely_far():
     nothing, some = torch.zeros(3), torch.tensor([0.0, 3.0, 4.0])
-    assert Change.between(nothing, some).relative == math.inf
-    assert math.isnan(Change.between(nothing, some).cosine)
-    assert Change.between(some, nothing).relative == 1.0
-    assert Change.between(nothing, nothing).relative == 0.0
-    assert Change.between(some, -some).cosine == -1.0
+    assert Change.of(nothing, some).relative == math.inf
+    assert math.isnan(Change.of(nothing, some).cosine)
+    assert Change.of(some, nothing).relative == 1.0
+    assert Change.of(nothing, nothing).relative == 0.0
+    assert Change.of(some, -some).cosine == -1.0
 
 
 def slow_log_probs(logits: torch.Tensor) -> list[float]:
@@ -404,8 +407,8 @@ def test_intervals_draw_whole_texts(pair):
     sums = torch.zeros(2, ROWS, dtype=torch.float64)
     for row, off in zip(found.row.tolist(), found.log_p_change.tolist(), strict=True):
         sums[:, row] += torch.tensor([off, 1.0], dtype=torch.float64)
-    off, tokens = drawn_again(sums)
-    assert there(found.interval()) == pytest.approx(between(off / tokens, 0.95), abs=1e-12)
+    off, tokens = bootstrap_totals(sums)
+    assert there(found.interval()) == pytest.approx(middle_interval(off / tokens, 0.95), abs=1e-12)
     low, high = there(found.interval())
     assert low < found.mean_log_p_change < high
     narrow = there(found.interval(level=0.5))
@@ -434,7 +437,7 @@ def test_the_largest_changes_come_first(pair):
 
 
 def test_a_cka_is_of_the_first_positions(pair):
-    gathered = Gathered(pair[0])
+    gathered = PairedActivations(pair[0])
     name = "blocks.0.hook_resid_pre"
     for seed in range(3):
         x = torch.randn(15, 64, 4, generator=torch.Generator().manual_seed(seed))
@@ -510,7 +513,7 @@ def test_a_bound_that_cannot_be_had_is_told(folders, device):
 def test_one_dial_is_both_models(folders, device):
     bridges = [boot(folder, device) for folder in folders["as released"]]
     bd3lm.set_block_size(bridges[1], 2)
-    with pytest.raises(InputError, match="dial of a is at 4 and that of b at 2.*give block_size"):
+    with pytest.raises(InputError, match="block size of a is 4 and that of b 2.*give block_size"):
         compare_checkpoints(*bridges, texts())
     found = compare_checkpoints(*bridges, texts(), block_size=2)
     assert found.block_size == 2 and [each.cfg.block_size for each in bridges] == [4, 2]
@@ -607,9 +610,9 @@ def test_another_bos_and_other_rotary_frequencies_are_refused(folders, device, t
     other = changed(folder, tmp_path / "b", name, lambda x: None)
     spoken = json.loads((other / "tokenizer_config.json").read_text()) | {"bos_token": "w1"}
     (other / "tokenizer_config.json").write_text(json.dumps(spoken))
-    with pytest.raises(InputError, match="begin a text with other tokens"):
+    with pytest.raises(InputError, match="different BOS tokens"):
         compare_checkpoints(folder, other, device=device)
-    with pytest.raises(InputError, match="other rotary frequencies"):
+    with pytest.raises(InputError, match="different rotary frequencies"):
         compare_checkpoints(folder, changed(folder, tmp_path / "c", name, turn), device=device)
 
 
@@ -668,7 +671,7 @@ BAD = {
     "a dial alone": ((), {"block_size": 4}, InputError, "x_t and block_size are for a text"),
     "no words": (([],), {}, InputError, "no token"),
     "no rows": (("w3",), {"rows": 0}, InputError, "rows=0"),
-    "a number": ((7,), {}, InputError, "int is no corpus"),
+    "a number": ((7,), {}, InputError, "int is not a corpus"),
     "too short": (("w3",), {}, InputError, "seed=0 masks nothing"),
     "an estimator": ((FINE,), {"method": "best"}, InputError, "method='best'"),
     "one replicate": (
@@ -707,7 +710,7 @@ def test_the_baselines_are_compared_as_far_as_they_go(golden, device):
     assert compare_checkpoints(bridge, bridge).weights.whole.identical
     with pytest.raises(InputError, match="predicts no masks"):
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]))
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bridge = shared(golden("full_diffusion").path, device)
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]), block_size=4)
 
@@ -758,11 +761,11 @@ def test_the_figure_shows_the_arrays_and_the_page_holds_it(pair, tmp_path):
     assert [bar.get_width() for bar in bars] == [
         each.change.relative for each in found.weights.joined()
     ][: len(bars)]
-    plots.write_figure(figure, tmp_path / "x.html", "a <b>")
+    write_figure(figure, tmp_path / "x.html", "a <b>")
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and page.count("<svg") == 1
     assert "<title>a &lt;b&gt;</title>" in page and "http-equiv" not in page
-    plots.write_figure(figure, tmp_path / "x.png", "")
+    write_figure(figure, tmp_path / "x.png", "")
     assert (tmp_path / "x.png").stat().st_size > 10_000
     for each in (
         compare_checkpoints(*pair),

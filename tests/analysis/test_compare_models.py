@@ -87,9 +87,9 @@ def test_a_name_says_what_its_config_leaves_out(tmp_path, device, architecture, 
 @pytest.mark.parametrize(
     ("architecture", "changes", "told"),
     [
-        ("MDLM", {"cross_attn": True}, "MDLM is cross_attn=False"),
-        ("MDLM", {"causal": True}, "MDLM is causal=False"),
-        ("AR", {"causal": False}, "AR is causal=True"),
+        ("MDLM", {"cross_attn": True}, "MDLM has cross_attn=False"),
+        ("MDLM", {"causal": True}, "MDLM has causal=False"),
+        ("AR", {"causal": False}, "AR has causal=True"),
     ],
 )
 def test_a_name_and_a_flag_that_disagree_are_refused(tmp_path, device, architecture, changes, told):
@@ -289,9 +289,9 @@ def test_full_diffusion_is_summed_over_every_order(mdlm):
 
 @pytest.mark.parametrize("size", [2, True, "full"])
 def test_there_is_no_dial_to_turn(ar, mdlm, size):
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.exact(ar, IDS, size)
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.likelihood(mdlm, TEXTS, 4)
 
 
@@ -304,19 +304,19 @@ def measured(family) -> ModelComparison:
 
 
 def test_one_table_from_autoregressive_to_full_diffusion(family, measured):
-    assert [each.name for each in measured.members] == ["ar", "bd3lm", "mdlm"]
-    assert [each.measured.block_size for each in measured.members] == [1, 4, 16]
-    kinds = [each.kind for each in measured.members]
+    assert [each.name for each in measured.models] == ["ar", "bd3lm", "mdlm"]
+    assert [each.likelihood.block_size for each in measured.models] == [1, 4, 16]
+    kinds = [each.kind for each in measured.models]
     assert kinds == ["autoregressive", "block diffusion", "full diffusion"]
-    for each in measured.members:
+    for each in measured.models:
         how = {} if each.name == "ar" else {"method": "stratified", "replicates": 3}
         alone = bd3lm.likelihood(family[each.name], TEXTS, **how)
-        assert torch.equal(alone.best.nats, each.measured.best.nats)
+        assert torch.equal(alone.best.nats, each.likelihood.best.nats)
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(measured.table())
     told = console.export_text()
     assert "…" not in told  # no figure is cut on a plain terminal
-    ar, mdlm = measured.at("ar").measured, measured.at("mdlm").measured
+    ar, mdlm = measured.at("ar").likelihood, measured.at("mdlm").likelihood
     assert f"{ar.best.nats_per_token:.4f}" in told and f"≤ {mdlm.nelbo.perplexity:.2f}" in told
     assert f"{measured.difference('mdlm', 'ar')[0]:+.4f}" in told
     assert "Texts: 4, tokens: 16" in " ".join(told.split())
@@ -327,8 +327,8 @@ def test_a_comparison_goes_on_where_it_stopped(family, measured, tmp_path):
         found = bd3lm.compare_models(
             family, TEXTS, method="stratified", replicates=3, out=tmp_path / "out"
         )
-        for one, other in zip(found.members, measured.members, strict=True):
-            assert torch.equal(one.measured.nelbo.replicates, other.measured.nelbo.replicates)
+        for one, other in zip(found.models, measured.models, strict=True):
+            assert torch.equal(one.likelihood.nelbo.replicates, other.likelihood.nelbo.replicates)
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert folders == ["ar", "bd3lm", "mdlm"]
 
@@ -350,7 +350,7 @@ def test_a_named_baseline_is_verified_and_compared(tmp_path, device):
 
 def test_differences_are_in_pairs(measured):
     value, interval = measured.difference("mdlm", "ar")
-    figures = [measured.at(name).measured.nelbo.nats_per_token for name in ("mdlm", "ar")]
+    figures = [measured.at(name).likelihood.nelbo.nats_per_token for name in ("mdlm", "ar")]
     assert value == pytest.approx(figures[0] - figures[1])
     assert interval[0] < value < interval[1]
     assert measured.difference("ar", "ar") == (0.0, (0.0, 0.0))
@@ -367,7 +367,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, device, ar, family):
     moved = boot(small.save(tmp_path / "moved", mask_id=3), device)
     with pytest.raises(InputError, match="different vocabularies"):
         bd3lm.compare_models({"ar": ar, "moved": moved}, TEXTS)
-    with pytest.raises(InputError, match="no checkpoints"):
+    with pytest.raises(InputError, match="bridges is empty"):
         bd3lm.compare_models({}, TEXTS)
     with pytest.raises(InputError, match="by name"):
         bd3lm.compare_models([ar], TEXTS)

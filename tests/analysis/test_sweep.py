@@ -38,7 +38,7 @@ def sweep(bridge):
 
 def test_each_setting_is_measured_once_from_small_to_large(bridge, sweep):
     assert sweep.block_sizes == [1, 2, 4, CONTEXT]
-    assert [each.method for each in sweep.settings] == ["exact"] * 3 + ["monte_carlo"]
+    assert [each.method for each in sweep.likelihoods] == ["exact"] * 3 + ["monte_carlo"]
     for size in (1, 2, 4):
         alone = likelihood(bridge, texts(), size, max_states=16, replicates=4)
         assert torch.equal(sweep.at(size).nll.replicates, alone.nll.replicates)
@@ -113,8 +113,8 @@ def test_the_figure_draws_both_curves_and_the_price(sweep, tmp_path):
     assert isinstance(figure, Figure)
     dial, price = figure.axes[:2]
     drawn = [line.get_ydata().tolist() for line in dial.get_lines()]
-    nelbo = [each.nelbo.bits_per_character for each in sweep.settings]
-    nll = [each.nll.bits_per_character for each in sweep.settings if each.nll is not None]
+    nelbo = [each.nelbo.bits_per_character for each in sweep.likelihoods]
+    nll = [each.nll.bits_per_character for each in sweep.likelihoods if each.nll is not None]
     assert any(y == pytest.approx(nelbo) for y in drawn)
     assert any(y == pytest.approx(nll) for y in drawn)
     assert price.get_title(loc="left")
@@ -178,7 +178,7 @@ def test_a_function_of_the_cache_is_called_at_each_setting(bridge):
     [
         (texts(1), [], {}, InputError, "is empty"),
         (texts(1), [0, 1], {}, BlockSizeError, "block_size=0"),
-        (texts(1), [1, 16], {"method": "exact"}, InputError, "65536 states"),
+        (texts(1), [1, 16], {"method": "exact"}, InputError, "65536 mask patterns"),
         (texts(1), [1, 16], {"replicates": 1}, InputError, "at least 2"),
         (["", ""], [1], {"look": [RESID]}, InputError, "no tokens"),
         (iter(texts(1)), [1], {"look": [RESID]}, InputError, "read only once"),

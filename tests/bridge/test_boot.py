@@ -41,7 +41,7 @@ BOOTING = {
     "likelihood": lambda m: bd3lm.likelihood(m, TEXTS, 2).nelbo.nats,
     "sweep_block_sizes": lambda m: bd3lm.sweep_block_sizes(m, TEXTS, (1, 2)).at(2).nelbo.nats,
     "compare_block_sizes": lambda m: bd3lm.compare_block_sizes(m, IDS, 1, 2).kl.nan_to_num(),
-    "compare_models": lambda m: bd3lm.compare_models({"a": m}, TEXTS).at("a").measured.nelbo.nats,
+    "compare_models": lambda m: bd3lm.compare_models({"a": m}, TEXTS).at("a").likelihood.nelbo.nats,
     "detect_heads": lambda m: (
         bd3lm.detect_heads(m, masked(IDS), "previous_token", clean=IDS).scores
     ),
@@ -53,6 +53,9 @@ BOOTING = {
 KEEPING = {
     "exact_backward": lambda m: bd3lm.exact_backward(m, IDS, 2),
     "logit_lens": lambda m: bd3lm.logit_lens(m, {}, masked(IDS)),
+    "save": lambda m: bd3lm.save(m, "never-written"),
+    "set_block_size": lambda m: bd3lm.set_block_size(m, 4),
+    "block_size": lambda m: bd3lm.block_size(m, 4).__enter__(),
 }
 on_booting = pytest.mark.parametrize("door", BOOTING.values(), ids=BOOTING.keys())
 on_keeping = pytest.mark.parametrize("door", KEEPING.values(), ids=KEEPING.keys())

@@ -62,7 +62,7 @@ def gradient(bridge, hooks=None):
 
 def sweep_nats(bridge, hooks=None):
     found = bd3lm.sweep_block_sizes(bridge, TEXTS, (1, 2, 3), hooks=hooks)
-    return torch.stack([cast(Any, each.nll).nats for each in found.settings])
+    return torch.stack([cast(Any, each.nll).nats for each in found.likelihoods])
 
 
 def sweep_look(bridge, hooks=None):
@@ -72,7 +72,7 @@ def sweep_look(bridge, hooks=None):
 
 def family_nats(bridge, hooks=None):
     found = bd3lm.compare_models({"a": bridge, "b": bridge}, TEXTS, hooks=hooks)
-    return torch.stack([each.measured.nelbo.nats for each in found.members])
+    return torch.stack([each.likelihood.nelbo.nats for each in found.models])
 
 
 SUMS = {
@@ -573,7 +573,7 @@ def test_a_sweep_with_a_look_keeps_the_scope_of_its_pairs(bridge):
         bridge, TEXTS, (1, 2), hooks=pairs, scope="commit", look=[RESID]
     )
     plain = bd3lm.sweep_block_sizes(bridge, TEXTS, (1, 2), hooks=pairs, scope="commit")
-    for one, other in zip(looked.settings, plain.settings, strict=True):
+    for one, other in zip(looked.likelihoods, plain.likelihoods, strict=True):
         assert torch.equal(cast(Any, one.nll).nats, cast(Any, other.nll).nats)
 
 

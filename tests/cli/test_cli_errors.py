@@ -144,7 +144,7 @@ HUGE = "9" * 20
         ("verify grammar --device nowhere", 2, "could not be compared"),
         ("likelihood grammar deep.jsonl", 1, "deep.jsonl cannot be read"),
         ("likelihood grammar bytes.txt", 1, "bytes.txt cannot be read"),
-        ("likelihood grammar a.txt --split (", 1, "no regular expression"),
+        ("likelihood grammar a.txt --split (", 1, "not a regular expression"),
         (f"likelihood grammar a.txt --rows {HUGE}", 2, "--rows"),
         (f"likelihood grammar a.txt --seed {HUGE}9", 2, "--seed"),
         (f"generate grammar a --sampler ancestral --steps {HUGE}", 2, "--steps"),

@@ -207,7 +207,7 @@ def test_a_run_made_under_autocast_runs_again_under_autocast_alone(device, tmp_p
     plain = written(bridge)
     with autocast(bridge):
         run = written(bridge)
-        with pytest.raises(NotExactError, match="under no torch.autocast, and now .* bfloat16"):
+        with pytest.raises(NotExactError, match="under no torch.autocast, and now .*bfloat16"):
             REPLAYS[door](plain, tmp_path)
         REPLAYS[door](run, tmp_path)
     with pytest.raises(NotExactError, match="under torch.autocast in torch.bfloat16, and now"):

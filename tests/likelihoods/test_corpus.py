@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from tests.helpers import small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.likelihoods.corpus import Text, cut, read_texts, windows
+from transformer_lens_bd3lm.likelihoods.corpus import (
+    CorpusText,
+    cut_windows,
+    read_texts,
+    text_windows,
+)
 
 WORDS = ["w1 w2 w3", "w4", "w5 w6"]
 
@@ -72,16 +77,16 @@ def test_pieces_without_a_word_are_dropped(tmp_path):
 @pytest.mark.parametrize(
     "source, how, told",
     [
-        (3, {}, "int is no corpus"),
+        (3, {}, "int is not a corpus"),
         ([3], {}, "item 0 is int"),
         ([{"words": "a"}], {}, r"fields \['words'\]"),
         ([{"text": 3}], {}, "no text"),
         (Path("/no/such/file.txt"), {}, "cannot be read"),
         (Path("/no/such/file.jsonl"), {}, "cannot be read"),
-        (Path(__file__), {"split": "("}, "no regular expression"),
+        (Path(__file__), {"split": "("}, "not a regular expression"),
         ([torch.zeros(1, 3)], {}, "item 0 is Tensor"),
         ({"a", "b"}, {}, "in a fixed order"),
-        (pandas.DataFrame({"text": ["a"]}), {}, "DataFrame is no corpus"),
+        (pandas.DataFrame({"text": ["a"]}), {}, "DataFrame is not a corpus"),
         (Path("texts.json"), {}, "is .json"),
     ],
 )
@@ -103,7 +108,7 @@ def test_a_bad_line_is_named(tmp_path):
 def test_a_pipe_is_refused_since_it_cannot_be_read_again(tmp_path):
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
-    with pytest.raises(InputError, match="no file that can be read again"):
+    with pytest.raises(InputError, match="not a regular file"):
         list(read_texts(pipe))
 
 
@@ -125,7 +130,7 @@ def test_every_token_is_counted_once_after_what_came_before_it(length, context, 
     stride = data.draw(st.none() | st.integers(1, context - 1))
     ids = torch.arange(1, length + 1)
     counted = []
-    for window in cut(ids, 0, 0, context, stride):
+    for window in cut_windows(ids, 0, 0, context, stride):
         assert int(window.ids[0]) == 0 and 2 <= len(window.ids) <= context
         assert torch.equal(window.ids[1:].diff(), torch.ones(len(window.ids) - 2).long())
         new = window.ids[window.given :].tolist()
@@ -140,13 +145,13 @@ def test_every_token_is_counted_once_after_what_came_before_it(length, context, 
 
 
 def test_wrapping_fills_windows_and_keeps_what_is_left():
-    cuts = list(cut(torch.arange(1, 11), 3, 0, 5))
+    cuts = list(cut_windows(torch.arange(1, 11), 3, 0, 5))
     assert [w.ids.tolist() for w in cuts] == [[0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10]]
     assert {w.text for w in cuts} == {3}
 
 
 def test_sliding_gives_each_new_token_all_that_fits_before_it():
-    cuts = list(cut(torch.arange(1, 9), 0, 0, 5, stride=2))
+    cuts = list(cut_windows(torch.arange(1, 9), 0, 0, 5, stride=2))
     assert [w.ids.tolist() for w in cuts] == [[0, 1, 2, 3, 4], [0, 3, 4, 5, 6], [0, 5, 6, 7, 8]]
     assert [w.given for w in cuts] == [1, 3, 3]
 
@@ -154,14 +159,14 @@ def test_sliding_gives_each_new_token_all_that_fits_before_it():
 @pytest.mark.parametrize("stride", [0, 16])
 def test_a_stride_that_is_none_is_refused(bridge, stride):
     with pytest.raises(InputError, match="give 1..15"):
-        list(windows(Text("0", "w1 w2"), 0, bridge, stride))
+        list(text_windows(CorpusText("0", "w1 w2"), 0, bridge, stride))
 
 
 def test_strings_and_their_ids_give_the_same_windows(bridge):
     text = " ".join(f"w{1 + i % 9}" for i in range(40))
     ids = bridge.to_tokens(text, truncate=False)[0]
     for stride in (None, 4):
-        both = [list(windows(Text("0", x), 0, bridge, stride)) for x in (text, ids)]
+        both = [list(text_windows(CorpusText("0", x), 0, bridge, stride)) for x in (text, ids)]
         assert len(both[0]) == len(both[1]) > 2
         for a, b in zip(*both, strict=True):
             assert torch.equal(a.ids, b.ids) and a.given == b.given
@@ -177,4 +182,4 @@ def test_strings_and_their_ids_give_the_same_windows(bridge):
 )
 def test_a_text_that_cannot_be_measured_is_refused(bridge, text, told):
     with pytest.raises(InputError, match=told):
-        list(windows(Text("0", text), 0, bridge))
+        list(text_windows(CorpusText("0", text), 0, bridge))

@@ -16,11 +16,12 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.errors import InputError, NotExactError
-from transformer_lens_bd3lm.likelihoods.corpus_likelihood import JOB, likelihood
+from transformer_lens_bd3lm.likelihoods.corpus_jobs import JOB
+from transformer_lens_bd3lm.likelihoods.corpus_likelihood import likelihood
 from transformer_lens_bd3lm.likelihoods.exact import exact
-from transformer_lens_bd3lm.likelihoods.nelbo import Clip
-from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, read_lines
-from transformer_lens_bd3lm.likelihoods.statistics import Nats, drawn_again
+from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
+from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, read_jobs
+from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals
 
 EXACT = 1e-10
 CONTEXT = 16
@@ -208,7 +209,7 @@ def test_an_interval_over_one_text_is_refused(bridge):
 
 def test_texts_are_drawn_whole_and_alike_for_every_quantity():
     values = torch.tensor([[1.0, 10.0, 100.0], [2.0, 20.0, 200.0]], dtype=torch.float64)
-    again = drawn_again(values, 50)
+    again = bootstrap_totals(values, 50)
     assert torch.equal(again[1], 2 * again[0])
     possible = {a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)}
     assert {int(x) for x in again[0]} <= possible and len({int(x) for x in again[0]}) > 5
@@ -219,7 +220,7 @@ def test_the_gap_has_an_interval_of_its_own(bridge):
     low, high = found.gap_interval()
     gap = found.nelbo.nats_per_token - found.nll.nats_per_token
     assert 0 < low <= gap <= high
-    with pytest.raises(InputError, match="no NLL"):
+    with pytest.raises(InputError, match="computes no NLL"):
         likelihood(bridge, TEXTS, 4, "monte_carlo").gap_interval()
 
 
@@ -323,7 +324,7 @@ def test_processes_that_read_different_corpora_are_refused(folder, tmp_path):
 def test_hooks_on_the_bridge_and_another_mask_are_told_apart(bridge, tmp_path):
     likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
     with bridge.hooks(fwd_hooks=[("hook_embed", lambda x, hook: 0 * x)]):
-        with pytest.raises(InputError, match="hooks apart"):
+        with pytest.raises(InputError, match="beside hooks"):
             likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
     own = bridge.cfg.mask_token_id
     try:
@@ -347,7 +348,7 @@ def test_a_full_disk_leaves_whole_lines(bridge, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ledger.keep(jobs[2])
-    assert read_lines(tmp_path / "jobs-0.jsonl") == [jobs[0], jobs[2]]
+    assert read_jobs(tmp_path / "jobs-0.jsonl") == [jobs[0], jobs[2]]
 
 
 def test_an_exact_run_goes_on_with_fewer_rows(bridge, tmp_path):
@@ -376,7 +377,7 @@ def test_what_is_done_is_not_done_again(bridge, tmp_path):
         ({"seed": 1}, "seed=0"),
         ({"stride": 3}, "stride=None"),
         ({"texts": [*LONG[:-1], "w1 w2"]}, "the corpus changed"),
-        ({"hooks": [("hook_embed", lambda x, hook: x)]}, "hooks apart"),
+        ({"hooks": [("hook_embed", lambda x, hook: x)]}, "beside hooks"),
     ],
 )
 def test_a_folder_of_another_run_is_refused_and_left_alone(bridge, tmp_path, change, told):
@@ -427,10 +428,10 @@ def test_a_bar_counts_windows_and_a_stream_has_no_known_end(bridge, capfd, monke
     "source, how, told",
     [
         (TEXTS, {"method": "quadrature"}, "give one of"),
-        (TEXTS, {"clip": Clip("t", 0.4, 0.9)}, "choices of"),
+        (TEXTS, {"clip": Clip("t", 0.4, 0.9)}, "options of"),
         (TEXTS, {"seed": -1}, "give 0 or more"),
         (TEXTS, {"block_size": 0}, "block_size=0"),
-        (TEXTS, {"method": "exact", "block_size": 9}, "512 states"),
+        (TEXTS, {"method": "exact", "block_size": 9}, "512 mask patterns"),
         ([""], {}, "no tokens"),
         ([], {}, "no tokens"),
         (["w1 [MASK]"], {}, "holds the mask"),
@@ -454,3 +455,25 @@ def test_a_job_is_as_many_windows_as_it_says(bridge, tmp_path):
     lines = (tmp_path / "out" / "jobs-0.jsonl").read_text().splitlines()
     sizes = [len(json.loads(line)["texts"]) for line in lines]
     assert sizes[:-1] == [JOB] * (len(sizes) - 1) and 0 < sizes[-1] <= JOB
+
+
+def test_a_string_begins_with_bos_whatever_the_bridges_default_is(bridge, monkeypatch):
+    wanted, alone = likelihood(bridge, TEXTS, 2), exact(bridge, TEXTS[2], 2)
+    monkeypatch.setattr(bridge.cfg, "default_prepend_bos", False)
+    assert int(bridge.to_tokens("w1")[0, 0]) != bridge.tokenizer.bos_token_id
+    found = likelihood(bridge, TEXTS, 2)
+    assert torch.equal(found.nll.replicates, wanted.nll.replicates)
+    assert torch.equal(found.nll.token_counts, wanted.nll.token_counts)
+    assert torch.equal(exact(bridge, TEXTS[2], 2).tokens, alone.tokens)
+
+
+def test_a_run_under_autocast_goes_on_under_the_same_autocast_alone(bridge, tmp_path, device):
+    with torch.autocast(device.type, torch.bfloat16):
+        first = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+        again = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    assert torch.equal(first.nll.replicates, again.nll.replicates)
+    with pytest.raises(InputError, match=rf"autocast='{device.type} torch.bfloat16' \(now None\)"):
+        likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    likelihood(bridge, TEXTS, 2, out=tmp_path / "plain")
+    with torch.autocast(device.type, torch.float16), pytest.raises(InputError, match="autocast"):
+        likelihood(bridge, TEXTS, 2, out=tmp_path / "plain")

@@ -13,7 +13,8 @@ from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError, NotExactError
-from transformer_lens_bd3lm.likelihoods.exact import exact, exact_backward, exact_effect
+from transformer_lens_bd3lm.likelihoods.exact import exact
+from transformer_lens_bd3lm.likelihoods.exact_effect import exact_backward, exact_effect
 
 EXACT = 1e-10
 WORDS, MASK, CONTEXT = 4, 4, 12
@@ -292,7 +293,7 @@ def test_gradients_flow_into_what_a_hook_adds(bridge):
         ({"sampler": FirstHitting(temperature=0.5)}, NotExactError, "no likelihood"),
         ({"sampler": Ancestral(steps=4)}, NotExactError, "no likelihood"),
         ({"sampler": Confidence()}, NotExactError, "no likelihood"),
-        ({"block_size": 8, "max_states": 255}, InputError, "256 states"),
+        ({"block_size": 8, "max_states": 255}, InputError, "256 mask patterns"),
         ({"block_size": 0}, BlockSizeError, "block_size=0"),
         ({"scope": "prefix"}, InputError, "scope"),
         ({"hooks": [("blocks.9.hook", edit)]}, HookNameError, "no hook point"),

@@ -12,8 +12,9 @@ from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.denoising.noise import sigma_of
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.exact import exact
-from transformer_lens_bd3lm.likelihoods.masked_passes import read_noisy_text
-from transformer_lens_bd3lm.likelihoods.nelbo import Clip, monte_carlo, nelbo, resampled
+from transformer_lens_bd3lm.likelihoods.mask_draws import Clip, monte_carlo, resampled_masks
+from transformer_lens_bd3lm.likelihoods.masked_passes import read_masked_passes
+from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
 
 MASK, CONTEXT = 11, 16
 
@@ -34,9 +35,9 @@ def texts(batch: int = 3, length: int = 14) -> torch.Tensor:
 def test_weighted_losses_of_given_masks_are_the_public_codes(golden, device, name):
     g = golden(name)
     bridge = boot(g.path, device)
-    text = read_noisy_text(bridge, g["in/x0"], None, None, "active", 2048)
+    passes = read_masked_passes(bridge, g["in/x0"], None, None, "active", 2048)
     masked = (g["in/xt"] == bridge.cfg.mask_token_id)[None]
-    log_p = text.log_p(text.clean(), masked)[0]
+    log_p = passes.log_probs(passes.clean_stream(), masked)[0]
     found = -log_p / per_position(g["nelbo/t"], log_p)
     assert relative(found, g["nelbo/loss"].double()) < 1e-5
 
@@ -126,10 +127,10 @@ def test_the_public_assignment_of_strata_is_biased_where_early_blocks_are_harder
 
 @pytest.mark.parametrize("kind", ["t", "fraction", "unweighted", "resample"])
 def test_clips_do_what_their_names_say_and_are_called_biased(bridge, kind):
-    text = read_noisy_text(bridge, texts(8, CONTEXT), 8, None, "active", 2048)
+    passes = read_masked_passes(bridge, texts(8, CONTEXT), 8, None, "active", 2048)
     generator = torch.Generator().manual_seed(0)
     clip = Clip(kind, 0.6, 0.9)
-    masks = [monte_carlo(text, generator, clip=clip) for _ in range(40)]
+    masks = [monte_carlo(passes, generator, clip=clip) for _ in range(40)]
     share = torch.stack([m.masked[0, :, 8:].double().mean(-1) for m in masks])
     weight = torch.stack([m.weight[0, :, 8] for m in masks])
     if kind in ("fraction", "resample"):
@@ -157,8 +158,8 @@ def over_t(values, low, high):
 @torch.no_grad()
 def enumerated(bridge, ids, size, clip) -> float:
     """What a clipped estimate of one text estimates, over every mask of every block."""
-    text = read_noisy_text(bridge, ids, size)
-    clean, n, total = text.clean(), ids.shape[1], 0.0
+    passes = read_masked_passes(bridge, ids, size)
+    clean, n, total = passes.clean_stream(), ids.shape[1], 0.0
     for start in range(0, n, size):
         block = range(start, min(start + size, n))
         chosen = []
@@ -175,7 +176,7 @@ def enumerated(bridge, ids, size, clip) -> float:
                 continue
             masked = torch.zeros(1, 1, n, dtype=torch.bool)
             masked[0, 0, hidden] = True
-            chosen.append((k, m, -float(text.log_p(clean, masked).sum())))
+            chosen.append((k, m, -float(passes.log_probs(clean, masked).sum())))
 
         def chance(t, k, m):
             return t**m * (1 - t) ** (k - m)
@@ -214,9 +215,9 @@ def test_clipped_fractions_estimate_the_sum_over_all_masks(bridge, kind, size, l
 
 
 def test_a_resampled_mask_counts_bos_and_gives_it_back(bridge):
-    text = read_noisy_text(bridge, small.prompt_of(8, CONTEXT), 4, None, "active", 2048)
+    passes = read_masked_passes(bridge, small.prompt_of(8, CONTEXT), 4, None, "active", 2048)
     generator = torch.Generator().manual_seed(0)
-    masks = [monte_carlo(text, generator, clip=Clip("resample", 0.5, 0.5001)) for _ in range(40)]
+    masks = [monte_carlo(passes, generator, clip=Clip("resample", 0.5, 0.5001)) for _ in range(40)]
     number = torch.cat([m.masked[0].unflatten(1, (-1, 4)).sum(-1) for m in masks])
     assert bool((number[:, 1:] == 2).all())
     assert number[:, 0].unique().tolist() == [1, 2], "BOS was one of the two, or was not"
@@ -228,7 +229,9 @@ def test_masks_that_hardly_ever_fit_are_drawn_as_fast():
     """At t near 0 almost no mask has a share of 1/4 or more; redrawing would not come to an end."""
     t = torch.full((2, 3, 1), 1e-300, dtype=torch.float64)
     places = torch.ones(2, 3, 4, dtype=torch.bool)
-    masked = resampled(t, places, Clip("resample", 0.25, 1.0), torch.Generator().manual_seed(0))
+    masked = resampled_masks(
+        t, places, Clip("resample", 0.25, 1.0), torch.Generator().manual_seed(0)
+    )
     assert bool((masked.sum(-1) == 1).all())
 
 

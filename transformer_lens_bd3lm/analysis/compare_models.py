@@ -1,14 +1,14 @@
-"""One corpus under several checkpoints: from autoregression over block diffusion to MDLM.
+"""Likelihood of one corpus under several models: autoregressive, block diffusion and MDLM.
 
-The family shares its modules and is measured by the same code, on the same windows of the same
+The models share their modules and are measured by the same code, on the same windows of the same
 texts, so that the figures differ by the models alone (Arriola et al., tables 3 and 4)::
 
     AR       -log p(x), exact: the chain rule
-    BD3LM    NELBO at its block size, and -log p(x) where the states are few enough to sum
+    BD3LM    NELBO at its block size, and -log p(x) where the mask patterns are few
     MDLM     NELBO of the whole window as one block
 
-Checkpoints are compared by their bounds, as in the paper; the looseness of a bound is part of the
-difference. Intervals are of pairs: whole texts are drawn again, the same ones for both.
+Models are compared by their bounds, as in the paper; the looseness of a bound is part of the
+difference. Intervals are of pairs: whole texts are drawn with replacement, the same ones for both.
 
 It measures checkpoints as they are, and does not train them alike.
 """
@@ -20,139 +20,112 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
-from transformer_lens_bd3lm.analysis.sweep import interval_cell
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.denoising.step_hooks import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import kind_of
 from transformer_lens_bd3lm.result import Result
 
 
 @dataclass(frozen=True)
-class Member:
-    """A checkpoint of the family, and what it makes of the corpus.
+class MeasuredModel:
+    """One model, and its likelihood of the corpus.
 
     Attributes:
-        name: what to call it.
+        name: name that the caller gave it.
         kind: ``"autoregressive"``, ``"block diffusion"`` or ``"full diffusion"``.
-        measured: its likelihood.
+        likelihood: its likelihood of the corpus.
     """
 
     name: str
     kind: str
-    measured: Likelihood = field(repr=False)
+    likelihood: Likelihood = field(repr=False)
 
     @property
     def writes(self) -> str:
-        """How much of a text at once."""
-        size = self.measured.block_size
-        told = {"autoregressive": "token by token", "full diffusion": "all at once"}
-        return told.get(self.kind, f"blocks of {size}")
+        """How much of a text it writes at once, in words."""
+        words = {"autoregressive": "token by token", "full diffusion": "all at once"}
+        return words.get(self.kind, f"blocks of {self.likelihood.block_size}")
 
 
 @dataclass(frozen=True)
 class ModelComparison(Result):
-    """A corpus under several checkpoints, from the smallest block to the whole context.
+    """Likelihood of a corpus under several models, by block size, smallest first.
 
     Attributes:
-        members: one a checkpoint; the first is what the others are compared with.
+        models: the models; the others are compared with the first.
     """
 
-    members: list[Member]
+    models: list[MeasuredModel]
 
-    def at(self, name: str) -> Member:
-        """The member of a name.
-
-        Raises:
-            InputError: if there is none.
-        """
-        for each in self.members:
-            if each.name == name:
-                return each
-        raise InputError(f"{name!r} was not measured: {[each.name for each in self.members]} were")
-
-    def difference(
-        self, name: str, base: str, level: float = 0.95, resamples: int = 2000
-    ) -> tuple[float, tuple[float, float] | None]:
-        """How many nats a token one bound is above another, and its interval over texts, in pairs.
-
-        Args:
-            name: whose bound; the autoregressive one is the NLL itself.
-            base: what is taken off, likewise.
-            level: how often such intervals should cover the truth.
-            resamples: of the bootstrap over texts.
+    def at(self, name: str) -> MeasuredModel:
+        """Return the model of a name.
 
         Raises:
             InputError: for a name that was not measured.
         """
-        one, other = (self.at(each).measured.nelbo for each in (name, base))
+        for each in self.models:
+            if each.name == name:
+                return each
+        raise InputError(
+            f"name={name!r} was not measured: give one of {[each.name for each in self.models]}"
+        )
+
+    def difference(
+        self, name: str, base: str, level: float = 0.95, resamples: int = 2000
+    ) -> tuple[float, tuple[float, float] | None]:
+        """Compute one model's bound minus another's, nats a token, and its interval over texts.
+
+        Args:
+            name: model whose bound is taken; the autoregressive one is the NLL itself.
+            base: model whose bound is subtracted.
+            level: probability that an interval made this way covers the true value.
+            resamples: number of bootstrap resamples.
+
+        Raises:
+            InputError: for a name that was not measured.
+        """
+        one, other = (self.at(each).likelihood.nelbo for each in (name, base))
         values = torch.stack([one.nats - other.nats, one.token_counts.double()])
         nats, tokens = values.sum(1).tolist()
         if one.texts < 2:
             return nats / tokens, None
-        again, counted = drawn_again(values, resamples)
-        return nats / tokens, between(again / counted, level)
+        again, counted = bootstrap_totals(values, resamples)
+        return nats / tokens, middle_interval(again / counted, level)
 
-    def table(self) -> Table:
-        """A row a checkpoint: NLL, bound, perplexity, and how far it is from the first."""
-        first = self.members[0]
-        sizes = first.measured.nelbo
-        table = Table(title="one corpus, several checkpoints", title_justify="left")
-        table.caption_justify = "left"
-        caption = (
-            f"Nats a token. Texts: {sizes.texts:,}, tokens: {sizes.total_tokens:,} (no BOS). ±: "
-            "standard error of an estimate. [ ]: 95% over texts like these, whole texts drawn "
-            f"again. ≤: from the bound. Last: how far the bound is above that of {first.name}."
-        )
-        table.caption = Text(caption, "table.caption")
-        characters = sizes.total_characters is not None
-        per = "perplexity\nbits/char" if characters else "perplexity"
-        for name in ("checkpoint", "NLL", "NELBO", per, "above the first"):
-            table.add_column(name, justify="left" if name == "checkpoint" else "right")
-        for each in self.members:
-            table.add_row(*map(Text, self.cells(each, characters)), end_section=True)
-        return table
-
-    def cells(self, member: Member, characters: bool) -> Iterator[str]:
-        """A row of the table; an interval is below what it is of."""
-        found, bound = member.measured, member.measured.nelbo
-        least = "" if member.kind == "autoregressive" else "≤ "
-        error = "" if bound.kind == "exact" else f" ± {bound.standard_error_per_token:.4f}"
-        yield f"{member.name}\n{member.writes}"
-        yield "" if found.nll is None else f"{found.nll.nats_per_token:.4f}"
-        yield f"{bound.nats_per_token:.4f}{error}\n{interval_cell(bound, bound.texts)}"
-        bits = f"\n{least}{bound.bits_per_character:.4f}" if characters else ""
-        yield f"{least}{bound.perplexity:.2f}{bits}"
-        more, interval = self.difference(member.name, self.members[0].name)
-        spread = "" if interval is None else "\n[{:+.3f}, {:+.3f}]".format(*interval)
-        yield "" if member is self.members[0] else f"{more:+.4f}{spread}"
+    def to_dict(self) -> dict[str, Any]:
+        """Return the likelihood of each checkpoint as plain values for JSON."""
+        return {
+            "models": [
+                each.likelihood.to_dict() | {"model": each.name, "kind": each.kind}
+                for each in self.models
+            ]
+        }
 
 
-def check_mapping(bridges: Any) -> None:
-    """Refuse checkpoints that are not given by name.
+def _check_mapping(bridges: Any) -> None:
+    """Check that models are given by name.
 
     Raises:
-        InputError: for these, and for none.
+        InputError: if they are not, or there are none.
     """
     if not isinstance(bridges, Mapping):
         raise InputError(
             f"bridges is {type(bridges).__name__}: give them by name, {{name: bridge}}"
         )
     if not bridges:
-        raise InputError("there are no checkpoints: give at least one, by name")
+        raise InputError("bridges is empty: give at least one model, {name: bridge}")
 
 
-def check_alike(bridges: Mapping[str, Any]) -> None:
-    """Refuse checkpoints whose figures a token would be about different tokens.
+def _check_alike(bridges: Mapping[str, Any]) -> None:
+    """Check that nats a token mean the same for all models.
 
     Raises:
-        InputError: for ones without a tokenizer, or other vocabularies or contexts.
+        InputError: for a model without a tokenizer, or several vocabularies or contexts.
     """
     silent = [name for name, bridge in bridges.items() if bridge.tokenizer is None]
     if silent:
@@ -164,51 +137,57 @@ def check_alike(bridges: Mapping[str, Any]) -> None:
                 f"the context of {name} is {bridge.cfg.n_ctx} and that of {first} "
                 f"{base.cfg.n_ctx}: their windows would differ; compare checkpoints of one context"
             )
-        if words(bridge) != words(base):
+        if _vocabulary(bridge) != _vocabulary(base):
             raise InputError(
                 f"{name} and {first} have different vocabularies: nats a token would be about "
                 "different tokens; measure each with bd3lm.likelihood, and compare bits a character"
             )
 
 
-def words(bridge: Any) -> dict[str, int]:
-    """A bridge's vocabulary, but for the mask, which no text has."""
-    found = dict(bridge.tokenizer.get_vocab())
-    found.pop(bridge.tokenizer.mask_token, None)
-    return found
+def _vocabulary(bridge: Any) -> dict[str, int]:
+    """Return a bridge's vocabulary without the mask, which no text has."""
+    vocabulary = dict(bridge.tokenizer.get_vocab())
+    vocabulary.pop(bridge.tokenizer.mask_token, None)
+    return vocabulary
 
 
-def without_estimates(how: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a likelihood for a model that needs no estimate."""
-    return {key: value for key, value in how.items() if key not in ("method", "strata", "clip")}
+def _without_estimates(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a likelihood that is always exact."""
+    return {key: value for key, value in options.items() if key not in ("method", "strata", "clip")}
 
 
-def compare_models(bridges: Any, source: Any, **how: Any) -> ModelComparison:
-    """One corpus under checkpoints of the family, each at its own block size.
+def compare_models(bridges: Any, source: Any, **options: Any) -> ModelComparison:
+    """Compute the likelihood of one corpus under several models, each at its own block size.
+
+    It is the comparison of Arriola et al., tables 3 and 4.
 
     Args:
-        bridges: by name: autoregressive, block diffusion (at its dial) or full diffusion; each a
-            bridge, or a checkpoint's name.
-        source: the corpus, as in :func:`likelihood`; it is read once a checkpoint.
-        how: as :func:`likelihood` (method, replicates, stride, split, seed, ...); a method is used
-            where the checkpoint allows it: the autoregressive one is always exact. ``out`` has a
-            folder a checkpoint.
+        bridges: models by name: autoregressive, block diffusion (at the bridge's block size) or
+            full diffusion; each a bridge, or a checkpoint's name, which is booted.
+        source: the corpus, as in :func:`likelihood`; it is read once a model.
+        options: options of :func:`likelihood` (method, replicates, stride, split, seed, ...). The
+            autoregressive model is always exact, whatever the method. ``out`` gets a folder a
+            model.
 
     Raises:
-        InputError: for other vocabularies or contexts, and as :func:`likelihood`.
-        NotExactError: with time conditioning.
+        InputError: for several vocabularies or contexts, and as :func:`likelihood`.
+        CheckpointError: for a name whose checkpoint cannot be loaded.
+        HookNameError: for a hook name that a bridge does not have.
+        HookReturnError: for a hook that returns another shape, dtype or device.
+        NotExactError: with time conditioning, in training mode with dropout, or where predictions
+            are NaN.
     """
     if isinstance(source, Iterator):
         raise InputError("the corpus can be read only once: give a list, a Path or a dataset")
-    check_mapping(bridges)
+    _check_mapping(bridges)
     bridges = {name: read_bridge(bridge) for name, bridge in bridges.items()}
-    check_alike(bridges)
-    how["hooks"] = read_once(how.get("hooks"))
-    found = []
-    for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
+    _check_alike(bridges)
+    options["hooks"] = read_once(options.get("hooks"))
+    models = []
+    for name, bridge in sorted(bridges.items(), key=lambda item: block_size_of(item[1])):
         kind = kind_of(bridge.original_model.config)
-        own: dict[str, Any] = how if kind != "autoregressive" else without_estimates(how)
-        if how.get("out") is not None:
-            own = own | {"out": Path(how["out"]) / re.sub(r"[^\w.-]+", "_", name)}
-        found.append(Member(name, kind, likelihood(bridge, source, **own)))
-    return ModelComparison(found)
+        own: dict[str, Any] = options if kind != "autoregressive" else _without_estimates(options)
+        if options.get("out") is not None:
+            own = own | {"out": Path(options["out"]) / re.sub(r"[^\w.-]+", "_", name)}
+        models.append(MeasuredModel(name, kind, likelihood(bridge, source, **own)))
+    return ModelComparison(models)

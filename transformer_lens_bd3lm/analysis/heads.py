@@ -41,7 +41,7 @@ from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.inputs import read_input
 from transformer_lens_bd3lm.model.modules import at_least_float32
 
@@ -211,8 +211,8 @@ class HeadScores:
             InputError: for fewer than two texts that have queries.
         """
         of_head = torch.stack([self.attention[:, layer, head], self.queries.double()])
-        total, queries = drawn_again(of_head, resamples, seed)
-        return between(total / queries, level)
+        total, queries = bootstrap_totals(of_head, resamples, seed)
+        return middle_interval(total / queries, level)
 
     def top(self, k: int = 5) -> list[tuple[int, int]]:
         """The ``(layer, head)`` of the best scores, best first."""

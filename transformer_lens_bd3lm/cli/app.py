@@ -1,4 +1,4 @@
-"""What every command shares: the app, how a model is named and booted, and a file for figures."""
+"""The app, and what several commands do: boot a model, check what was typed, write files."""
 
 import contextlib
 import json
@@ -6,48 +6,36 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
+from transformers.utils import logging
 
+from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
+from transformer_lens_bd3lm.bridge.boot import path_of as path_of
+from transformer_lens_bd3lm.bridge.texts import refuse_path
 from transformer_lens_bd3lm.errors import BD3LMError, InputError
-from transformer_lens_bd3lm.show.terminal import errors
+from transformer_lens_bd3lm.result import plain_values
+from transformer_lens_bd3lm.show.style import write_figure
+from transformer_lens_bd3lm.show.terminal import console, errors
+
+KINDS = (".html", ".png", ".svg", ".pdf")  # of figures
 
 app = typer.Typer(
-    help="Block-diffusion language models, opened up for interpretability.",
+    help="Interpretability of block-diffusion language models (BD3LM), with TransformerLens.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ModelOption = Annotated[
-    str | None, typer.Option(help="Hub id or folder; the embedded default if not given.")
-]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help='Hub id, folder, .ckpt file or REPOSITORY::FILE.ckpt; "tiny", "grammar": embedded.'
-    ),
-]
-MOST = 2**31 - 1  # of anything that is counted; more is no number that a tensor takes
 
 
-def path_of(model: str) -> str:
-    """The folder of an embedded model; any other name as it is."""
-    # Torch comes with it, so imported when a model is named.
-    from transformer_lens_bd3lm.bridge import boot
-
-    return boot.path_of(model)
-
-
-def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
-    """The bridge of a checkpoint's name, or of an embedded model; the default for None."""
-    from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
-
+def boot(model: str | None, device: str | None = None, **options: Any) -> Any:
+    """Boot a checkpoint or an embedded model by its name; the default for None."""
     check_device(device)
     try:
         with errors.status("loading ..."), quiet():
-            return boot_checkpoint(path_of(model or "tiny"), device=device, **how)
+            return boot_checkpoint(path_of(model or "tiny"), device=device, **options)
     except BD3LMError:
         raise
     except (OSError, ValueError) as error:
@@ -57,7 +45,7 @@ def boot(model: str | None, device: str | None = None, **how: Any) -> Any:
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that PyTorch does not have here, before a model is loaded for it."""
+    """Refuse a device that this machine does not have, before a model is loaded."""
     if device is None:
         return
     try:
@@ -69,36 +57,33 @@ def check_device(device: str | None) -> None:
 
 
 def check_texts(texts: list[str]) -> None:
-    """Refuse the name of a file where a text is meant, and what is no text in the terminal's."""
+    """Refuse the name of a file in place of a text, and bytes that are not UTF-8."""
     for text in texts:
         try:
             text.encode()
+            refuse_path(text, "text")
         except UnicodeEncodeError as error:
             raise typer.BadParameter(f"{text!r} is not text in UTF-8") from error
-        try:
-            named = Path(text).is_file()
-        except (OSError, ValueError):
-            named = False
-        if named or (text.endswith((".txt", ".jsonl")) and len(text.split()) == 1):
+        except InputError as error:
             raise typer.BadParameter(
                 f"{text} names a file, and would be read as the text itself: give the text, as in "
                 f'"$(cat {text})"'
-            )
+            ) from error
 
 
 def read_file(path: Path) -> str:
-    """The text of a file, in UTF-8; a device, which may have no end, is refused."""
+    """Return the text of a file in UTF-8; a device, which may have no end, is refused."""
     try:
         if path.is_file():
             return path.read_text(encoding="utf-8-sig")
-        why = "it is no file"
+        why = "it is not a regular file"
     except (OSError, UnicodeError) as error:
         why = str(error)
     raise typer.BadParameter(f"{path} cannot be read: {why}")
 
 
 def short_names(models: list[str]) -> list[str]:
-    """Where several models' names differ: without the folders and files that all have in common."""
+    """Return several models' names without the folders and files that all have in common."""
     parts = [model.replace("::", "/").rstrip("/").split("/") for model in models]
     if len(models) == 1:
         return [parts[0][-1]]
@@ -112,9 +97,7 @@ def short_names(models: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own progress bar out of ours."""
-    from transformers.utils import logging
-
+    """Turn off transformers' progress bar, since the commands show their own."""
     logging.disable_progress_bar()
     try:
         yield
@@ -122,31 +105,28 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def read_dial(value: str) -> int | str:
-    """A setting of the dial as it is typed; what is none is refused where it is used."""
-    try:
-        return int(value)
-    except ValueError:
-        return value
+def check_files(plot: Path | None, json: Path | None) -> None:
+    """Refuse files of a figure and of JSON that cannot be written, before the work."""
+    if plot is not None and plot.suffix.lower() not in KINDS:
+        raise typer.BadParameter(f"{plot}: give a name that ends in {', '.join(KINDS)}")
+    for path in (plot, json):
+        if path is not None and str(path) != "-":
+            _check_writable(path)
 
 
-def check_writable(path: Path | None, kinds: tuple[str, ...] = ()) -> None:
-    """Refuse a file that could not be written in the end, before the work."""
-    if path is None or str(path) == "-":
-        return
-    if kinds and path.suffix.lower() not in kinds:
-        raise typer.BadParameter(f"{path}: give a name that ends in {', '.join(kinds)}")
+def _check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work."""
     try:
         folder = path.resolve().parent
-        fine = not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+        writable = not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
     except (OSError, ValueError, RuntimeError):
-        fine = False
-    if not fine:
+        writable = False
+    if not writable:
         raise typer.BadParameter(f"{path} cannot be written: give a file in a folder that exists")
 
 
 def check_new(folder: Path | None) -> None:
-    """Refuse a folder that could not be made in the end, before the work."""
+    """Refuse a folder that cannot be made, before the work."""
     if folder is None:
         return
     try:
@@ -160,10 +140,10 @@ def check_new(folder: Path | None) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file, or folder, that could not be written after all.
+    """Turn the system's error of writing a file or folder into one that names it.
 
     Raises:
-        InputError: in place of the system's own error.
+        InputError: if it could not be written.
     """
     try:
         yield
@@ -174,26 +154,47 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path} could not be written: {why}") from error
 
 
+def show(
+    result: Any, json: Path | None, values: Any, plot: Path | None = None, **options: Any
+) -> None:
+    """Write a result's values and figure where they were asked for, and print its table.
+
+    Args:
+        result: the result.
+        json: file of the values; ``-`` writes them to standard output, in place of the table.
+        values: the values, all or a part of ``result.to_dict()``.
+        plot: file of the figure.
+        options: those of ``result.table()``.
+    """
+    write_json(values, json)
+    save_figure(result.plot, plot)
+    if str(json) != "-":
+        console.print(result.table(**options))
+        if plot is not None:
+            console.print(f"figure in {plot}")
+
+
 def save_figure(figure: Any, path: Path | None) -> None:
-    """Write a figure where it was asked for."""
+    """Draw a figure and write it to a file, if one was asked for."""
     if path is not None:
         with writing(path):
-            figure().savefig(path, dpi=160)
+            write_figure(figure(), path, "bd3lm")
 
 
-def write_json(found: Any, path: Path | None) -> None:
-    """Write figures where they were asked for: a file, or standard output for ``-``.
+def write_json(values: Any, path: Path | None) -> None:
+    """Write values as JSON to a file, or to standard output for ``-``.
 
-    What the encoding of standard output does not have is escaped as JSON does.
+    Characters that the encoding of standard output does not have are escaped.
     """
     if path is None:
         return
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    values = plain_values(values)
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     encoding = (sys.stdout.encoding if str(path) == "-" else None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        text = json.dumps(found, indent=1) + "\n"
+        text = json.dumps(values, indent=1) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         return

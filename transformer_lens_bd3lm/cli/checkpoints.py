@@ -1,30 +1,27 @@
-"""``bd3lm info`` and ``bd3lm train``: what a checkpoint is, and how the default was made."""
+"""``bd3lm info`` and ``bd3lm train``: what a checkpoint is, and training the embedded default."""
 
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
 
-from transformer_lens_bd3lm.cli.app import MOST, ModelArgument, app, path_of, read_file
+from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
+from transformer_lens_bd3lm.cli.app import app, path_of, read_file
+from transformer_lens_bd3lm.cli.options import MOST, ModelArgument
 from transformer_lens_bd3lm.errors import BD3LMError
+from transformer_lens_bd3lm.model.config import BD3LMConfig, kind_of, trained_block_sizes
 from transformer_lens_bd3lm.progress import progress_bar
+from transformer_lens_bd3lm.show.tables import new_table
 from transformer_lens_bd3lm.show.terminal import console
+from transformer_lens_bd3lm.training.recipe import Recipe
+from transformer_lens_bd3lm.training.recipe import train as run
 
 
 @app.command()
 def info(model: ModelArgument) -> None:
-    """What a checkpoint is, from its config and file headers: nothing loaded, no code run."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
-    from transformer_lens_bd3lm.model.config import (
-        BD3LMConfig,
-        kind_of,
-        trained_block_sizes,
-    )
-
+    """Describe a checkpoint from its config and file headers; nothing is loaded, no code is run."""
     name = path_of(model)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -44,22 +41,23 @@ def info(model: ModelArgument) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         mask = tokenizer.mask_token or "added when booted"
-        spoken = f"{len(tokenizer)} tokens, mask {mask}"
+        described = f"{len(tokenizer)} tokens, mask {mask}"
     except BD3LMError as error:
-        spoken = f"none: {error}"
-    table = Table(title=str(model), title_justify="left", show_header=False)
+        described = f"none: {error}"
+    table = new_table(str(model), ("key", "value"), ("key", "value"), "")
+    table.show_header = False
     rows = {
         "kind": kind_of(config),
         "parameters": f"{parameters / 1e6:.1f} M, names and shapes as the config calls for",
         "layers x heads x width": f"{config.n_blocks} x {config.n_heads} x {config.hidden_dim}",
         "context": f"{config.model_length} tokens",
         "block size": f"{config.block_size}, trained at "
-        f"{', '.join(map(str, trained_block_sizes(config)))}; the dial goes from 1 to "
+        f"{', '.join(map(str, trained_block_sizes(config)))}; it can be set from 1 to "
         f"{config.model_length}"
         if config.cross_attn
         else "no blocks",
         "vocabulary": f"{config.vocab_size}",
-        "tokenizer": spoken,
+        "tokenizer": described,
         "adaLN": f"yes, conditioning {config.cond_dim} wide" if config.adaln else "no",
         "sees t": "yes: no cache, nothing folds"
         if config.time_conditioning
@@ -72,25 +70,22 @@ def info(model: ModelArgument) -> None:
 
 @app.command()
 def train(
-    train_file: Annotated[
-        Path, typer.Argument(help="Text to train on.", exists=True, dir_okay=False)
-    ],
+    train_file: Annotated[Path, typer.Argument(help="Training text.", exists=True, dir_okay=False)],
     valid_file: Annotated[
-        Path, typer.Argument(help="Text to validate on.", exists=True, dir_okay=False)
+        Path, typer.Argument(help="Validation text.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint; a stopped run goes on.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint; a stopped run is resumed.")
+    ],
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps, other than the recipe's.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="Number of optimizer steps; the recipe's by default.", min=1, max=MOST),
     ] = None,
 ) -> None:
-    """Train the embedded default's recipe on a text; stopped, it goes on where it was."""
-    from transformer_lens_bd3lm.training.recipe import Recipe
-    from transformer_lens_bd3lm.training.recipe import train as run
-
+    """Train on a text with the embedded default's recipe; a stopped run is resumed."""
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     texts = [read_file(file) for file in (train_file, valid_file)]
     with progress_bar("training", recipe.steps, console=console) as update:
         for report in run(recipe, *texts, out):
-            told = "  ".join(f"{key} {value:.4g}" for key, value in report.items())
             update(completed=report["step"])
-            console.print(told)
+            console.print("  ".join(f"{key} {value:.4g}" for key, value in report.items()))

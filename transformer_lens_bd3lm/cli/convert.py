@@ -1,53 +1,45 @@
 """``bd3lm convert``: a training checkpoint as a folder like the published ones."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
+from transformers import AutoTokenizer
 
+import transformer_lens_bd3lm as bd3lm
 from transformer_lens_bd3lm.cli.app import app
+from transformer_lens_bd3lm.cli.options import Weights, WeightsOption
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.show.terminal import console
 
 
-class Weights(str, Enum):
-    """Which of a training checkpoint's weights."""
-
-    ema = "ema"
-    raw = "raw"
-
-
 @app.command()
 def convert(
-    ckpt: Annotated[str, typer.Argument(help="A .ckpt file; or a folder or Hub id that has it.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+    ckpt: Annotated[str, typer.Argument(help="A .ckpt file, or the folder or Hub id that has it.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
     filename: Annotated[
-        str | None, typer.Option(help="The file's name in the folder or repository.")
+        str | None, typer.Option(help="Name of the file in the folder or repository.")
     ] = None,
-    weights: Annotated[
-        Weights, typer.Option(help="The moving average, or the weights themselves.")
-    ] = Weights.ema,
-    revision: Annotated[str | None, typer.Option(help="Of the repository.")] = None,
+    weights: WeightsOption = Weights.ema,
+    revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where it is not found by itself.")
+        str | None,
+        typer.Option(help="Folder or Hub id of the tokenizer, where it is not found by itself."),
     ] = None,
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
-    from transformer_lens_bd3lm.checkpoint.lightning.convert import convert_lightning
-
-    spoken = None if tokenizer is None else load_tokenizer(tokenizer)
+    loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     try:
         with progress_bar("reading", in_bytes=True) as update:
-            convert_lightning(
+            bd3lm.convert_lightning(
                 ckpt,
                 out,
                 filename,
                 weights.value,
                 revision=revision,
-                tokenizer=spoken,
+                tokenizer=loaded,
                 progress=lambda done, total: update(completed=done, total=total),
             )
     except BD3LMError:
@@ -58,10 +50,8 @@ def convert(
     console.print(f"  bd3lm verify {out}", soft_wrap=True)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a folder or Hub id."""
-    from transformers import AutoTokenizer
-
+def _load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a folder or Hub id."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except BD3LMError:

@@ -1,4 +1,4 @@
-"""``bd3lm demo``: the main job in half a minute."""
+"""``bd3lm demo``: every hook of one pass, and an edit at chosen denoising steps."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,27 +8,31 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import MOST, ModelOption, app, boot
-from transformer_lens_bd3lm.show.terminal import Canvases, console, hook_tree
+import transformer_lens_bd3lm as bd3lm
+from transformer_lens_bd3lm.cli.app import app, boot
+from transformer_lens_bd3lm.cli.options import MOST, ModelOption
+from transformer_lens_bd3lm.show.hook_tree import hook_tree
+from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
 
 
 @app.command()
 def demo(
     model: ModelOption = None,
-    prompt: Annotated[str, typer.Option(help="What the model goes on from.")] = "O Romeo, Romeo",
+    prompt: Annotated[str, typer.Option(help="Text that the model continues.")] = "O Romeo, Romeo",
     masked: Annotated[
-        str, typer.Option(help="A text with one [MASK], for the single forward.")
+        str, typer.Option(help="Text with one [MASK], for the single pass.")
     ] = "To be, or not to [MASK]",
-    tokens: Annotated[int, typer.Option(help="Tokens to write.", min=1, max=MOST)] = 32,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to write.", min=1, max=MOST)] = 32,
     layer: Annotated[
-        int | None, typer.Option(help="Layer of the edit; the middle by default.")
+        int | None, typer.Option(help="Layer of the edit; the middle one by default.")
     ] = None,
-    toward: Annotated[str, typer.Option(help="The token that the edit pushes to.")] = " king",
+    toward: Annotated[str, typer.Option(help="Token that the edit pushes toward.")] = " king",
     seed: Annotated[
-        int, typer.Option(help="Of the noise that both runs share.", min=0, max=2**64 - 1)
+        int,
+        typer.Option(help="Random seed of the noise that both runs share.", min=0, max=2**64 - 1),
     ] = 0,
 ) -> None:
-    """One forward with every hook, then denoising with an edit at chosen steps, against none."""
+    """Show a pass with every hook point, then denoising with and without an edit at some steps."""
     bridge = boot(model)
     show_model(bridge)
     show_forward(bridge, masked)
@@ -36,26 +40,24 @@ def demo(
 
 
 def show_model(bridge: Any) -> None:
-    """One line about what was booted, and by whose adapter."""
+    """Print a line about the model and its adapter."""
     cfg = bridge.cfg
     console.print(
         Text(Path(cfg.model_name).name, "bold"),
         f": {bridge.n_params_total / 1e6:.1f} M parameters, "
         f"{cfg.n_layers} "
-        f"layers, context {cfg.n_ctx}, block size {cfg.block_size} on the dial 1..{cfg.n_ctx}; "
+        f"layers, context {cfg.n_ctx}, block size {cfg.block_size} of 1..{cfg.n_ctx}; "
         f"adapter {type(bridge.adapter).__module__.split('.')[0]}",
         sep="",
     )
 
 
 def show_forward(bridge: Any, text: str) -> None:
-    """The hook tree of a cached forward, a pattern's shape, and a lens on the masked token."""
-    from transformer_lens_bd3lm.analysis.lens import logit_lens
-
+    """Print the hook tree of a cached pass, a pattern's shape, and a lens on the masked token."""
     ids = bridge.to_tokens(text)
-    at = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
-    if len(at) != 1:
-        raise typer.BadParameter(f"{text!r} has {len(at)} masks: give one [MASK]")
+    masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
+    if len(masks) != 1:
+        raise typer.BadParameter(f"{text!r} has {len(masks)} masks: give one [MASK]")
     with torch.no_grad():
         _, cache = bridge.run_with_cache(ids, pad_block=True)
     ids = torch.cat(
@@ -81,7 +83,7 @@ def show_forward(bridge: Any, text: str) -> None:
     table.add_column("after", justify="right")
     for rank in range(1, 4):
         table.add_column(f"top {rank}")
-    for index, log_p in enumerate(logit_lens(bridge, cache, ids, at[0])[:, 0]):
+    for index, log_p in enumerate(bd3lm.logit_lens(bridge, cache, ids, masks[0])[:, 0]):
         top = log_p.exp().topk(3)
         words = [
             f"{bridge.tokenizer.decode([i])!r} {p:.2f}"
@@ -94,9 +96,7 @@ def show_forward(bridge: Any, text: str) -> None:
 def show_denoising(
     bridge: Any, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
 ) -> None:
-    """Write with an edit at the first step of each block and without, under the same noise."""
-    import transformer_lens_bd3lm as bd3lm
-
+    """Write without an edit, and with one at the first step of each block, under the same noise."""
     layer = bridge.cfg.n_layers // 2 if layer is None else layer
     target = bridge.tokenizer(toward, add_special_tokens=False)["input_ids"][0]
     direction = bridge.unembed.W_U[:, target].detach()
@@ -113,9 +113,9 @@ def show_denoising(
         f"residual is pushed toward {bridge.tokenizer.decode([target])!r}",
         sep="",
     )
-    how = {"max_new_tokens": tokens, "noise": bd3lm.Noise(seed), "progress": False}
-    with Canvases(bridge, "without the hook", tokens) as canvases:
-        run = bd3lm.denoise(bridge, prompt, on_step=canvases.show, **how)
+    options = {"max_new_tokens": tokens, "noise": bd3lm.Noise(seed), "progress": False}
+    with LiveCanvas(bridge, "without the hook", tokens) as canvas:
+        run = bd3lm.denoise(bridge, prompt, on_step=canvas.show, **options)
     console.print(
         Text("Replay", "bold"), '      bd3lm.replay(run, hooks, "coupled"): the same noise', sep=""
     )

@@ -5,29 +5,35 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import finite
 from transformer_lens_bd3lm.cli.app import (
-    MOST,
     app,
     boot,
-    check_writable,
-    read_dial,
+    check_files,
     read_file,
     save_figure,
     short_names,
     write_json,
 )
-from transformer_lens_bd3lm.cli.convert import Weights
-from transformer_lens_bd3lm.cli.measure import Device, Json, MaxStates, Plot, Replicates, Seed
+from transformer_lens_bd3lm.cli.options import (
+    MOST,
+    BlockSize,
+    Device,
+    Json,
+    MaxStates,
+    ModelsArgument,
+    Plot,
+    Replicates,
+    Seed,
+    Weights,
+    WeightsOption,
+    block_size_of,
+)
 from transformer_lens_bd3lm.show.terminal import console
 
 
 @app.command()
 def dependency(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="Hub ids, folders, .ckpt files or REPOSITORY::FILE.ckpt."),
-    ],
+    models: ModelsArgument,
     parses: Annotated[
         Path | None, typer.Option(help="A CoNLL-U file.", exists=True, dir_okay=False)
     ] = None,
@@ -37,9 +43,7 @@ def dependency(
             help="In its place: a text, for Stanza to parse.", exists=True, dir_okay=False
         ),
     ] = None,
-    block_size: Annotated[
-        str | None, typer.Option(help='The dial: tokens a block, or "full".')
-    ] = None,
+    block_size: BlockSize = None,
     deepest: Annotated[
         int, typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST)
     ] = 8,
@@ -48,9 +52,7 @@ def dependency(
     ] = 5,
     max_states: MaxStates = 256,
     replicates: Replicates = 4,
-    weights: Annotated[
-        Weights, typer.Option(help="Of a training checkpoint: the moving average, or raw.")
-    ] = Weights.ema,
+    weights: WeightsOption = Weights.ema,
     seed: Seed = 0,
     plot: Plot = None,
     json: Json = None,
@@ -62,21 +64,24 @@ def dependency(
 
     if (parses is None) == (text is None):
         raise typer.BadParameter("give one of --parses FILE.conllu and --text FILE")
-    check_writable(plot, (".png", ".svg", ".pdf"))
-    check_writable(json)
-    dial = None if block_size is None else read_dial(block_size)
+    check_files(plot, json)
     given = parse(read_file(text)) if text is not None else read_file(cast(Path, parses))
     sentences, found = read_conllu(given), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)
         how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
-        how |= {"block_size": dial, "deepest": deepest, "shuffles": shuffles, "name": name}
+        how |= {
+            "block_size": block_size_of(block_size),
+            "deepest": deepest,
+            "shuffles": shuffles,
+            "name": name,
+        }
         found.append(measure(bridge, sentences, **how))
     write_json([figures(each) for each in found], json)
     if plot is not None:
-        from transformer_lens_bd3lm.show.checkpoint_figures import dependency_figure
+        from transformer_lens_bd3lm.show.by_depth import by_depth_figure
 
-        save_figure(lambda: dependency_figure(found), plot)
+        save_figure(lambda: by_depth_figure(found), plot)
     if str(json) != "-":
         for each in found:
             console.print(each.table())
@@ -95,13 +100,13 @@ def figures(found: Any) -> dict[str, Any]:
         if kept is not None:
             told[name] = {
                 "tokens": kept.tokens.tolist(),
-                "mean": [None if x != x else x for x in kept.mean.tolist()],
+                "mean": kept.mean.tolist(),
                 "interval_95": kept.interval(),
             }
     if found.probe is not None:
-        r2 = [[finite(x) for x in row] for row in found.probe.r2.tolist()]
         told["probe"] = {
-            "times": found.probe.times, "r2": r2, "samples": found.probe.samples.tolist(),
+            "times": found.probe.times, "r2": found.probe.r2.tolist(),
+            "samples": found.probe.samples.tolist(),
             "shuffled_mean": found.probe.shuffled.mean(0).tolist(),
         }  # fmt: skip
     return told

@@ -8,21 +8,20 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import (
+import transformer_lens_bd3lm as bd3lm
+from transformer_lens_bd3lm.cli.app import app, boot, check_new, check_texts, writing
+from transformer_lens_bd3lm.cli.options import (
     MOST,
+    BlockSize,
+    Device,
     ModelArgument,
-    app,
-    boot,
-    check_new,
-    check_texts,
-    read_dial,
-    writing,
+    block_size_of,
 )
-from transformer_lens_bd3lm.show.terminal import Canvases, console
+from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
 
 
-class Order(str, Enum):
-    """Names of the samplers on the command line."""
+class SamplerName(str, Enum):
+    """Samplers."""
 
     first_hitting = "first-hitting"
     ancestral = "ancestral"
@@ -32,45 +31,50 @@ class Order(str, Enum):
 @app.command()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[list[str] | None, typer.Argument(help="One or more; BOS if none.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to write.", min=0, max=MOST)] = 64,
-    block_size: Annotated[
-        str | None, typer.Option(help='The dial: tokens a block, or "full".')
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="One or more; BOS alone if none.")
     ] = None,
-    sampler: Annotated[Order, typer.Option(help="Who is revealed next.")] = Order.first_hitting,
-    steps: Annotated[int, typer.Option(help="Steps a block, for ancestral.", min=1, max=MOST)] = 64,
-    temperature: Annotated[float, typer.Option(help="1 is the model's own; 0 the argmax.")] = 1.0,
-    nucleus_p: Annotated[float, typer.Option(help="Mass of the (usual) nucleus.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**64 - 1)] = 0,
+    tokens: Annotated[int, typer.Option(help="Number of tokens to write.", min=0, max=MOST)] = 64,
+    block_size: BlockSize = None,
+    sampler: Annotated[
+        SamplerName, typer.Option(help="Rule of which positions a step reveals.")
+    ] = SamplerName.first_hitting,
+    steps: Annotated[
+        int, typer.Option(help="Steps a block of the ancestral sampler.", min=1, max=MOST)
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature; 1 is the model's own, 0 the argmax.")
+    ] = 1.0,
+    nucleus_p: Annotated[
+        float, typer.Option(help="Probability mass of the (usual) nucleus.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed of the noise.", min=0, max=2**64 - 1)] = 0,
     stop: Annotated[bool, typer.Option(help="End a row at its end-of-text token.")] = False,
     stream: Annotated[bool, typer.Option(help="Show the canvas filling in.")] = False,
-    save: Annotated[Path | None, typer.Option(help="A new folder for the run.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.")] = None,
+    save: Annotated[Path | None, typer.Option(help="New folder for the run.")] = None,
+    device: Device = None,
 ) -> None:
     """Write text by denoising, block after block."""
-    import transformer_lens_bd3lm as bd3lm
-
     check_texts(prompt or [])
     check_new(save)
-    if sampler is Order.ancestral:
-        how = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
+    if sampler is SamplerName.ancestral:
+        rule = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
     else:
-        kind = bd3lm.FirstHitting if sampler is Order.first_hitting else bd3lm.Confidence
-        how = kind(temperature=temperature, nucleus_p=nucleus_p)
-    dial = None if block_size is None else read_dial(block_size)
+        kind = bd3lm.FirstHitting if sampler is SamplerName.first_hitting else bd3lm.Confidence
+        rule = kind(temperature=temperature, nucleus_p=nucleus_p)
     bridge = boot(model, device)
-    shown = Canvases(bridge, "denoising", tokens) if stream else contextlib.nullcontext()
-    with shown as canvases:
+    live = LiveCanvas(bridge, "denoising", tokens) if stream else contextlib.nullcontext()
+    with live as canvas:
         run = bd3lm.denoise(
             bridge,
             prompt or None,
             max_new_tokens=tokens,
-            block_size=dial,
-            sampler=how,
+            block_size=block_size_of(block_size),
+            sampler=rule,
             noise=bd3lm.Noise(seed),
             stop=bd3lm.EndOfText() if stop else None,
             progress=False if stream else None,
-            on_step=canvases.show if canvases else None,
+            on_step=canvas.show if canvas else None,
         )
     try:
         if save is not None:

@@ -8,13 +8,8 @@ import torch
 import typer
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import (
-    ModelArgument,
-    app,
-    path_of,
-    quiet,
-    write_json,
-)
+from transformer_lens_bd3lm.cli.app import app, path_of, quiet, write_json
+from transformer_lens_bd3lm.cli.options import ModelArgument
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.show.terminal import console
 

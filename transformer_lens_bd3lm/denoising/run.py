@@ -16,12 +16,11 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.made_with import MadeWith
 from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.record import HAS_KEYS
 from transformer_lens_bd3lm.denoising.request import Request
 from transformer_lens_bd3lm.denoising.run_files import manifest_of, read_run, tensors_of
 from transformer_lens_bd3lm.denoising.run_folder import write_folder
@@ -157,11 +156,10 @@ class Run(Result):
         points = self.bridge.hook_dict
         activations = {}
         for name, stacked in self.activations.items():
-            point = points[name].name or name
-            x = stacked[slot]
-            if point.endswith(HAS_KEYS):
+            spec, x = lookup(name), stacked[slot]
+            if spec.has_keys:
                 x = x[:, :, :rows, :keys]
-            elif not is_conditioning(point):
+            elif spec.rows != "none":
                 x = x[:, :rows]
             activations |= {alias: x for alias in points if points[alias] is points[name]}
         ids = self.steps[number].tokens

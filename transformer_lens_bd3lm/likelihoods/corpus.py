@@ -1,13 +1,14 @@
-"""Texts from anywhere, cut into windows of the context, one at a time.
+"""Read the texts of a corpus one at a time, and cut them into windows of the context.
 
 A text longer than the context is *wrapped*: window after window of BOS and the next tokens, each
-token counted once. Or it *slides*: a window moves by ``stride`` tokens, what it has in common with
-the window before is given, and only the new tokens are counted, so that each has more before it.
-The last window is as long as what is left; nothing is dropped. BOS is never counted.
+token counted once. Or it *slides*: a window moves by ``stride`` tokens, what it shares with the
+window before is given, and only the new tokens are counted, so that each has more context. The
+last window is as long as the rest of the text; nothing is dropped. Every window begins with BOS,
+whatever ``cfg.default_prepend_bos`` is, and BOS is never counted.
 
-Strings are texts; a ``Path`` is a file to read: ``.jsonl`` holds one text a line, anything else is
-plain text, whole or split. Whatever can be iterated over is a corpus of its items, and so is a
-dataset of ``datasets``, streamed or not. Rows of ids are texts that were tokenized before.
+A string is a text; a ``Path`` is a file to read: ``.jsonl`` holds one text a line, any other file
+is plain text, whole or split. An iterable is a corpus of its items, as is a dataset of
+``datasets``, streamed or not. Rows of ids are texts that were tokenized before.
 """
 
 import json
@@ -24,12 +25,17 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids
+from transformer_lens_bd3lm.model.ids import check_ids
 
 
 @dataclass(frozen=True)
-class Text:
-    """One text of a corpus, or its ids ``[pos]``, BOS first; and what to call it."""
+class CorpusText:
+    """One text of a corpus.
+
+    Attributes:
+        name: number or file and line that it is called by.
+        text: the text, or its ids ``[pos]`` with BOS first.
+    """
 
     name: str
     text: str | Tensor
@@ -37,12 +43,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Window:
-    """Part of a text that fills the context, or is what is left.
+    """Part of a text that fills the context, or its rest.
 
     Attributes:
         text: number of the text in its corpus.
         ids: BOS and tokens ``[pos]``.
-        given: leading positions that are not counted: BOS, and what an earlier window counted.
+        given: number of leading positions that are not counted: BOS, and tokens that an earlier
+            window counted.
     """
 
     text: int
@@ -50,37 +57,37 @@ class Window:
     given: int
 
 
-def read_texts(source: Any, field: str = "text", split: str | None = None) -> Iterator[Text]:
-    """The texts of a corpus, in order, one at a time.
+def read_texts(source: Any, field: str = "text", split: str | None = None) -> Iterator[CorpusText]:
+    """Yield the texts of a corpus, in order, one at a time.
 
     Args:
         source: a string (one text), a ``Path`` (``.jsonl``, or plain text), ids ``[batch, pos]``
             with BOS first, or anything that can be iterated over and holds strings, ``Path``s, or
             mappings with the field.
-        field: where a mapping, or a line of a ``.jsonl`` file, has its text.
+        field: key of the text in a mapping or in a line of a ``.jsonl`` file.
         split: a regular expression; a plain file is cut before each match, pieces without a word
             are dropped.
 
     Raises:
-        InputError: for what is no text.
+        InputError: for a source or an item that holds no text.
     """
     if isinstance(source, str | Path | Mapping) or isinstance(source, Tensor) and source.ndim == 1:
         source = [source]
     if not isinstance(source, Iterable) or isinstance(source, Set) or hasattr(source, "columns"):
         raise InputError(
-            f"{type(source).__name__} is no corpus: give a string, a Path, ids [batch, pos], or "
+            f"{type(source).__name__} is not a corpus: give a string, a Path, ids [batch, pos], or "
             "texts in a fixed order"
         )
     for number, item in enumerate(source):
         if isinstance(item, str):
             refuse_path(item, f"text {number}")
-            yield Text(str(number), item)
+            yield CorpusText(str(number), item)
         elif isinstance(item, Mapping):
-            yield Text(str(number), text_of(item, field, f"item {number}"))
+            yield CorpusText(str(number), _text_field(item, field, f"item {number}"))
         elif isinstance(item, Tensor) and item.ndim == 1:
-            yield Text(str(number), item)
+            yield CorpusText(str(number), item)
         elif isinstance(item, Path):
-            yield from read_file(item, field, split)
+            yield from _read_file(item, field, split)
         else:
             raise InputError(
                 f"item {number} is {type(item).__name__}: give a string, a Path, or a mapping with "
@@ -88,57 +95,57 @@ def read_texts(source: Any, field: str = "text", split: str | None = None) -> It
             )
 
 
-def read_file(path: Path, field: str, split: str | None) -> Iterator[Text]:
-    """The texts of one file.
+def _read_file(path: Path, field: str, split: str | None) -> Iterator[CorpusText]:
+    """Yield the texts of one file.
 
     Raises:
-        InputError: if it cannot be read, or a line has no such field.
+        InputError: if it cannot be read, or a line does not have the field.
     """
     kind = path.suffix.lower()
     if path.exists() and not path.is_file():
-        raise InputError(f"{path} is no file that can be read again: save the text in one")
+        raise InputError(f"{path} is not a regular file: save the text in one")
     if kind in (".json", ".gz", ".parquet"):
         raise InputError(f"{path} is {kind}: give .jsonl or plain text, or load it with datasets")
     try:
         if kind != ".jsonl":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 whole = file.read()
-            for number, piece in enumerate(pieces(whole, split)):
-                yield Text(path.name if split is None else f"{path.name}:{number}", piece)
+            for number, piece in enumerate(_split(whole, split)):
+                yield CorpusText(path.name if split is None else f"{path.name}:{number}", piece)
             return
         with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path.name}:{number}"
-                    yield Text(where, text_of(json.loads(line), field, where))
+                    yield CorpusText(where, _text_field(json.loads(line), field, where))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def pieces(whole: str, split: str | None) -> list[str]:
-    """A text cut before each match; pieces without a word are dropped.
+def _split(whole: str, split: str | None) -> list[str]:
+    """Return a text cut before each match of ``split``; pieces without a word are dropped.
 
     Raises:
-        InputError: if ``split`` is no regular expression.
+        InputError: if ``split`` is not a regular expression.
     """
     if split is None:
         return [whole]
     try:
         starts = [match.start() for match in re.finditer(split, whole, re.MULTILINE)]
     except re.error as error:
-        raise InputError(f"split={split!r} is no regular expression: {error}") from error
+        raise InputError(f"split={split!r} is not a regular expression: {error}") from error
     bounds = [0, *starts, len(whole)]
     cut = [whole[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
     return [piece for piece in cut if piece.strip()]
 
 
-def text_of(item: Any, field: str, where: str) -> str:
-    """The text in a mapping.
+def _text_field(item: Any, field: str, where: str) -> str:
+    """Return the text in a mapping.
 
     Raises:
-        InputError: if it has none.
+        InputError: if the field holds no string.
     """
     if isinstance(item, Mapping) and isinstance(item.get(field), str):
         return item[field]
@@ -146,17 +153,17 @@ def text_of(item: Any, field: str, where: str) -> str:
     raise InputError(f"{where} has no text in the field {field!r}, but {has}: name another field")
 
 
-def cut(
+def cut_windows(
     ids: Int[Tensor, " token"], text: int, bos: int, context: int, stride: int | None = None
 ) -> Iterator[Window]:
-    """A text's windows; every token is counted in exactly one.
+    """Cut a text into windows; every token is counted in exactly one.
 
     Args:
         ids: the text, without BOS.
-        text: its number.
-        bos: put before each window.
-        context: positions of a window.
-        stride: tokens that a window counts after the first, sliding; None wraps.
+        text: its number in the corpus.
+        bos: id that each window begins with.
+        context: number of positions of a window.
+        stride: number of tokens that each window after the first counts, sliding; None wraps.
 
     Raises:
         InputError: if the stride is not 1..context - 1.
@@ -174,11 +181,13 @@ def cut(
         counted = end
 
 
-def windows(text: Text, number: int, bridge: Any, stride: int | None = None) -> Iterator[Window]:
-    """The windows of a text, as the bridge's tokenizer reads it.
+def text_windows(
+    text: CorpusText, number: int, bridge: Any, stride: int | None = None
+) -> Iterator[Window]:
+    """Tokenize a text and cut it into windows.
 
     Raises:
-        InputError: if it holds the mask, ids do not begin with BOS, or the stride is none.
+        InputError: if it holds the mask, its ids do not begin with BOS, or the stride does not fit.
     """
     bos = bos_of(bridge)
     if isinstance(text.text, Tensor):
@@ -189,4 +198,4 @@ def windows(text: Text, number: int, bridge: Any, stride: int | None = None) -> 
     else:
         (ids,) = tokens_of(bridge, [text.text], prepend_bos=True)
     check_finished(f"text {text.name}", ids, bridge.cfg.mask_token_id)
-    yield from cut(ids[1:], number, bos, bridge.cfg.n_ctx, stride)
+    yield from cut_windows(ids[1:], number, bos, bridge.cfg.n_ctx, stride)

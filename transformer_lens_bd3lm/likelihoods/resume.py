@@ -1,10 +1,9 @@
-"""Finished jobs of a long sum on disk, so that a stopped run goes on with nothing lost or doubled.
+"""Keep finished jobs of a corpus's likelihood on disk, so that a stopped run can be resumed.
 
-A folder holds ``settings.json``, which says what the figures are of (settings, dtype, and a hash
-of the weights), and one ``jobs-RANK.jsonl`` a process: a line a finished job, on disk before the
-next one begins. A line that a kill left half-written is dropped, and its job is done again. Jobs
-are told apart by number, and each carries a fingerprint of its windows, so another corpus is
-noticed.
+A folder holds ``settings.json``, which identifies the run (settings, dtype, autocast, a hash of the
+weights), and one ``jobs-RANK.jsonl`` a process: a line a finished job, on disk before the next one
+begins. A line that a kill left half-written is dropped, and its job is done again. Jobs are
+numbered, and each carries a fingerprint of its windows, so that another corpus is noticed.
 
 Numbers are written so that they read back to the bit.
 """
@@ -17,24 +16,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import Window
 
-FORMAT = 1
-SETTINGS = "settings.json"
+_FORMAT = 1
+_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Figures of some windows in a row, nats.
+    """Likelihoods of a job's windows, nats.
 
     Attributes:
-        number: of the job.
+        number: number of the job.
         mark: fingerprint of its windows.
-        texts: which text each window is of ``[window]``.
-        nelbo: the bound of each window ``[window, replicate]``.
-        nll: exact NLL of each ``[window]``; None if it was not summed.
+        texts: number of each window's text ``[window]``.
+        nelbo: NELBO of each window ``[window, replicate]``.
+        nll: exact NLL of each window ``[window]``; None if it was not summed.
     """
 
     number: int
@@ -44,51 +45,52 @@ class Job:
     nll: list[float] | None
 
 
-def fingerprint(job: Iterable[Window]) -> str:
-    """A short hash of windows: texts, tokens, and what is given."""
-    found = hashlib.sha256()
-    for window in job:
-        found.update(f"{window.text} {window.given} {window.ids.tolist()};".encode())
-    return found.hexdigest()[:16]
+def fingerprint(windows: Iterable[Window]) -> str:
+    """Return a short hash of windows: their texts, tokens and given positions."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(f"{window.text} {window.given} {window.ids.tolist()};".encode())
+    return digest.hexdigest()[:16]
 
 
 class Ledger:
-    """Jobs that are done, and where the next one is written; nowhere without a folder."""
+    """Jobs that are done, and the file that the next one is written to, if there is a folder."""
 
     def __init__(self, path: Path | None = None, jobs: dict[int, Job] | None = None):
         self.path, self.jobs = path, jobs or {}
 
     @classmethod
     def open(cls, out: str | Path | None, bridge: Any, settings: Any, state: Any) -> "Ledger":
-        """Read a folder, or begin one; every process of the run calls this.
+        """Read the jobs of a folder, or begin one; every process of the run calls this.
 
         Raises:
-            InputError: if it belongs to another run, or is damaged.
+            InputError: if the folder belongs to another run, or is damaged.
         """
         if out is None:
             return cls()
         folder = Path(out)
-        decides = asdict(settings)
-        del decides["max_states"]
+        kept = asdict(settings)
+        del kept["max_states"]
         if settings.method == "exact":
-            del decides["rows"]
+            del kept["rows"]
         mine = {
-            "format": FORMAT,
-            "settings": decides,
+            "format": _FORMAT,
+            "settings": kept,
             "mask_token_id": bridge.cfg.mask_token_id,
             "cross_attn": bridge.original_model.config.cross_attn,
             "causal": bridge.original_model.config.causal,
             "model": str(bridge.cfg.model_name),
             "dtype": str(bridge.embed.weight.dtype),
+            "autocast": _autocast(bridge.embed.weight.device.type),
             "weights_sha256": weights_hash(bridge),
         }
-        if state.is_main_process and not (folder / SETTINGS).exists():
-            begin(folder, mine)
+        if state.is_main_process and not (folder / _SETTINGS).exists():
+            _begin(folder, mine)
         state.wait_for_everyone()
-        check_same_run(folder, mine)
+        _check_same_run(folder, mine)
         jobs: dict[int, Job] = {}
         for path in sorted(folder.glob("jobs-*.jsonl")):
-            jobs = {job.number: job for job in read_lines(path)} | jobs
+            jobs = {job.number: job for job in read_jobs(path)} | jobs
         state.wait_for_everyone()
         own = folder / f"jobs-{state.process_index}.jsonl"
         if own.exists():
@@ -98,22 +100,22 @@ class Ledger:
         return cls(own, jobs)
 
     def done(self, number: int, mark: str) -> Job | None:
-        """What is known of a job.
+        """Return a job that is done, or None.
 
         Raises:
-            InputError: if it is of other windows.
+            InputError: if its windows are other ones.
         """
         job = self.jobs.get(number)
         if job is not None and job.mark != mark:
             assert self.path is not None
             raise InputError(
-                f"{self.path.parent} has job {number} of other windows: the corpus changed; give "
-                "the same one, or another folder"
+                f"out={self.path.parent} holds job {number} of other windows: the corpus changed; "
+                "give the same corpus, or a new folder"
             )
         return job
 
     def keep(self, job: Job) -> None:
-        """Write a finished job to disk."""
+        """Write a finished job to disk, if there is a folder."""
         if self.path is None:
             return
         line = json.dumps(asdict(job)).encode() + b"\n"
@@ -125,46 +127,57 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def begin(folder: Path, mine: dict[str, Any]) -> None:
-    """Write the settings whole or not at all.
+def _autocast(device: str) -> str | None:
+    """Return the dtype of ``torch.autocast`` on a type of device, as ``"cpu torch.bfloat16"``."""
+    if not torch.is_autocast_enabled(device):
+        return None
+    return f"{device} {torch.get_autocast_dtype(device)}"
+
+
+def _begin(folder: Path, mine: dict[str, Any]) -> None:
+    """Write the settings of a new folder, whole or not at all.
 
     Raises:
-        InputError: if the folder holds something else.
+        InputError: if the folder holds something else, or cannot be written.
     """
-    draft = folder / f".{SETTINGS}.{os.getpid()}"
+    draft = folder / f".{_SETTINGS}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(not path.name.startswith(f".{SETTINGS}") for path in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no run of this kind: give a new one")
+        if any(not path.name.startswith(f".{_SETTINGS}") for path in folder.iterdir()):
+            raise InputError(
+                f"out={folder} is not empty and holds no likelihood run: give a new folder"
+            )
         draft.write_text(json.dumps(mine, indent=1), encoding="utf-8")
-        os.replace(draft, folder / SETTINGS)
+        os.replace(draft, folder / _SETTINGS)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}") from error
+        raise InputError(f"out={folder} cannot be written: {error}") from error
 
 
-def check_same_run(folder: Path, mine: dict[str, Any]) -> None:
-    """Refuse a folder that was begun with anything else.
+def _check_same_run(folder: Path, mine: dict[str, Any]) -> None:
+    """Refuse a folder that was begun with other settings, weights, dtype or autocast.
 
     Raises:
-        InputError: and says what differs.
+        InputError: naming what differs.
     """
     try:
-        theirs = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        theirs = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
         flat = [dict(x, **x["settings"]) for x in (theirs, json.loads(json.dumps(mine)))]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no run of this kind: {error}") from error
+        raise InputError(f"out={folder} holds no likelihood run: {error}") from error
     names = [
         name
         for name in sorted(flat[0].keys() | flat[1].keys())
         if name not in ("settings", "model") and flat[0].get(name) != flat[1].get(name)
     ]
     if names:
-        told = ", ".join(f"{n}={flat[0].get(n)!r} (now {flat[1].get(n)!r})" for n in names)
-        raise InputError(f"{folder} was begun with {told}: give the same, or another folder")
+        differences = ", ".join(f"{n}={flat[0].get(n)!r} (now {flat[1].get(n)!r})" for n in names)
+        raise InputError(
+            f"out={folder} was begun with {differences}: give the same, or a new folder"
+        )
 
 
-def read_lines(path: Path) -> list[Job]:
-    """The finished jobs of one file; a last line without its end is none.
+def read_jobs(path: Path) -> list[Job]:
+    """Return the finished jobs of one file, without a last line that was not finished.
 
     Raises:
         InputError: if another line is damaged.

@@ -1,7 +1,7 @@
-"""Results as tables, figures and pages: the floor that draws what the floors below compute.
+"""Results as tables and figures, and a run on a terminal: the floor that draws what others compute.
 
-Importing it gives every result its ``table()`` and ``plot()``. What draws is imported when
-something is drawn, matplotlib with it.
+Importing it gives every result its ``table()`` and ``plot()``. What draws a result, and matplotlib
+with it, is imported when it is drawn.
 """
 
 from collections.abc import Callable
@@ -12,29 +12,44 @@ from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
-from transformer_lens_bd3lm.analysis.sweep import Sweep
+from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
+from transformer_lens_bd3lm.likelihoods.exact import Exact
+from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
+from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
+from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import figure_of, table_of
 
 TABLES = {
-    CheckpointComparison: "terminal:diff_tables",
+    BlockSizeComparison: "compare_block_sizes:block_sizes_table",
+    CheckpointComparison: "compare_checkpoints:checkpoints_tables",
+    Exact: "exact:exact_table",
+    ExactEffect: "exact:exact_effect_table",
+    Likelihood: "likelihood:likelihood_table",
     Mediation: "run_tables:mediation_table",
+    ModelComparison: "compare_models:models_table",
+    Nats: "likelihood:nats_table",
+    Nelbo: "likelihood:nelbo_table",
+    Price: "sweep:price_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    Sweep: "sweep:sweep_table",
 }
 FIGURES = {
-    DependencyDepths: "checkpoint_figures:dependency_figure",
-    BlockSizeComparison: "figures:dial_figure",
-    CheckpointComparison: "checkpoint_figures:diff_figure",
-    ModelComparison: "checkpoint_figures:family_figure",
-    Sweep: "figures:sweep_figure",
+    BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
+    CheckpointComparison: "compare_checkpoints:checkpoints_figure",
+    DependencyDepths: "by_depth:by_depth_figure",
+    Exact: "exact:exact_figure",
+    ModelComparison: "compare_models:models_figure",
+    Sweep: "sweep:sweep_figure",
 }
 
 
-def _drawing(place: str) -> Callable[..., Any]:
-    """Return a function that imports the drawing at ``module:name`` and draws."""
+def _imported(place: str) -> Callable[..., Any]:
+    """Return a function that imports ``module:name`` of this folder and calls it."""
     module, _, name = place.partition(":")
 
     def draw(result: Any, **options: Any) -> Any:
@@ -45,4 +60,4 @@ def _drawing(place: str) -> Callable[..., Any]:
 
 for _registry, _places in ((table_of, TABLES), (figure_of, FIGURES)):
     for _type, _place in _places.items():
-        _registry.register(_type, _drawing(_place))
+        _registry.register(_type, _imported(_place))

@@ -1,6 +1,5 @@
 """Tables of denoising runs, replays and mediations."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Group
@@ -10,12 +9,13 @@ from rich.text import Text
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def run_table(run: Run) -> Table:
     """Return a table of a run: each row's text, how many tokens were written, and how surely."""
     columns = ("row", "text", "written", "steps", "mean log p (nats)", "smallest lead (nats)")
-    table = _table(repr(run), columns, left=("text",))
+    table = new_table(repr(run), columns, ("row", "text"), "")
     for row, reveal_step in enumerate(run.commit_step):
         steps = reveal_step[reveal_step >= 0]
         leads = run.lead[row][~run.lead[row].isnan()]
@@ -37,7 +37,7 @@ def replay_table(replay: Replay, n: int = 10) -> Group:
     """
     base, kept = replay.base, {"pinned": "the same tokens", "coupled": "the same noise"}
     title = f"what the hook changed, under {kept.get(replay.mode, 'new noise')}"
-    table = _table(title, ("row", "run", "text"), ("run", "text"))
+    table = new_table(title, ("row", "run", "text"), ("row", "run", "text"), "")
     table.show_lines = True
     for row, same in enumerate(replay.agreement):
         for name, run, style in (("base", base, "bold green"), ("replay", replay, "bold red")):
@@ -56,7 +56,7 @@ def _kl_table(replay: Replay, n: int) -> Table:
     """Return a table of the steps of a pinned replay whose distributions changed most."""
     kl = replay.kl if replay.kl is None else replay.kl.flatten(1)
     columns = ("step", "block", "mean KL (nats)", "largest KL (nats)")
-    table = _table("KL(base || replay) at masked positions, by step", columns)
+    table = new_table("KL(base || replay) at masked positions, by step", columns, ("step",), "")
     largest = kl.nan_to_num().amax(-1)
     for i in largest.argsort(descending=True, stable=True)[:n].tolist():
         timeline = replay.timeline
@@ -69,19 +69,11 @@ def mediation_table(mediation: Mediation) -> Table:
     """Return a table of an edit's effect on later blocks and its parts, by row, in nats."""
     rows = [f"row {row}" for row in range(len(mediation.base.ends))]
     title = f"log-probability of the tokens after block {mediation.block}, edited less base, nats"
-    table = _table(title, ("effect", *rows, "mean"))
+    table = new_table(title, ("effect", *rows, "mean"), ("effect",), "")
     for name in ("total", "through_tokens", "through_cache", "interaction"):
         by_row = getattr(mediation, name).nansum(-1)
         values = [*by_row.tolist(), float(by_row.mean())]
         table.add_row(name.replace("_", " "), *(f"{x:+.4f}" for x in values))
-    return table
-
-
-def _table(title: str, columns: Iterable[str], left: tuple[str, ...] = ()) -> Table:
-    """Return an empty table, its first column and those named on the left, figures on the right."""
-    table = Table(title=Text(title), title_justify="left")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 or name in left else "right")
     return table
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.ridge import PARTS, Ridge
 from transformer_lens_bd3lm.analysis.by_depth.sums import Parsed
-from transformer_lens_bd3lm.analysis.noised_text import NoisedText, residuals
+from transformer_lens_bd3lm.analysis.noised_text import NoisedText, residual_names
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
@@ -105,7 +105,7 @@ class Probing:
         Raises:
             InputError: if some part has no masked token.
         """
-        names = residuals(self.parsed.bridge)
+        names = residual_names(self.parsed.bridge)
         ridges = {name: Ridge() for name in names}
         for part, ids in self.parsed.groups():
             self.add(ridges, part, ids, time)

@@ -23,7 +23,7 @@ from transformer_lens_bd3lm.denoising.samplers import Confidence
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
-from transformer_lens_bd3lm.likelihoods.statistics import between, drawn_again
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 
 ROWS = 2048  # of a pass, at most, unless one sentence has more
 
@@ -66,8 +66,8 @@ class ByDepth:
             if int((counts > 0).sum()) < 2:
                 found.append(None)
                 continue
-            again, counted = drawn_again(torch.stack([sums, counts]), resamples)
-            found.append(between(again / counted, level))
+            again, counted = bootstrap_totals(torch.stack([sums, counts]), resamples)
+            found.append(middle_interval(again / counted, level))
         return found
 
     def less(self, other: "ByDepth") -> "ByDepth":

@@ -1,0 +1,48 @@
+"""Parts that several tables share: their layout, counts, percents and intervals."""
+
+import math
+from collections.abc import Collection
+
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens_bd3lm.likelihoods.statistics import Nats
+
+
+def new_table(title: str, columns: Collection[str], left: Collection[str], caption: str) -> Table:
+    """Return a table without rows; what a model or user wrote is shown as it is, without markup.
+
+    Args:
+        title: title of the table.
+        columns: names of the columns.
+        left: those that hold words; the others hold numbers, and are flush right.
+        caption: sentences below the table.
+    """
+    table = Table(title=Text(title, "table.title"), title_justify="left", caption_justify="left")
+    table.caption = Text(caption, "table.caption")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, as ``1 text`` or ``2 texts``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("ss") else "s")
+
+
+def percent(x: float) -> str:
+    """Return a relative change in percent; ``from zero`` for an infinite one."""
+    return "from zero" if math.isinf(x) else f"{x:.3%}"
+
+
+def interval_cell(nats: Nats) -> str:
+    """Return the interval of nats a token over texts; empty for fewer than two texts."""
+    return "[{:.3f}, {:.3f}]".format(*nats.interval()) if nats.texts > 1 else ""
+
+
+def off_distribution(trained_at: tuple[int, ...]) -> str:
+    """Return a sentence about a block size that was not trained; empty if it was."""
+    if not trained_at:
+        return ""
+    sizes = ", ".join(map(str, trained_at))
+    return f" Not trained at this block size but at {sizes}: off-distribution."
