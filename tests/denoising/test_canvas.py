@@ -57,7 +57,8 @@ def test_strings_lists_of_ids_and_tensors_are_the_same_prompts(bridge):
     strings = ["w3 w5", "w4", "w1 w2 w3 w4 w5"]
     rows = [[0, 3, 5], [0, 4], [0, 1, 2, 3, 4, 5]]
     tensors = [torch.tensor(row) for row in rows]
-    for given in (strings, rows, tensors, [rows[0], tensors[1], rows[2]]):
+    mixed = [rows[0], tensors[1], rows[2]]
+    for given in (strings, rows, tensors, mixed, tuple(strings), tuple(rows), tuple(tensors)):
         assert [row.tolist() for row in read_prompts(bridge, given)] == rows
         canvas = canvas_of(bridge, given)
         assert canvas.lengths.tolist() == [7, 6, 10]
@@ -109,7 +110,7 @@ def test_only_blocks_that_a_row_asked_for_are_denoised_in_it(bridge):
     wanted[1, 7:12] = True
     assert torch.equal(canvas.to_denoise(), wanted)
     assert canvas.block_windows() == [(0, 4), (4, 8), (8, 12)]
-    assert canvas.asked().sum(-1).tolist() == [5, 10]
+    assert canvas.within_lengths().sum(-1).tolist() == [5, 10]
 
 
 @pytest.mark.parametrize("pad, total", [(True, 12), (False, 9)])
@@ -339,3 +340,10 @@ def test_a_cache_whose_keys_are_off_would_be_seen(bridge):
     hooks = StepHooks().add("blocks.0.attn.hook_k", slightly, scope="commit", block=0)
     changed = steps(bridge, ROWS, max_new_tokens=6, hooks=hooks)
     assert EXACT < apart(changed, steps(bridge, ROWS, max_new_tokens=6)) < 1e-6
+
+
+def test_a_tuple_of_strings_is_written_as_a_list_of_them(bridge):
+    texts = ("w3 w5", "w4")
+    run = bd3lm.denoise(bridge, texts, max_new_tokens=4, seed=1)
+    assert run.text == bd3lm.denoise(bridge, list(texts), max_new_tokens=4, seed=1).text
+    assert torch.equal(bridge.diffusion_generate(texts, max_new_tokens=4, seed=1), run.tokens)

@@ -228,7 +228,7 @@ def test_a_record_of_a_fork_selects_by_the_runs_numbers_and_stays_in_its_budget(
     assert kept.numel() * kept.element_size() <= needed
 
 
-@pytest.mark.parametrize("hooks", ["the run's own", RESID, ""])
+@pytest.mark.parametrize("hooks", ["the run's own", "<the run's own>", RESID, ""])
 def test_a_string_is_no_hooks_of_a_fork(bridge, hooks):
     run = bd3lm.denoise(bridge, [[0, 3]], max_new_tokens=6)
     with pytest.raises(InputError, match="hooks"):

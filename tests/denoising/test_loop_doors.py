@@ -267,3 +267,39 @@ def test_mediation_of_an_uncached_slid_run_is_refused_for_what_it_is(bridge):
     assert bd3lm.mediate(cached, hooks, block=0).block == 0
     short = bd3lm.denoise(bridge, small.prompt_of(1, 3), max_new_tokens=9, kv_cache=False)
     assert bd3lm.mediate(short, hooks, block=0).block == 0
+
+
+HOOKS_DOORS = {
+    "denoise": lambda run, hooks: bd3lm.denoise(run.bridge, max_new_tokens=4, hooks=hooks),
+    "steps": lambda run, hooks: bd3lm.denoise_steps(run.bridge, max_new_tokens=4, hooks=hooks),
+    "replay": lambda run, hooks: bd3lm.replay(run, hooks),
+    "pinned": lambda run, hooks: bd3lm.replay(run, hooks, "pinned"),
+    "fork": lambda run, hooks: bd3lm.fork(run, 2, hooks=hooks),
+    "mediate": lambda run, hooks: bd3lm.mediate(run, hooks, block=0),
+    "load": lambda run, hooks: bd3lm.Run.load(run.bridge.saved, run.bridge, hooks=hooks),
+}
+
+
+@pytest.fixture
+def saved(bridge, tmp_path, monkeypatch):
+    run = bd3lm.denoise(bridge, [[0, 3, 5]], max_new_tokens=8)
+    run.save(tmp_path / "run")
+    monkeypatch.setattr(type(bridge), "saved", tmp_path / "run", raising=False)
+    return run
+
+
+@pytest.mark.parametrize("door", HOOKS_DOORS)
+@pytest.mark.parametrize(
+    "hooks",
+    ["blocks.0.hook_resid_post", "the run's own", "<the run's own>", "", 3, torch.nn.ReLU()],
+)
+def test_hooks_of_another_type_are_refused_by_name_at_every_door(saved, door, hooks):
+    with pytest.raises(InputError, match="give StepHooks") as raised:
+        HOOKS_DOORS[door](saved, hooks)
+    assert f"hooks={hooks!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize("door", HOOKS_DOORS)
+def test_no_hooks_are_none_or_an_empty_list_at_every_door(saved, door):
+    for hooks in (None, [], StepHooks()):
+        HOOKS_DOORS[door](saved, hooks)

@@ -194,6 +194,55 @@ def test_a_saved_run_remembers_where_hooks_were_set_on_the_bridge(bridge, tmp_pa
         assert torch.equal(bd3lm.replay(again).final, run.final)
 
 
+# Autocast, and casts that change no value.
+
+
+def autocast(bridge):
+    return torch.autocast(bridge.embed.weight.device.type, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("door", REPLAYS)
+def test_a_run_made_under_autocast_runs_again_under_autocast_alone(device, tmp_path, door):
+    bridge = boot(small.save(tmp_path / "small"), device, torch.float32)
+    plain = written(bridge)
+    with autocast(bridge):
+        run = written(bridge)
+        with pytest.raises(NotExactError, match="under no torch.autocast, and now .*bfloat16"):
+            REPLAYS[door](plain, tmp_path)
+        REPLAYS[door](run, tmp_path)
+    with pytest.raises(NotExactError, match="under torch.autocast in torch.bfloat16, and now"):
+        REPLAYS[door](run, tmp_path)
+    REPLAYS[door](plain, tmp_path)
+    run.cache(2)
+
+
+def test_a_saved_run_remembers_autocast(device, tmp_path):
+    bridge = boot(small.save(tmp_path / "small"), device, torch.float32)
+    with autocast(bridge):
+        run = written(bridge)
+    run.save(tmp_path / "run")
+    back = bd3lm.Run.load(tmp_path / "run", bridge)
+    with pytest.raises(NotExactError, match="torch.autocast in torch.bfloat16"):
+        bd3lm.replay(back)
+    with autocast(bridge):
+        assert torch.equal(bd3lm.replay(back).final, run.final)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_cast_that_changes_no_value_leaves_every_door_open(bridge, tmp_path, door):
+    run = written(bridge)
+    run.save(tmp_path / "before")
+    bridge.to(torch.float64)  # widens the rotary frequencies, which are kept in float32
+    DOORS[door](run, tmp_path)
+    assert torch.equal(bd3lm.replay(run).final, run.final)
+    assert torch.equal(bd3lm.Run.load(tmp_path / "before", bridge).final, run.final)
+    frequencies = bridge.original_model.backbone.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float64
+    frequencies[1] *= 1 + 1e-12
+    with pytest.raises(NotExactError, match="inv_freq"):
+        DOORS[door](run, tmp_path / "after")
+
+
 # Between two steps.
 
 

@@ -367,3 +367,11 @@ def test_a_step_that_was_not_recorded_is_refused(bridge, step):
         run.cache(step)
     with pytest.raises(InputError, match="none was"):
         bd3lm.denoise(bridge, None, max_new_tokens=3).cache(0)
+
+
+@pytest.mark.parametrize("record", [3, [3], True])
+def test_a_record_of_another_type_is_refused_by_its_name(bridge, record):
+    with pytest.raises(InputError, match="record="):
+        bd3lm.denoise(bridge, max_new_tokens=4, record=record)
+    with pytest.raises(InputError, match="names="):
+        Record(record)

@@ -118,6 +118,24 @@ def test_functions_are_asked_for_where_they_are_needed(bridge, tmp_path):
     assert torch.equal(bd3lm.fork(whole, 2, noise=run.noise).final, run.final)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        StepHooks(),
+        StepHooks().add("blocks.1.hook_resid_post", edit),
+        StepHooks().add(RESID, edit, scope="commit"),
+        StepHooks().add(RESID, edit).add(RESID, edit),
+    ],
+)
+def test_hooks_at_other_hook_points_than_the_runs_are_refused(bridge, tmp_path, given):
+    run = bd3lm.denoise(bridge, RAGGED, max_new_tokens=8, hooks=StepHooks().add(RESID, edit))
+    run.save(tmp_path / "run")
+    with pytest.raises(InputError, match="was made with hooks at .*blocks.0.hook_resid_post"):
+        bd3lm.Run.load(tmp_path / "run", bridge, hooks=given)
+    back = bd3lm.Run.load(tmp_path / "run", bridge, hooks=[(RESID, edit)])
+    assert torch.equal(bd3lm.fork(back, 2, noise=run.noise).final, run.final)
+
+
 class Backwards(FirstHitting):
     def reveal(self, masked, times, t, log_p):
         return super().reveal(masked, 1 - times, t, log_p)
@@ -228,3 +246,17 @@ def test_an_interrupt_leaves_no_half_file(bridge, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         late.save(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_padding_that_the_model_wrote_is_read_as_text_with_the_rows_of_the_run(bridge, monkeypatch):
+    """Its id at the end of a row is padding elsewhere; ``run.kept`` says that it is text."""
+    monkeypatch.setattr(bridge.cfg, "pad_token_id", 7)
+    force = bd3lm.ForcedReveals(tokens={10: 7, 11: 7})
+    run = bd3lm.denoise(bridge, [[0, 3, 5, 6]], max_new_tokens=8, force=force)
+    assert run.tokens[0, -2:].tolist() == [7, 7]
+    read = bridge(run.tokens, attention_mask=run.kept)
+    hidden = bridge(run.tokens)
+    monkeypatch.setattr(bridge.cfg, "pad_token_id", 9)
+    wanted = bridge(run.tokens)
+    assert torch.equal(read, wanted)
+    assert not torch.equal(hidden[:, 8:10], wanted[:, 8:10])

@@ -16,7 +16,7 @@ from transformer_lens_bd3lm.denoising.hook_rows import row_axis
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record, stack_ragged
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Scope, Step
+from transformer_lens_bd3lm.denoising.step import RevealedStep, Scope, Step
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.step_selectors import StepSelectors, matches
 from transformer_lens_bd3lm.denoising.stop import EndOfText
@@ -592,6 +592,23 @@ def test_a_hook_sees_the_step_before_it_happened(bridge):
         assert before.window == step.window
         assert torch.equal(before.tokens, step.tokens) and torch.equal(before.t, step.t)
         assert torch.equal(before.masks_left, step.masks_left)
+
+
+@pytest.mark.parametrize("mode", ["pinned", "coupled"])
+def test_a_hook_of_a_replay_sees_the_step_before_it_happened_too(bridge, mode):
+    def fn(activation, hook, step):
+        assert (step.after, step.revealed, step.log_p) == (None, None, None)
+        assert type(step) is Step
+
+    bd3lm.replay(run(bridge), StepHooks().add(RESID, fn, scope="commit"), mode)
+
+
+def test_steps_after_their_draw_are_steps_whose_outcome_is_there(bridge):
+    finished = run(bridge)
+    for step in [*bd3lm.denoise_steps(bridge, prompt(1), max_new_tokens=NEW), *finished.steps]:
+        assert isinstance(step, bd3lm.Step) and isinstance(step, RevealedStep)
+    with pytest.raises(TypeError, match="after"):
+        RevealedStep(0, 0, 0, (0, 4), *(finished.steps[0].t,) * 3, mask_id=1)
 
 
 def test_a_yielded_step_has_the_log_probabilities_of_its_block(bridge):

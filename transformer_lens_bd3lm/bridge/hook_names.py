@@ -16,8 +16,8 @@ from transformer_lens_bd3lm.errors import HookNameError, InputError
 NameFilter = Callable[[str], bool]
 
 
-def read_names(names: Any) -> list[str] | NameFilter:
-    """Read a name, several names, or a function of names, once.
+def read_names(names: Any, argument: str = "names") -> list[str] | NameFilter:
+    """Read which hook points are meant, once: a name, several names, or a function of names.
 
     Raises:
         InputError: for anything else.
@@ -29,7 +29,7 @@ def read_names(names: Any) -> list[str] | NameFilter:
     several = list(names) if isinstance(names, Iterable) else None
     if several is None or not all(isinstance(name, str) for name in several):
         raise InputError(
-            f"names={names!r}: give a hook name, several of them, or a function of names"
+            f"{argument}={names!r}: give a hook name, several of them, or a function of names"
         )
     return several
 

@@ -11,7 +11,6 @@ from rich.text import Text
 import transformer_lens_bd3lm as bd3lm
 from transformer_lens_bd3lm.cli.app import app, boot
 from transformer_lens_bd3lm.cli.options import MOST, ModelOption
-from transformer_lens_bd3lm.result import table_of
 from transformer_lens_bd3lm.show.hook_tree import hook_tree
 from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
 
@@ -120,4 +119,4 @@ def show_denoising(
     console.print(
         Text("Replay", "bold"), '      bd3lm.replay(run, hooks, "coupled"): the same noise', sep=""
     )
-    console.print(table_of(bd3lm.replay(run, hooks, "coupled")))
+    console.print(bd3lm.replay(run, hooks, "coupled").table())

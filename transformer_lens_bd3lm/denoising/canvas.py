@@ -1,4 +1,4 @@
-"""What a denoising run fills in: prompts, the masks after them, and the grid of blocks over both.
+"""The canvas of a denoising run: prompts, the masks after them, and the grid of blocks over both.
 
 Blocks lie on the grid of absolute positions, ``position // block_size``, as in training, whatever
 the length of a prompt. So the block that a prompt ends in keeps the prompt's tokens and denoises
@@ -27,18 +27,18 @@ from transformer_lens_bd3lm.model.inputs import read_block_size
 
 @dataclass(frozen=True)
 class Canvas:
-    """The ids to fill in and the grid of blocks over them.
+    """Token ids of a run before its first step, and the grid of blocks over them.
 
     Attributes:
         tokens: prompts, then masks ``[batch, pos]``.
         block_size: tokens a block.
-        lengths: positions that were asked for, a row ``[batch]`` on the CPU; what lies behind only
-            completes a row's last block, or makes rows equally long.
+        lengths: positions of prompt and new tokens, by row ``[batch]``, on the CPU; positions
+            behind them only complete a row's last block, or make rows equally long.
         mask_id: the mask token's id.
         context: positions that the network can read at once.
-        writes: positions that the run writes ``[batch, pos]`` on the CPU, where it goes on from
-            another's canvas: also those that were written before. By default the masks of every
-            block that holds a mask that ``lengths`` asks for.
+        writes: positions that the run writes ``[batch, pos]``, on the CPU, of a fork: also those
+            that were written before it. By default the masks of every block that holds a mask
+            within ``lengths``.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -55,55 +55,55 @@ class Canvas:
         return self.context // self.block_size if slides else None
 
     def window(self, block: int) -> tuple[int, int]:
-        """``start, end`` of a block of the grid, counted from position 0."""
+        """Return ``start, end`` of a block of the grid, counted from position 0."""
         start = block * self.block_size
         return start, min(start + self.block_size, self.tokens.shape[1])
 
     def first_visible(self, position: int) -> int:
-        """The first position that a block starting at ``position`` reads."""
+        """Return the first position that a block starting at ``position`` reads."""
         if self.reach is None:
             return 0
         return max(position // self.block_size - self.reach + 1, 0) * self.block_size
 
-    def asked(self) -> Bool[Tensor, "batch pos"]:
-        """Positions within a row's length, on the CPU."""
+    def within_lengths(self) -> Bool[Tensor, "batch pos"]:
+        """Return the positions within each row's length, on the CPU."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def masks(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that hold the mask, on the CPU."""
+        """Return the positions that hold the mask, on the CPU."""
         return (self.tokens == self.mask_id).cpu()
 
     def written(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that the run writes, those that a fork was given written included."""
+        """Return the positions that the run writes, with those written before a fork."""
         masks = self.masks()
-        return masks & self.asked_blocks(masks) if self.writes is None else self.writes
+        return masks & self.blocks_of(masks) if self.writes is None else self.writes
 
     def to_denoise(self) -> Bool[Tensor, "batch pos"]:
-        """Those of them that are masked, in blocks of which something was asked for, on the CPU.
+        """Return the masks of blocks in which the run writes within ``lengths``, on the CPU.
 
-        A row that ended before a fork asks for nothing behind its end.
+        A row that ended before a fork writes nothing behind its end.
         """
-        return self.masks() & self.asked_blocks(self.written())
+        return self.masks() & self.blocks_of(self.written())
 
-    def asked_blocks(self, which: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-        """Whole blocks of which some of these positions were asked for."""
+    def blocks_of(self, which: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Return the whole blocks that hold some of these positions within ``lengths``."""
         blocks = torch.zeros_like(which)
         for start in range(0, which.shape[1], self.block_size):
             part = slice(start, start + self.block_size)
-            blocks[:, part] = (which & self.asked())[:, part].any(-1, keepdim=True)
+            blocks[:, part] = (which & self.within_lengths())[:, part].any(-1, keepdim=True)
         return blocks
 
     def block_windows(self) -> list[tuple[int, int]]:
-        """``start, end`` of every block that is written in some row, a fork's past included."""
+        """Return ``start, end`` of every block written in some row, a fork's past included."""
         written = self.written().any(0)
         grid = (self.window(b) for b in range(-(-written.shape[0] // self.block_size)))
         return [(start, end) for start, end in grid if bool(written[start:end].any())]
 
 
 def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
-    """Ids of each row: from a string, strings, ids ``[batch, pos]``, rows of ids, or None (BOS).
+    """Return ids of each row, from a string, strings, ids ``[batch, pos]``, rows of ids, or None.
 
-    Padding at a row's end is none of the row.
+    None is BOS alone. Padding at a row's end is left out.
 
     Raises:
         InputError: for anything else.
@@ -114,6 +114,8 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
         return [torch.tensor([bos_of(bridge)])]
     if isinstance(prompt, str):
         prompt = [prompt]
+    if isinstance(prompt, tuple):
+        prompt = list(prompt)
     if isinstance(prompt, list) and prompt and all(isinstance(part, str) for part in prompt):
         return [check_ids(row[None], size, "prompt")[0] for row in tokens_of(bridge, prompt)]
     rows: list[Tensor] = []
@@ -129,8 +131,8 @@ def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
     return [check_ids(row[None], size, "prompt")[0] for row in words]
 
 
-def padded(length: int, size: int, context: int, pad_block: bool) -> int:
-    """Positions of the canvas of a text: whole blocks with ``pad_block``, but for the context's."""
+def _canvas_length(length: int, size: int, context: int, pad_block: bool) -> int:
+    """Return the length of a text's canvas: whole blocks with ``pad_block``, within the context."""
     total = -(-length // size) * size if pad_block else length
     return min(total, context) if length <= context else total
 
@@ -138,7 +140,7 @@ def padded(length: int, size: int, context: int, pad_block: bool) -> int:
 def read_canvas(
     bridge: Any, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
 ) -> Canvas:
-    """The canvas of one or more prompts; see :func:`read_prompts`.
+    """Return the canvas of one or more prompts; see :func:`read_prompts`.
 
     Raises:
         InputError: for ids, lengths or a block size that do not fit.
@@ -170,9 +172,11 @@ def read_canvas(
             f"prompt and {max_new_tokens} new tokens make {length}: the context is "
             f"{config.model_length}, and sliding past it takes blocks of at most half of it"
         )
-    total = padded(length, size, config.model_length, pad_block)
+    total = _canvas_length(length, size, config.model_length, pad_block)
     for each in lengths.tolist():
-        alone = padded(each, size if config.cross_attn else each, config.model_length, pad_block)
+        alone = _canvas_length(
+            each, size if config.cross_attn else each, config.model_length, pad_block
+        )
         if min(-(-each // size) * size, total) != alone:
             why = (
                 "without blocks every position reads every other"

@@ -1,6 +1,6 @@
-"""Reveals that are decided beforehand: a token, an order, or both, in place of the sampler's.
+"""Reveals that are decided beforehand: tokens, an order, or both, in place of the sampler's.
 
-Everything else stays as it is: same noise, same network, same cache.
+Everything else stays the same: noise, network and cache.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,15 +18,20 @@ from transformer_lens_bd3lm.errors import InputError
 
 @dataclass(frozen=True)
 class ForcedReveals:
-    """What becomes of chosen positions, and when.
+    """Tokens that chosen positions become, and steps at which they are revealed.
 
     Attributes:
-        tokens: ``{position: id}`` for all rows (a string of one token will do), or ids ``[batch,
-            pos]`` (such as ``run.tokens``) with -1, or what the canvas holds already, where nothing
-            is forced. A position becomes its token when it is revealed.
+        tokens: ``{position: id or string of one token}`` for all rows, or ids ``[batch, pos]``, as
+            ``run.tokens`` are, with -1 or the canvas's own id where nothing is forced. A position
+            becomes its token when it is revealed.
         order: ``{step index: position or positions}`` for all rows, or step indices ``[batch,
-            pos]`` (such as ``run.commit_step``) with -1 where the sampler decides. At such a step a
-            row reveals these positions and no others; they are not revealed before.
+            pos]``, as ``run.commit_step`` are, with -1 where the sampler decides. At each of these
+            steps a row reveals these positions and no others; they are not revealed before.
+
+    Raises:
+        InputError: from :func:`denoise`, for positions that are given already or outside the
+            canvas, ids outside the vocabulary or of the mask, strings of several tokens, and steps
+            at which another block is denoised.
     """
 
     tokens: Mapping[int, int | str] | Tensor | None = None
@@ -47,10 +52,10 @@ class Plan:
 
     @classmethod
     def of(cls, bridge: Any, canvas: Canvas, force: ForcedReveals | None) -> "Plan":
-        """The plan of a run; without ``force`` it plans nothing.
+        """Return the plan of a run; without ``force`` nothing is planned.
 
         Raises:
-            InputError: for positions that are not to be denoised, or ids that are none.
+            InputError: for positions that are not to be denoised, or ids outside the vocabulary.
         """
         if force is None:
             force = ForcedReveals()
@@ -62,14 +67,21 @@ class Plan:
         order = cls._entries(bridge, canvas, "order", force.order)
         vocab, mask_id = bridge.original_model.config.vocab_size, canvas.mask_id
         if bool(((tokens >= vocab) | (tokens == mask_id)).any()):
-            raise InputError(f"force names a token that is none: ids are 0..{vocab - 1}, no mask")
+            raise InputError(
+                f"force tokens hold an id that is no token: give ids 0..{vocab - 1}, not the mask "
+                f"({mask_id})"
+            )
         return cls(tokens, order)
 
     @classmethod
     def _entries(
         cls, bridge: Any, canvas: Canvas, name: str, given: Any
     ) -> Int[Tensor, "batch pos"]:
-        """One of the two over the whole canvas, from a tensor, a dict or None."""
+        """Return forced ids or step indices over the whole canvas, from a tensor, a dict or None.
+
+        Raises:
+            InputError: for another type or shape, and positions that are not to be denoised.
+        """
         shape, wanted = canvas.tokens.shape, canvas.to_denoise()
         entries = torch.full(shape, -1, dtype=torch.long)
         if isinstance(given, Tensor):
@@ -96,19 +108,22 @@ class Plan:
         elif given is not None:
             raise InputError(f"force {name} is {type(given).__name__}: give a dict or a tensor")
         if bool((entries >= 0)[~wanted].any()):
-            raise InputError("force names a position that is given already: nothing would come")
+            raise InputError(
+                f"force {name} names a position that is given already, or not to be denoised: name "
+                "positions that hold the mask"
+            )
         return entries
 
     @staticmethod
     def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
-        """(position, token id) or (position, step index).
+        """Return pairs of a position and its token id or step index.
 
         Raises:
-            InputError: for strings of several tokens, and for what is no number from 0.
+            InputError: for strings of several tokens, and for anything but ints from 0.
         """
         if name == "tokens":
             pairs = [
-                (position, single_token(bridge, token) if isinstance(token, str) else token)
+                (position, _single_token(bridge, token) if isinstance(token, str) else token)
                 for position, token in given.items()
             ]
         else:
@@ -144,11 +159,11 @@ class Plan:
         return forced[:, slice(*window)]
 
 
-def single_token(bridge: Any, text: str) -> int:
-    """The id of a string of one token.
+def _single_token(bridge: Any, text: str) -> int:
+    """Return the id of a string of one token.
 
     Raises:
-        InputError: if it is none or several, or there is no tokenizer.
+        InputError: if the string is not one token, or there is no tokenizer.
     """
     check_tokenizer(bridge, f"force names {text!r}, give its id")
     ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()

@@ -1,8 +1,8 @@
-"""``bridge.diffusion_generate``, TransformerLens's door to the denoising loop.
+"""``bridge.diffusion_generate``, TransformerLens's method of generation, by the denoising loop.
 
-TransformerLens's own hands ids to a sampler of the wrapped model and puts the prompt in front of
-what comes back, unless it begins with the prompt. What fills masks in does not. It also refuses
-several prompts, which :func:`denoise` writes exactly, of one length or not.
+TransformerLens's own version puts the prompt in front of the sampler's output unless the output
+begins with it, which is wrong where masks in the prompt are filled in. It also refuses several
+prompts, which :func:`denoise` writes exactly, of one length or not.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformer_lens_bd3lm.denoising.denoise import denoise
 
 
 class WithDenoising:
-    """Mixed in front of the class of a bridge that denoises."""
+    """Mixin of the bridge's class: ``diffusion_generate`` by the denoising loop."""
 
     def diffusion_generate(
         self: Any,
@@ -34,14 +34,14 @@ class WithDenoising:
                 ``nucleus_p``, ``sampler``, ``noise``, ``block_size``, ``hooks``.
 
         Returns:
-            Of a string, the finished text without special tokens. Otherwise ``run.tokens``: behind
-            the end of a shorter row stands the mask.
+            For a string, the finished text without special tokens. Otherwise ``run.tokens``, with
+            masks behind the end of a shorter row.
 
         Raises:
             BD3LMError: as :func:`denoise`.
         """
         prompt = input
-        if prepend_bos is not None and isinstance(input, str | list):
+        if prepend_bos is not None and isinstance(input, str | list | tuple):
             texts = [input] if isinstance(input, str) else input
             if all(isinstance(text, str) for text in texts):
                 prompt = [

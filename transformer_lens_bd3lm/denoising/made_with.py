@@ -121,7 +121,7 @@ class MadeWith:
             )
             raise NotExactError(
                 f"this run does not come out again: it was made under {was}, and now there is "
-                f"{is_now}. Run this under the run's, or make the run anew"
+                f"{is_now}. Call this under the run's autocast, or make the run anew"
             )
         now = hooks_on(bridge)
         if self.hooks is None:

@@ -36,10 +36,11 @@ from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.step_forward import make_network
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.result import Result, plain_values
 
 
 @dataclass(frozen=True)
-class Mediation:
+class Mediation(Result):
     """Effect of an edit on later blocks, in four cells; axes ``[tokens, cache]``, 0 is base.
 
     Attributes:
@@ -77,6 +78,24 @@ class Mediation:
     def interaction(self) -> Float[Tensor, "batch pos"]:
         """Part of the change that takes both together, in nats."""
         return self.total - self.through_tokens - self.through_cache
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mediation as plain values for JSON.
+
+        The four parts are by row and position, ``log_p_nats`` and ``kl_nats`` by cell ``[tokens]
+        [cache]`` first; ``base`` and ``edited`` are those of the two runs.
+        """
+        values = {
+            "block": self.block,
+            "total_nats": self.total,
+            "through_tokens_nats": self.through_tokens,
+            "through_cache_nats": self.through_cache,
+            "interaction_nats": self.interaction,
+            "log_p_nats": self.log_p,
+            "kl_nats": self.kl,
+        }
+        runs = {"base": self.base.to_dict(), "edited": Run.to_dict(self.edited)}
+        return plain_values(values) | runs
 
     def __repr__(self) -> str:
         def over(x: Tensor) -> str:

@@ -1,13 +1,13 @@
-"""All the randomness of a denoising run, as one object that two runs can share.
+"""Noise: all the randomness of a denoising run, as one object that two runs can share.
 
 Under the log-linear schedule every token of a block is masked at time t with probability t, so a
 token is revealed at a time tau ~ U(0, 1) on the way from t = 1 to 0, independently. Given tau, and
 a Gumbel vector g for what is drawn (``argmax(log p + g)`` is a sample from p), a run is
 deterministic. Here tau and g belong to a (row, absolute position), counter-based from the seed:
-they do not depend on batch, device, sampler, number of steps or dial, nor on anything that a hook
-changed. Two runs with the same noise differ only by what was changed.
+they do not depend on batch, device, sampler, number of steps or block size, nor on the edits of a
+hook. Two runs with the same noise differ only by what was changed.
 
-``sigma`` is the network's name for time; its schedule is here too. Nothing here looks at logits.
+``sigma`` is the network's name for time; its schedule is here too. Nothing here depends on logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,18 +26,33 @@ LAST_TIME = 1e-3
 
 
 def sigma_of(t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """``sigma = -log(1 - t)``, the log-linear schedule, at most ``-log(1e-3)``."""
+    """Return sigma, the noise level that the network reads, at time t.
+
+    The log-linear schedule (Sahoo et al. 2024): a token is masked at time t with probability
+    ``1 - alpha_t = t``, and ``sigma = -log(alpha_t) = -log(1 - t)``. It is at most ``-log(1e-3)``,
+    that of t = 0.999. A checkpoint without time conditioning reads 0 whatever sigma is.
+
+    Args:
+        t: times in [0, 1], ``[batch]``.
+
+    Returns:
+        sigma ``[batch]``, from 0 at t = 0 up to 6.9, of the dtype of ``t``.
+    """
     return -(1 - t).clamp(min=LAST_TIME).log()
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Reveal times and Gumbels per (row, position), float64 on the CPU.
+    """Reveal times and Gumbel vectors by row and absolute position, float64, on the CPU.
 
     Attributes:
         seed: any int from 0 to 2**64 - 1; the same seed is the same noise, everywhere.
-        rows: which noise row each batch row uses; ``[0, 0, 1, 1]`` pairs rows. Row i is i by
-            default.
+        rows: the noise row of each batch row: ``[0, 0, 1, 1]`` gives rows in pairs the same noise.
+            By default batch row i has noise row i.
+
+    Raises:
+        InputError: for a seed or rows of another type or range; and from :func:`denoise`, for fewer
+            rows than the batch has.
     """
 
     seed: int = 0
@@ -54,7 +69,7 @@ class Noise:
             raise InputError(f"rows={list(rows)}: noise rows are ints that count from 0")
 
     def row(self, batch_row: int) -> int:
-        """The noise row of a batch row.
+        """Return the noise row of a batch row.
 
         Raises:
             InputError: if ``rows`` names fewer rows than the batch has.
@@ -73,7 +88,11 @@ class Noise:
         )
 
     def times(self, batch: int, start: int, end: int) -> Float[Tensor, "batch pos"]:
-        """Reveal times of positions ``start:end``, uniform on [0, 1), float64."""
+        """Return reveal times of positions ``start:end``, uniform on [0, 1), float64.
+
+        Raises:
+            InputError: if ``rows`` names fewer rows than the batch has.
+        """
         times = [
             [self._stream(self.row(b), position, TIME).random() for position in range(start, end)]
             for b in range(batch)
@@ -81,7 +100,11 @@ class Noise:
         return torch.tensor(times, dtype=torch.float64).reshape(batch, end - start)
 
     def gumbels(self, batch_row: int, position: int, size: int) -> Float[Tensor, " d_vocab"]:
-        """The Gumbel vector of one (batch row, absolute position), float64."""
+        """Return the Gumbel vector of one batch row and absolute position, float64.
+
+        Raises:
+            InputError: if ``rows`` names fewer rows than the batch has.
+        """
         uniform = self._stream(self.row(batch_row), position, GUMBEL).random(size)
         # random() is in [0, 1); 1 - u is in (0, 1], whose log is finite.
         return torch.from_numpy(-np.log(-np.log1p(-uniform) + np.finfo(np.float64).tiny))

@@ -1,4 +1,4 @@
-"""Which activations a run keeps, and how much memory that takes, known before it starts.
+"""Records: which activations a run keeps, and the memory that they take at most.
 
 Only the active block's rows are kept, so memory grows as steps x active positions, and not as
 steps x length. A pattern's keys are the exception: each row has as many as it can read.
@@ -31,20 +31,24 @@ from transformer_lens_bd3lm.errors import InputError
 
 @dataclass(frozen=True)
 class Record:
-    """Which activations a run keeps, of the active block's rows.
+    """Activations that a run keeps, of the active block's rows.
 
     Attributes:
         names: a hook name, several of them, or a function of names, for all that fire and pass.
-        block: which blocks; all by default.
+        block: which blocks (int, slice, ints); all by default.
         step: which steps within a block; all by default.
         index: which steps of the whole run.
-        t: steps at which some row's time lies in ``(low, high)``.
-        masks_left: steps before which some row has so many masks left.
-        when: a predicate on the step.
+        t: steps at which some row's time lies in ``(low, high)``, ends included.
+        masks_left: steps before which some row has this many masks left (int, slice, ints).
+        when: a predicate on the step, beside the others.
         positions: which positions of the block, counted from its start; all by default.
         device: where they are kept.
         dtype: kept in this dtype; as they come by default.
         max_bytes: a run that could need more is refused before it starts.
+
+    Raises:
+        InputError: for names, selectors or ``max_bytes`` of another type or range; and from
+            :func:`denoise`, for a run that could need more than ``max_bytes``.
     """
 
     names: Any
@@ -72,35 +76,37 @@ class Record:
 
     @classmethod
     def of(cls, record: Any, bridge: Any) -> "Record | None":
-        """Read what a run is to keep: a ``Record``, or the names alone; None keeps nothing.
+        """Return the record of a run, given as a ``Record``, as names, or as None to keep nothing.
 
         Raises:
-            InputError: for anything else.
+            InputError: for another type.
             HookNameError: for a filter that matches no hook point of the bridge.
         """
         if record is None:
             return None
-        return (record if isinstance(record, Record) else cls(record)).on(bridge)
+        if not isinstance(record, Record):
+            record = cls(read_names(record, "record"))
+        return record.on(bridge)
 
     def on(self, bridge: Any) -> "Record":
-        """The same with the names of a bridge in place of a function of names.
+        """Return the record with hook names of a bridge in place of a function of names.
 
         Raises:
-            HookNameError: if it matches none.
+            HookNameError: if the function matches no hook point.
         """
         names = read_names(self.names)
         return self if isinstance(names, list) else replace(self, names=[*matching(bridge, names)])
 
     def wants(self, step: Step) -> bool:
-        """Whether this step is kept."""
+        """Return whether a step is kept."""
         return bool(self.selectors.rows(step).any())
 
     def offsets(self, width: int) -> list[int]:
-        """The kept positions of a block of this width."""
+        """Return the kept positions of a block of ``width`` positions, counted from its start."""
         return [i for i in range(width) if matches(self.positions, i)]
 
     def keep(self, name: str, activation: Tensor) -> Tensor:
-        """A copy of the kept positions, detached, where and as it is kept."""
+        """Return a detached copy of an activation at the kept positions, on the kept device."""
         spec = lookup(name)
         if self.positions is not None and spec.rows != "none":
             axis = spec.row_axis
@@ -117,7 +123,7 @@ class Record:
         one_row_at_a_time: bool = False,
         order: Int[Tensor, "batch pos"] | None = None,
     ) -> int:
-        """At most so many bytes are kept, whatever the noise.
+        """Return the most bytes that a run may keep, whatever the noise.
 
         A step reveals at least one token in every row that has a mask, so a block takes at most as
         many steps as its fullest row has masks (with ``one_row_at_a_time``: as all have together).
@@ -132,14 +138,14 @@ class Record:
             if order is not None:
                 steps += max(int(order[:, start:end].max()) + 1 - block, 0)
             if matches(self.block, block) and bool(left[start:end].any()):
-                named = sum(matches(self.step, i) for i in range(steps))
+                selected = sum(matches(self.step, i) for i in range(steps))
                 if self.index is not None:
                     # Earlier blocks may have taken fewer steps than they could.
-                    named = min(
-                        named, sum(matches(self.index, i) for i in range(block, index + steps))
+                    selected = min(
+                        selected, sum(matches(self.index, i) for i in range(block, index + steps))
                     )
-                total += named
-                if named:
+                total += selected
+                if selected:
                     rows = max(rows, len(self.offsets(end - start)))
                     keys = max(keys, end - canvas.first_visible(start))
             index += steps
@@ -147,7 +153,7 @@ class Record:
         return total * sum(batch * self.width(bridge, name, rows, keys) for name in names)
 
     def width(self, bridge: Any, name: str, rows: int, keys: int) -> int:
-        """Return the bytes of one activation, a batch row."""
+        """Return the bytes of one activation of one batch row."""
         spec, cfg = lookup(name), bridge.cfg
         dtype = self.dtype or bridge.embed.weight.dtype
         size = 8 if spec.dtype == "int64" else dtype.itemsize
@@ -180,7 +186,7 @@ class Record:
 
 
 def stack_ragged(name: str, kept: list[Tensor]) -> Tensor:
-    """One tensor ``[step, batch, ...]`` from steps whose sizes may differ.
+    """Stack activations of steps, whose sizes may differ, as ``[step, batch, ...]``.
 
     Keys that a step does not have yet are filled with what they would be: no attention (0) in a
     pattern, -inf in scores. Rows that a narrower last block does not have are NaN, or -1 in ids.

@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
+from transformer_lens_bd3lm.result import plain_values
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +81,20 @@ class Replay(Run):
         first, position = when.min(-1)
         none = first == never
         return first.masked_fill(none, -1), position.masked_fill(none, -1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the replay as plain values for JSON: those of a run, the comparison, and its base.
+
+        ``kl_nats`` is by step, row and position of the block.
+        """
+        comparison = {
+            "mode": self.mode,
+            "agreement": self.agreement,
+            "first_divergence": self.first_divergence,
+            "first_position": self.first_position,
+            "kl_nats": self.kl,
+        }
+        return super().to_dict() | plain_values(comparison) | {"base": self.base.to_dict()}
 
     def __repr__(self) -> str:
         same = f"{int(self.agreement.sum())} of {self.agreement.numel()} positions agree"

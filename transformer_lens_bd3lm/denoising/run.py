@@ -27,7 +27,7 @@ from transformer_lens_bd3lm.denoising.run_folder import write_folder
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, plain_values
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Run(Result):
         ends: positions that each row keeps ``[batch]``: prompt and new tokens, fewer where a stop
             rule ended the row.
         timeline: when each step happened.
-        activations: recorded activations ``[step, batch, block position, ...]`` by the name asked
-            for; keys of a pattern that a step did not have yet are 0 (scores: -inf). Keys count
-            from the first position in view, which moves where text outgrows the context.
+        activations: recorded activations ``[step, batch, block position, ...]`` by the name given
+            in the record. Keys of a pattern that a step did not have yet are 0 (scores: -inf); keys
+            count from the first position in view, which moves where text outgrows the context.
         recorded_steps: index of the step of each slice of ``activations``.
         sampler: what chose the positions to reveal, and their tokens.
         noise: the randomness of the run.
@@ -85,12 +85,16 @@ class Run(Result):
 
     @property
     def kept(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that belong to each row's text, on the CPU."""
+        """Positions that belong to each row's text, on the CPU; the rest of ``tokens`` is masks."""
         return torch.arange(self.length) < self.ends[:, None]
 
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:
-        """The finished ids, prompt included; the mask behind the end of a shorter row."""
+        """The finished ids, prompt included; the mask behind the end of a shorter row.
+
+        The model may write the padding token, which other calls read as padding at a row's end:
+        ``bridge(run.tokens, attention_mask=run.kept)`` reads it as text.
+        """
         ids = self.final[:, : self.length]
         return ids.masked_fill(~self.kept.to(ids.device), self.canvas.mask_id)
 
@@ -176,6 +180,35 @@ class Run(Result):
             final=self.final.to(device),
             request=replace(self.request, finished=finished),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the run as plain values for JSON: text, settings, and what each step did.
+
+        ``tokens`` and the values of each position are lists by row, as long as the row. Recorded
+        activations are left out.
+        """
+        positions = {
+            "tokens": self.tokens,
+            "commit_step": self.commit_step,
+            "log_p_nats": self.log_p,
+            "lead_nats": self.lead,
+        }
+        by_row = {
+            name: [row[:end].tolist() for row, end in zip(x, self.ends.tolist(), strict=True)]
+            for name, x in positions.items()
+        }
+        timeline = zip(*vars(self.timeline).values(), strict=True)
+        values = {
+            "text": self.text,
+            "block_size": self.block_size,
+            "sampler": repr(self.sampler),
+            "noise_seed": self.noise.seed,
+            "noise_rows": None if self.noise.rows is None else list(self.noise.rows),
+            "kv_cache": self.kv_cache,
+            "slid": self.slid,
+            "steps": [dict(zip(vars(self.timeline), step, strict=True)) for step in timeline],
+        }
+        return plain_values(values | by_row)
 
     def save(self, path: str | Path) -> None:
         """Write the run into a new folder, whole or not at all.

@@ -1,18 +1,18 @@
-"""Who is revealed next, and as what: pure functions of the block's state and its noise.
+"""Samplers: which mask is revealed next, and as which token, from a block's state and its noise.
 
 Every masked (row, position) has a reveal time tau ~ U(0, 1), and time runs from 1 down to 0.
 
 **First hitting** (Zheng et al. 2024; Arriola et al., section 4.2): the next reveal below t is at
-``t * u^(1/n)``, and which of the n masked it is, is uniform. Handed the times themselves, that is:
-the masked token with the largest tau is next. Exact, k steps for k tokens.
+``t * u^(1/n)``, of one of the n masked tokens, each as likely. With the times themselves given, the
+masked token with the largest tau is next. Exact, k steps for k tokens.
 
 **Ancestral** (Sahoo et al. 2024): T steps from 1 to 0; from t to s a masked token is revealed with
 probability ``1 - s/t``, that is when its tau lies in [s, t). A step in which nothing is revealed
-would not be seen by anybody, and is not run. With c constant it writes the same tokens as first
+would change nothing, and is not run. With c constant it writes the same tokens as first
 hitting unless two taus of a block share a step.
 
-**Confidence**: the tokens that the network is surest of first (as LLaDA and Dream decode). No
-likelihood is known for it; it is not the model's own sampler.
+**Confidence**: the most confident tokens first (as LLaDA and Dream decode). No likelihood is known
+for it; it is not the model's own sampler.
 
 Tokens are drawn by Gumbel-max: ``argmax(log p + g)`` is a sample from p. Temperature divides log p
 first, then the nucleus is taken. The public code keeps tokens while the cumulative probability is
@@ -40,12 +40,33 @@ LogProbs = Callable[[], Float[Tensor, "masked d_vocab"]]
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What the denoising loop asks of a sampler; every method is pure."""
+    """Methods that the denoising loop calls on a sampler; give ``denoise`` any object with them.
+
+    Every method is pure: the same arguments give the same result, and all randomness is in
+    ``times`` and ``gumbels``, which the loop takes from :class:`Noise`. So two runs with the same
+    noise differ only by what was changed. Tensors are on the CPU, in float64 or bool.
+
+    Time runs from 1, where a block is all masks, to 0. Under the log-linear schedule (Sahoo et al.
+    2024) a token is masked at time t with probability ``1 - alpha_t = t``, so that its reveal time
+    is uniform on [0, 1); ``times`` are those.
+
+    Raises:
+        InputError: from :func:`denoise`, for an object that lacks one of the methods, and for a
+            sampler that reveals nothing although masks are left.
+    """
 
     def next_time(
         self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
     ) -> Float[Tensor, " batch"]:
-        """The time of the next step; the network sees this t."""
+        """Return the time of the next step, which the network reads as sigma.
+
+        Args:
+            masked: positions that are still masked ``[batch, block]``.
+            times: reveal time of each position ``[batch, block]``.
+
+        Returns:
+            t ``[batch]`` in [0, 1]; 0 in a row that has no mask left.
+        """
         ...
 
     def reveal(
@@ -55,20 +76,49 @@ class Sampler(Protocol):
         t: Float[Tensor, " batch"],
         log_p: LogProbs,
     ) -> Bool[Tensor, "batch block"]:
-        """Which masked positions become tokens in the step at ``t``.
+        """Return which masked positions become tokens in a step.
 
-        ``log_p()`` are log-probabilities of the masked positions, in row-major order, in nats.
+        Args:
+            masked: positions that may be revealed ``[batch, block]``.
+            times: reveal time of each position ``[batch, block]``.
+            t: time of the step ``[batch]``.
+            log_p: returns the network's log-probabilities in nats ``[masked, d_vocab]`` of the
+                positions in ``masked``, in row-major order; call it only if the choice depends on
+                them.
+
+        Returns:
+            positions to reveal ``[batch, block]``, at least one in the batch.
         """
         ...
 
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time that a step at ``t`` ends at: what is masked after it has a smaller tau."""
+        """Return the time at which a step ends: a token masked after it has a smaller reveal time.
+
+        A fork goes on from this time, with new noise scaled by it.
+
+        Args:
+            t: time of the step ``[batch]``.
+
+        Returns:
+            the time of its end ``[batch]``, at most ``t``.
+        """
         ...
 
     def scores(
         self, log_p: Float[Tensor, "token d_vocab"], gumbels: Float[Tensor, "token d_vocab"]
     ) -> Float[Tensor, "token d_vocab"]:
-        """What a token is chosen by: the largest score of a position is what it becomes."""
+        """Return the score of each token; a position becomes the token of the largest.
+
+        With ``log_p + gumbels`` the token is a sample from ``exp(log_p)`` (Gumbel-max).
+
+        Args:
+            log_p: the network's log-probabilities in nats ``[token, d_vocab]``, a row for each
+                position that is revealed.
+            gumbels: standard Gumbel variables ``[token, d_vocab]``.
+
+        Returns:
+            scores ``[token, d_vocab]``, -inf where a token must not be drawn.
+        """
         ...
 
 
@@ -77,7 +127,7 @@ def nucleus(
     p: float,
     kind: Literal["usual", "public"] = "usual",
 ) -> Float[Tensor, "*dims d_vocab"]:
-    """Log-probabilities restricted to the nucleus of mass p, renormalised.
+    """Return log-probabilities restricted to the nucleus of mass p, and normalized again.
 
     Args:
         log_p: log-probabilities in nats.
@@ -98,9 +148,9 @@ def nucleus(
 def ancestral_update(
     log_p: Float[Tensor, "*dims d_vocab"], t: float, s: float, mask_id: int
 ) -> Float[Tensor, "*dims d_vocab"]:
-    """``q(x_s | x_t)`` of a masked token: probability s/t that it stays the mask, else p.
+    """Compute ``q(x_s | x_t)`` of a masked token: it stays masked with probability s/t, else p.
 
-    The categorical of one ancestral update from t to s < t (Sahoo et al. 2024, equation 7).
+    The distribution of one ancestral update from t to s < t (Sahoo et al. 2024, equation 7).
 
     Args:
         log_p: what a revealed token is drawn from, in nats; the mask has probability 0 in it.
@@ -140,7 +190,7 @@ class Drawing:
         check_choice("nucleus", self.nucleus, ("usual", "public"))
 
     def distribution(self, log_p: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
-        """Log-probabilities in nats that a revealed token is drawn from."""
+        """Return log-probabilities after temperature and nucleus, in nats."""
         if self.temperature == 0:
             best = log_p.argmax(-1, keepdim=True)
             return torch.full_like(log_p, -torch.inf).scatter(-1, best, 0.0)
@@ -153,18 +203,30 @@ class Drawing:
     def scores(
         self, log_p: Float[Tensor, "token d_vocab"], gumbels: Float[Tensor, "token d_vocab"]
     ) -> Float[Tensor, "token d_vocab"]:
-        """``log p + g``, in nats; log p alone at temperature 0."""
+        """Return ``log p + g`` after temperature and nucleus; log p alone at temperature 0."""
         return log_p if self.temperature == 0 else self.distribution(log_p) + gumbels
 
 
 @dataclass(frozen=True)
 class FirstHitting(Drawing):
-    """One token a step a row, in decreasing order of reveal times: exactly the model's sampler."""
+    """First-hitting sampler: one token a step in each row, in decreasing order of reveal times.
+
+    Exact: the distribution of the text is that of the model (Zheng et al. 2024; Arriola et al.,
+    section 4.2), with k steps for a block of k tokens.
+
+    Attributes:
+        temperature: divides log-probabilities; 0 is the argmax.
+        nucleus_p: mass that is kept, in (0, 1].
+        nucleus: ``"usual"`` keeps the token that crosses the mass, ``"public"`` drops it.
+
+    Raises:
+        InputError: for a value outside its range.
+    """
 
     def next_time(
         self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
     ) -> Float[Tensor, " batch"]:
-        """The largest time of a masked token; 0 in a row that has none left."""
+        """Return the largest reveal time of a masked token; 0 in a row that has none left."""
         return times.masked_fill(~masked, 0.0).amax(-1)
 
     def reveal(
@@ -174,21 +236,28 @@ class FirstHitting(Drawing):
         t: Float[Tensor, " batch"],
         log_p: LogProbs,
     ) -> Bool[Tensor, "batch block"]:
-        """The masked token whose time it is."""
+        """Return the masked position with the largest reveal time, in each row."""
         first = times.masked_fill(~masked, -1.0).argmax(-1, keepdim=True)
         return torch.zeros_like(masked).scatter(-1, first, True) & masked
 
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The time of the reveal itself."""
+        """Return the time of the reveal itself."""
         return t
 
 
 @dataclass(frozen=True)
 class Ancestral(Drawing):
-    """T steps a block on the grid 1, (T-1)/T, ..., 1/T; several tokens may share one.
+    """Ancestral sampler: T steps a block, at t = 1, (T-1)/T, ..., 1/T; tokens may share a step.
+
+    From t to s = t - 1/T a masked token is revealed with probability ``1 - s/t`` (Sahoo et al.
+    2024, equation 7).
 
     Attributes:
         steps: T. The smaller, the more tokens of a block are drawn independently of each other.
+        temperature: as in :class:`FirstHitting`, and so are ``nucleus_p`` and ``nucleus``.
+
+    Raises:
+        InputError: for a value outside its range.
     """
 
     steps: int = 64
@@ -203,7 +272,7 @@ class Ancestral(Drawing):
     def next_time(
         self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
     ) -> Float[Tensor, " batch"]:
-        """The start of the next step that reveals something; 0 in a row that has none left."""
+        """Return the start of the next step that reveals something; 0 in a row with none left."""
         t = (self._slot(times.masked_fill(~masked, 0.0).amax(-1)) + 1) / self.steps
         return t.masked_fill(~masked.any(-1), 0.0)
 
@@ -214,27 +283,31 @@ class Ancestral(Drawing):
         t: Float[Tensor, " batch"],
         log_p: LogProbs,
     ) -> Bool[Tensor, "batch block"]:
-        """The masked tokens whose time lies in the step."""
+        """Return the masked positions whose reveal time lies in the step."""
         latest = times.masked_fill(~masked, 0.0).amax(-1, keepdim=True)
         return masked & (self._slot(times) == self._slot(latest))
 
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """One grid step below t."""
+        """Return t less one step of the grid."""
         return (t - 1 / self.steps).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
 class Confidence(Drawing):
-    """The surest first: k a step, or all above a threshold.
+    """Sampler that reveals the most confident tokens first: k a step, or all above a threshold.
 
-    Confidence is read off the model's own probabilities, whatever temperature and nucleus do. The
-    t of a step is the fraction of the block that is masked.
+    Confidence is computed from the model's own probabilities, before temperature and nucleus. The t
+    of a step is the fraction of the block that is masked. No likelihood is known for this order.
 
     Attributes:
         by: ``"probability"`` of the likeliest token, ``"margin"`` between the two likeliest (in
             probability), or ``"entropy"``: its negative, in nats.
         k: tokens a step a row.
-        threshold: instead of k, every token at least this sure, and always the surest.
+        threshold: instead of k, every token at least this confident, and always the most confident.
+        temperature: as in :class:`FirstHitting`, and so are ``nucleus_p`` and ``nucleus``.
+
+    Raises:
+        InputError: for a value outside its range, and ``k`` beside ``threshold``.
     """
 
     by: Literal["probability", "margin", "entropy"] = "probability"
@@ -253,7 +326,7 @@ class Confidence(Drawing):
         check_number("threshold", self.threshold, -biggest, biggest, "give a finite number")
 
     def confidence(self, log_p: Float[Tensor, "masked d_vocab"]) -> Float[Tensor, " masked"]:
-        """How sure the network is of each position."""
+        """Return the network's confidence at each position, by the rule of ``by``."""
         p = log_p.exp()
         if self.by == "probability":
             return p.amax(-1)
@@ -265,7 +338,7 @@ class Confidence(Drawing):
     def next_time(
         self, masked: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
     ) -> Float[Tensor, " batch"]:
-        """The fraction of the block that is masked."""
+        """Return the fraction of the block that is masked."""
         return masked.sum(-1).to(times.dtype) / masked.shape[-1]
 
     def reveal(
@@ -275,15 +348,15 @@ class Confidence(Drawing):
         t: Float[Tensor, " batch"],
         log_p: LogProbs,
     ) -> Bool[Tensor, "batch block"]:
-        """The k surest of a row, or those above the threshold; the first of equals."""
-        sure = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
-        sure[masked] = self.confidence(log_p())
-        order = sure.sort(dim=-1, descending=True, stable=True).indices
+        """Return the k most confident positions of a row, or those above the threshold."""
+        confidence = torch.full(masked.shape, -torch.inf, dtype=torch.float64)
+        confidence[masked] = self.confidence(log_p())
+        order = confidence.sort(dim=-1, descending=True, stable=True).indices
         rank = order.argsort(-1)
         if self.threshold is None:
             return masked & (rank < self.k)
-        return masked & ((rank == 0) | (sure >= self.threshold))
+        return masked & ((rank == 0) | (confidence >= self.threshold))
 
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The same t: order does not come from the times."""
+        """Return t itself: the order does not come from the reveal times."""
         return t

@@ -113,7 +113,7 @@ class StepHooks:
     def _add(
         self, name: Any, fn: Any, selectors: StepSelectors, scope: Scope, unclear: bool
     ) -> "StepHooks":
-        names = read_names(name)
+        names = read_names(name, "name")
         if names == []:
             raise HookNameError(f"name={name!r} names no hook point: give at least one")
         step_fn = as_step_fn(fn, name, unclear)

@@ -93,7 +93,7 @@ class Stop:
         self.ends = self.canvas.lengths.clone()
         self.stopped = torch.zeros(len(self.ends), dtype=torch.bool)
         self._written = self.canvas.written()
-        self._begun = self._written & self.canvas.asked()
+        self._begun = self._written & self.canvas.within_lengths()
 
     @classmethod
     def of(cls, bridge: Any, canvas: Canvas, stop: Any) -> "Stop":
@@ -116,7 +116,8 @@ class Stop:
                 vocab = bridge.original_model.config.vocab_size
                 if not 0 <= token < vocab or token == canvas.mask_id:
                     raise InputError(
-                        f"EndOfText({token}) would never end a row: ids are 0..{vocab - 1}, no mask"
+                        f"EndOfText({token}) would never end a row: give an id in 0..{vocab - 1}, "
+                        f"not the mask ({canvas.mask_id})"
                     )
                 end_tokens.append(token)
             elif callable(rule):

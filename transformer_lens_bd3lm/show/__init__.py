@@ -15,7 +15,9 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
+from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
@@ -31,11 +33,13 @@ TABLES = {
     ExactEffect: "exact:exact_effect_table",
     HeadScores: "heads:head_table",
     Likelihood: "likelihood:likelihood_table",
+    Mediation: "run_tables:mediation_table",
     ModelComparison: "compare_models:models_table",
     Nats: "likelihood:nats_table",
     Nelbo: "likelihood:nelbo_table",
     Price: "sweep:price_table",
-    Replay: "replay:replay_table",
+    Replay: "run_tables:replay_table",
+    Run: "run_tables:run_table",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
 }

@@ -1,0 +1,89 @@
+"""Tables of denoising runs, replays and mediations."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens_bd3lm.denoising.mediate import Mediation
+from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.show.tables import new_table
+
+
+def run_table(run: Run) -> Table:
+    """Return a table of a run: each row's text, how many tokens were written, and how surely."""
+    columns = ("row", "text", "written", "steps", "mean log p (nats)", "smallest lead (nats)")
+    table = new_table(repr(run), columns, ("row", "text"), "")
+    for row, reveal_step in enumerate(run.commit_step):
+        steps = reveal_step[reveal_step >= 0]
+        leads = run.lead[row][~run.lead[row].isnan()]
+        table.add_row(
+            str(row),
+            _text(run, row),
+            str(len(steps)),
+            str(len(steps.unique())),
+            f"{float(run.log_p[row].nanmean()):.3f}",
+            f"{float(leads.min()):.3f}" if len(leads) else "–",
+        )
+    return table
+
+
+def replay_table(replay: Replay, n: int = 10) -> Group:
+    """Return both texts of a replay, differences in color, and where they part.
+
+    Of a pinned replay, whose texts are the same, also the ``n`` steps that changed most.
+    """
+    base, kept = replay.base, {"pinned": "the same tokens", "coupled": "the same noise"}
+    title = f"what the hook changed, under {kept.get(replay.mode, 'new noise')}"
+    table = new_table(title, ("row", "run", "text"), ("row", "run", "text"), "")
+    table.show_lines = True
+    for row, same in enumerate(replay.agreement):
+        for name, run, style in (("base", base, "bold green"), ("replay", replay, "bold red")):
+            table.add_row(str(row), name, _text(run, row, (~same).tolist(), style))
+    differ, written = int((~replay.agreement).sum()), int((base.commit_step >= 0).sum())
+    steps = {step for step in replay.first_divergence.tolist() if step >= 0}
+    parts: list[Any] = [table]
+    first = f"they part at step {min(steps)}" if steps else "no token changed"
+    parts.append(Text(f"{differ} of {written} written tokens differ; {first}"))
+    if replay.kl is not None:
+        parts.append(_kl_table(replay, n))
+    return Group(*parts)
+
+
+def _kl_table(replay: Replay, n: int) -> Table:
+    """Return a table of the steps of a pinned replay whose distributions changed most."""
+    kl = replay.kl if replay.kl is None else replay.kl.flatten(1)
+    columns = ("step", "block", "mean KL (nats)", "largest KL (nats)")
+    table = new_table("KL(base || replay) at masked positions, by step", columns, ("step",), "")
+    largest = kl.nan_to_num().amax(-1)
+    for i in largest.argsort(descending=True, stable=True)[:n].tolist():
+        timeline = replay.timeline
+        means = (float(kl[i].nanmean()), float(largest[i]))
+        table.add_row(str(timeline.index[i]), str(timeline.block[i]), *(f"{x:.4f}" for x in means))
+    return table
+
+
+def mediation_table(mediation: Mediation) -> Table:
+    """Return a table of an edit's effect on later blocks and its parts, by row, in nats."""
+    rows = [f"row {row}" for row in range(len(mediation.base.ends))]
+    title = f"log-probability of the tokens after block {mediation.block}, edited less base, nats"
+    table = new_table(title, ("effect", *rows, "mean"), ("effect",), "")
+    for name in ("total", "through_tokens", "through_cache", "interaction"):
+        by_row = getattr(mediation, name).nansum(-1)
+        values = [*by_row.tolist(), float(by_row.mean())]
+        table.add_row(name.replace("_", " "), *(f"{x:+.4f}" for x in values))
+    return table
+
+
+def _text(run: Run, row: int, marked: list[bool] | None = None, style: str = "bold") -> Text:
+    """Return a row's text, what was written in bold, or the marked positions in a style."""
+    text, tokenizer = Text(), run.bridge.tokenizer
+    ids = run.final[row, : int(run.ends[row])].tolist()
+    marked = (run.commit_step[row] >= 0).tolist() if marked is None else marked
+    for i, token in enumerate(ids):
+        # Decoded with what is before it, since some tokenizers put spaces between tokens.
+        word = f"{token} " if tokenizer is None else tokenizer.decode(ids[: i + 1])[len(text) :]
+        text.append(word, style if marked[i] else "")
+    return text
