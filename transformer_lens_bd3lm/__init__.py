@@ -34,16 +34,14 @@ from transformer_lens_bd3lm.analysis.verify import verify as verify
 from transformer_lens_bd3lm.bridge.adapter import (
     BD3LMArchitectureAdapter as BD3LMArchitectureAdapter,
 )
+from transformer_lens_bd3lm.bridge.block_size import block_size as block_size
+from transformer_lens_bd3lm.bridge.block_size import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.boot import boot_lightning as boot_lightning
-from transformer_lens_bd3lm.bridge.forward import block_size as block_size
-from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save as save
 from transformer_lens_bd3lm.bridge.streams import clean_stream as clean_stream
 from transformer_lens_bd3lm.bridge.streams import noisy_stream as noisy_stream
-from transformer_lens_bd3lm.checkpoint.lightning.convert import (
-    convert_lightning as convert_lightning,
-)
+from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning as convert_lightning
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals as ForcedReveals
 from transformer_lens_bd3lm.denoising.hook_rows import current_step as current_step

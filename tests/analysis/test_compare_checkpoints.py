@@ -710,7 +710,7 @@ def test_the_baselines_are_compared_as_far_as_they_go(golden, device):
     assert compare_checkpoints(bridge, bridge).weights.whole.identical
     with pytest.raises(InputError, match="predicts no masks"):
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]))
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bridge = shared(golden("full_diffusion").path, device)
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]), block_size=4)
 

@@ -289,9 +289,9 @@ def test_full_diffusion_is_summed_over_every_order(mdlm):
 
 @pytest.mark.parametrize("size", [2, True, "full"])
 def test_there_is_no_dial_to_turn(ar, mdlm, size):
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.exact(ar, IDS, size)
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.likelihood(mdlm, TEXTS, 4)
 
 

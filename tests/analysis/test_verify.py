@@ -27,7 +27,7 @@ from transformer_lens_bd3lm.analysis.verify.compare import (
     verify,
 )
 from transformer_lens_bd3lm.analysis.verify.reference import points
-from transformer_lens_bd3lm.bridge import attention
+from transformer_lens_bd3lm.bridge import routing
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.bridge.conditioning import BD3LMEmbeddingBridge
@@ -257,7 +257,7 @@ def test_a_mask_that_leaks_on_the_fast_path_alone_is_found(original, device, mon
     def leaks(queries, keys, block_size, device=None, reach=None):
         return torch.ones(queries, keys, dtype=torch.bool, device=device)
 
-    monkeypatch.setattr(attention, "sampling_mask", leaks)
+    monkeypatch.setattr(routing, "sampling_mask", leaks)
     found = verify(original, device=device, dtype=torch.float16, **FAST)
     assert (found.first.name, found.first.view) == ("blocks.0.attn.hook_z", "sampling")
     assert all(

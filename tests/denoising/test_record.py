@@ -10,9 +10,10 @@ from transformer_lens import ActivationCache
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative, spelled
+from transformer_lens_bd3lm.bridge.hook_names import resolve
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.denoising.canvas import read_canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
-from transformer_lens_bd3lm.denoising.hook_rows import HAS_KEYS, is_conditioning, resolve
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
 from transformer_lens_bd3lm.denoising.stop import EndOfText
@@ -261,8 +262,8 @@ def test_positions_of_the_block_are_kept_as_they_are_named(bridge, positions, of
         for which in (None, positions)
     )
     for name, x in whole.activations.items():
-        axis = 3 if name.endswith(HAS_KEYS) else 2
-        wanted = x if is_conditioning(name) else x[(slice(None),) * axis + (offsets,)]
+        axis = 3 if lookup(name).has_keys else 2
+        wanted = x if lookup(name).rows == "none" else x[(slice(None),) * axis + (offsets,)]
         assert torch.equal(part.activations[name], wanted), name
 
 
@@ -304,10 +305,10 @@ def single_forward(bridge, step, names, block_size):
         )
     found = {}
     for name, x in cache.items():
-        if is_conditioning(name):
+        if lookup(name).rows == "none":
             found[name] = x
         else:
-            found[name] = x[:, :, start:end] if name.endswith(HAS_KEYS) else x[:, start:end]
+            found[name] = x[:, :, start:end] if lookup(name).has_keys else x[:, start:end]
     return found
 
 

@@ -9,9 +9,10 @@ import torch
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative, there
+from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.denoising.canvas import read_canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
-from transformer_lens_bd3lm.denoising.hook_rows import resolve, row_axis
+from transformer_lens_bd3lm.denoising.hook_rows import row_axis
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record, stack_ragged
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from transformer_lens_bd3lm.bridge.block import why_random
 from transformer_lens_bd3lm.bridge.boot import loading
+from transformer_lens_bd3lm.bridge.hook_points import FLAGS
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
@@ -29,7 +30,6 @@ ALLOWED = {
     torch.bfloat16: 0.2,
 }
 SHAPE = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "adaln", "cross_attn")
-FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 READ = 160  # tokens of a text that are read
 
 

@@ -24,18 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import Slice
 
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
-from transformer_lens_bd3lm.bridge.folding import refuse_refactoring
-from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
-from transformer_lens_bd3lm.bridge.same_processing import require_same_processing
 from transformer_lens_bd3lm.errors import InputError, NotExactError
-
-STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-STREAM += ("hook_attn_out", "hook_mlp_out")
 
 
 def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: bool = True) -> None:
@@ -155,7 +147,8 @@ class BD3LMActivationCache(ActivationCache):
         if self.predicted is not None:
             read = len(self.predicted.positions)
         for name, x in self.cache_dict.items():
-            if read is not None and name.endswith(STREAM) and x.shape[-2] != read:
+            summed = lookup(name).kind in ("residual stream", "residual write")
+            if read is not None and summed and x.shape[-2] != read:
                 raise InputError(
                     f"{name} has {x.shape[-2]} positions, [noisy | clean], and the read-out "
                     f"{read}: only the noisy stream is read out. Take bd3lm.noisy_stream(cache)"
@@ -266,128 +259,3 @@ class BD3LMActivationCache(ActivationCache):
         mine.cache_dict, mine.has_batch_dim = sliced.cache_dict, sliced.has_batch_dim
         mine.predicted = self.predicted and self.predicted.rows(batch_slice)
         return mine
-
-
-class WithExactTools:
-    """Mixed in front of the bridge's class: its caches, and what it puts together from weights."""
-
-    @functools.wraps(TransformerBridge.run_with_cache)
-    def run_with_cache(
-        self: Any,
-        input: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        names_filter: Any = None,
-        stop_at_layer: int | None = None,
-        start_at_layer: int | None = None,
-        pos_slice: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the host's; with ``pos_slice``, what has no positions is left out.
-
-        Raises:
-            HookNameError: if one of the names is no hook point, and not only if all are.
-        """
-        if names_filter is not None:
-            names_filter = read_names(names_filter)
-        if isinstance(names_filter, list):
-            for name in names_filter:
-                known_point(self, name)
-        if Slice.unwrap(pos_slice).mode != "identity":
-            names_filter = with_positions(self, input, names_filter, **kwargs)
-        seen: list[Tensor] = []
-        with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
-            output, cache = super().run_with_cache(
-                input,
-                return_cache_object,
-                remove_batch_dim,
-                names_filter=names_filter,
-                stop_at_layer=stop_at_layer,
-                start_at_layer=start_at_layer,
-                pos_slice=pos_slice,
-                **kwargs,
-            )
-        if return_cache_object:
-            predicted = None
-            if seen:
-                ids = seen[0].chunk(2, dim=1)[0] if is_dual(self, seen[0], **kwargs) else seen[0]
-                predicted = Predicted.of(ids, self.cfg.mask_token_id).at(pos_slice)
-            cache = BD3LMActivationCache(cache.cache_dict, self, cache.has_batch_dim, predicted)
-        return output, cache
-
-    def tokens_to_residual_directions(self: Any, tokens: Any) -> Tensor:
-        """Columns of ``W_U``, where they are what logits are read along.
-
-        Raises:
-            NotExactError: before the final norm is folded; ``W_U`` itself can always be read.
-        """
-        require_folded(self, self.cfg.n_layers)
-        return super().tokens_to_residual_directions(tokens)
-
-    def all_composition_scores(self: Any, mode: str) -> Any:
-        """As the host's, from weights that have the modulation between two heads in them.
-
-        Raises:
-            NotExactError: before it is folded into them.
-        """
-        for layer, block in enumerate(self.blocks):
-            block.require_plain_writes()
-            require_folded(self, layer)
-        return super().all_composition_scores(mode)
-
-    @functools.wraps(TransformerBridge.enable_compatibility_mode)
-    def enable_compatibility_mode(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As the host's; what it would fail at is refused before anything is changed."""
-        refuse_refactoring(TransformerBridge.enable_compatibility_mode, self, *args, **kwargs)
-        super().enable_compatibility_mode(*args, **kwargs)
-
-    @functools.wraps(TransformerBridge.process_weights)
-    def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As the host's; what it would fail at is refused before anything is changed."""
-        refuse_refactoring(TransformerBridge.process_weights, self, *args, **kwargs)
-        super().process_weights(*args, **kwargs)
-
-    @functools.wraps(TransformerBridge.load_state_dict)
-    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the host's, of weights that are processed if this bridge's are.
-
-        Raises:
-            NotExactError: if they are not, whether ``strict`` or not: gates would then be in the
-                weights twice, or not at all, and biases without the weights they belong to.
-        """
-        require_same_processing(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
-
-def with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
-    """The filter of names for a ``pos_slice``: conditioning has no positions.
-
-    Raises:
-        InputError: for a dual pass, and if conditioning was asked for by name.
-    """
-    if is_dual(bridge, input, **kwargs):
-        raise InputError(
-            "pos_slice in a dual pass: its stream has 2n positions, [noisy | clean], and its "
-            "read-out n, so a slice would name other tokens in the one than in the other. Cache "
-            "the whole, and take bd3lm.noisy_stream(cache)"
-        )
-    points = bridge.hook_dict
-    if names_filter is None:
-        fires = {name for name in points if bridge._gated_hook_reason(points[name].name) is None}
-        return lambda name: name in fires and not is_conditioning(name)
-    for name in names_filter if isinstance(names_filter, list) else filter(names_filter, points):
-        if is_conditioning(name):
-            raise InputError(f"pos_slice: {name} has no positions, leave it out of names_filter")
-    return names_filter
-
-
-def is_dual(
-    bridge: Any, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
-) -> bool:
-    """Whether a call asks for the dual view, by keywords or by ids of twice the context."""
-    if clean is not None or sample_mode is not None:
-        return not sample_mode
-    if not isinstance(input, Tensor) or not bridge.cfg.cross_attn:
-        return False
-    positions = input.shape[-2 if input.is_floating_point() else -1]
-    return positions == 2 * bridge.cfg.n_ctx

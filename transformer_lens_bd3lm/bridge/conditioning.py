@@ -20,18 +20,12 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from transformer_lens_bd3lm.bridge.attention import read_only
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.modules import at_least_float32, timestep_features
 
 MODULATION = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
 GATES = ("gate_msa", "gate_mlp")
-
-
-def is_conditioning(name: str) -> bool:
-    """Whether a hook point carries one vector a batch row (sigma, c, or adaLN's)."""
-    return name.startswith(("timestep_embed.", "final_adaln.")) or ".adaln." in name
 
 
 def modulate(

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from transformer_lens.hook_points import HookPoint
 
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.errors import HookNameError, InputError
 
 NameFilter = Callable[[str], bool]
@@ -43,7 +44,7 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
     found = {}
     for name in names:
         point = known_point(bridge, name)
-        reason = silent(bridge, point.name or name)
+        reason = silent(bridge, name)
         if reason is not None:
             raise HookNameError(f"{name!r} would never fire: {reason}")
         found[name] = point
@@ -71,7 +72,7 @@ def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
         HookNameError: if there is none.
     """
     passed = {name: point for name, point in bridge.hook_dict.items() if names(name)}
-    reasons = {name: silent(bridge, point.name or name) for name, point in passed.items()}
+    reasons = {name: silent(bridge, name) for name in passed}
     found = {name: point for name, point in passed.items() if reasons[name] is None}
     if not found:
         why = next((f"{name!r} would never fire: {reasons[name]}" for name in passed), None)
@@ -82,17 +83,11 @@ def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
     return found
 
 
-def silent(bridge: Any, point: str) -> str | None:
-    """The flag for which a hook point never fires, if there is one."""
-    return bridge._gated_hook_reason(point) or bypassed(bridge, point)
-
-
-def bypassed(bridge: Any, point: str) -> str | None:
-    """The flag that takes a hook point off the path, if one does."""
-    cfg = bridge.cfg
-    if cfg.use_attn_result and point.endswith("attn.o.hook_out"):
-        return "use_attn_result is on, hook attn.hook_out"
-    forked = cfg.use_split_qkv_input or cfg.use_attn_in
-    if forked and point.endswith(("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in")):
-        return "use_split_qkv_input or use_attn_in is on, every head reads a copy of its own"
+def silent(bridge: Any, name: str) -> str | None:
+    """Return why a hook point never fires as the bridge's flags are; None where it fires."""
+    spec, cfg = lookup(name), bridge.cfg
+    if spec.flag and not getattr(cfg, spec.flag):
+        return f"{spec.flag} is off"
+    if any(getattr(cfg, flag) for flag in spec.bypassed_by):
+        return f"{' or '.join(spec.bypassed_by)} is on, hook {spec.instead}"
     return None

@@ -16,10 +16,8 @@ from typing import Any, Literal
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from transformer_lens_bd3lm.bridge.hook_points import HookPointSpec, lookup
 from transformer_lens_bd3lm.errors import InputError
-
-READOUT = ("ln_final.", "final_adaln.", "unembed.", "hook_unembed")
-BY_QUERY = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 
 def noisy_stream(cache: Any, length: int | None = None) -> ActivationCache:
@@ -50,14 +48,13 @@ def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> A
     rows = slice(0, n) if stream == "noisy" else slice(n, 2 * n)
     halved: dict[str, Tensor] = {}
     for key, x in cache.items():
-        name = key.removesuffix("_grad")
-        if name.startswith(READOUT):
-            if stream == "noisy":
-                halved[key] = x
-        elif not has_positions(name, x, axis):
+        spec = lookup(key.removesuffix("_grad"))
+        if stream not in spec.streams:
+            continue
+        if spec.streams == (stream,) or not _has_positions(spec, x, axis):
             halved[key] = x
         else:
-            where = x.ndim - 2 if name.endswith(BY_QUERY) else axis
+            where = spec.row_axis - 1 + axis
             if x.shape[where] != 2 * n:
                 raise InputError(
                     f"{key} has {x.shape[where]} positions, not 2 x {n}: give the whole cache of a "
@@ -72,11 +69,10 @@ def half(cache: Any, length: int | None, stream: Literal["noisy", "clean"]) -> A
     return mine
 
 
-def has_positions(name: str, x: Tensor, axis: int) -> bool:
+def _has_positions(spec: HookPointSpec, x: Tensor, axis: int) -> bool:
     """Whether rows of an entry are positions; a modulation is one for all, unless edited by row."""
-    if name.startswith("timestep_embed."):
-        return False
-    return ".adaln." not in name or (x.ndim == axis + 2 and x.shape[axis] != 1)
+    by_row = spec.kind == "modulation" and x.ndim == axis + 2 and x.shape[axis] != 1
+    return spec.rows != "none" or by_row
 
 
 def length_of(cache: Any, axis: int) -> int:
@@ -86,7 +82,7 @@ def length_of(cache: Any, axis: int) -> int:
         InputError: if there is none.
     """
     for key, x in cache.items():
-        if key.startswith(("ln_final.", "unembed.", "hook_unembed")):
+        if lookup(key.removesuffix("_grad")).rows == "read-out":
             return x.shape[axis]
     raise InputError(
         "nothing in this cache tells how long the text is: cache ln_final.hook_in too, or give "

@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.cli.options import (
     Seed,
     Weights,
     WeightsOption,
-    block_size_of,
+    typed_block_size,
 )
 from transformer_lens_bd3lm.show.terminal import console
 
@@ -71,7 +71,7 @@ def dependency(
         bridge = boot(model, device, weights=weights.value)
         how: dict[str, Any] = {"max_states": max_states, "replicates": replicates, "seed": seed}
         how |= {
-            "block_size": block_size_of(block_size),
+            "block_size": typed_block_size(block_size),
             "deepest": deepest,
             "shuffles": shuffles,
             "name": name,

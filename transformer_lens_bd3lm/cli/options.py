@@ -73,7 +73,7 @@ def likelihood_options(method: Method | None, **options: Any) -> dict[str, Any]:
     return options | {"method": None if method is None else method.name}
 
 
-def block_size_of(value: str | None) -> Any:
+def typed_block_size(value: str | None) -> Any:
     """Return a block size as it was typed, an int if it is one; the library checks it."""
     try:
         return None if value is None else int(value)

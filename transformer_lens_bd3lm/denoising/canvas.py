@@ -21,7 +21,8 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids, read_block_size
+from transformer_lens_bd3lm.model.ids import check_ids
+from transformer_lens_bd3lm.model.inputs import read_block_size
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.denoising.step import Step, StepFn, StepHook, StepHooks
 from transformer_lens_bd3lm.errors import HookReturnError, InputError
-
-HAS_KEYS = ("hook_pattern", "hook_attn_scores")
-READ_OUT = ("ln_final.", "unembed.", "hook_unembed", "final_adaln.")
 
 _current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
 _running: ContextVar[object | None] = ContextVar("bd3lm_running", default=None)
@@ -41,9 +38,8 @@ def current_step() -> Step | None:
 
 def row_axis(name: str) -> int | None:
     """Which axis counts the pass's rows; None where only the block's rows are read out."""
-    if name.startswith(READ_OUT):
-        return None
-    return 2 if name.endswith(HAS_KEYS) else 1
+    spec = lookup(name)
+    return None if spec.streams == ("noisy",) else spec.row_axis
 
 
 def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
@@ -84,7 +80,7 @@ def apply_on_rows(
     """
     axis = row_axis(name)
     whole = axis is None or (part == slice(0, width) and not unseen)
-    conditioning = not whole and is_conditioning(name)
+    conditioning = not whole and lookup(name).rows == "none"
     if whole:
         shown = activation
     elif conditioning:
@@ -143,11 +139,8 @@ def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
             f"the rows of this hook's scope have several vectors at {name}, from edits of "
             "narrower scope upstream: hook them one scope at a time"
         )
-    return (
-        vectors[:, 0].clone()
-        if name.endswith(".hook_in") or "timestep" in name
-        else vectors[:, :1].clone()
-    )
+    as_booted = lookup(name).axes.split()
+    return vectors[:, 0].clone() if len(as_booted) == 2 else vectors[:, :1].clone()
 
 
 def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:

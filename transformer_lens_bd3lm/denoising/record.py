@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
 from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.checks import check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.hook_rows import HAS_KEYS
 from transformer_lens_bd3lm.denoising.step import (
     Chosen,
     Span,
@@ -28,9 +27,6 @@ from transformer_lens_bd3lm.denoising.step import (
     matches,
 )
 from transformer_lens_bd3lm.errors import InputError
-
-BY_HEAD = ("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
-IN_MLP = ("mlp.in.hook_out", "mlp.out.hook_in")
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,9 @@ class Record:
 
     def keep(self, name: str, activation: Tensor) -> Tensor:
         """A copy of the kept positions, detached, where and as it is kept."""
-        if self.positions is not None and not is_conditioning(name):
-            axis = 2 if name.endswith(HAS_KEYS) else 1
+        spec = lookup(name)
+        if self.positions is not None and spec.rows != "none":
+            axis = spec.row_axis
             offsets = self.offsets(activation.shape[axis])
             kept = torch.tensor(offsets, dtype=torch.long, device=activation.device)
             activation = activation.index_select(axis, kept)
@@ -148,31 +145,16 @@ class Record:
         return total * sum(batch * self.width(bridge, name, rows, keys) for name in names)
 
     def width(self, bridge: Any, name: str, rows: int, keys: int) -> int:
-        """Bytes of one activation, a batch row."""
-        cfg, hook = bridge.cfg, bridge.hook_dict[name].name
-        model = bridge.original_model
-        if hook == "embed.hook_in":
-            return rows * 8
-        size = (self.dtype or bridge.embed.weight.dtype).itemsize
-        if is_conditioning(hook):
-            if hook == "timestep_embed.hook_in":
-                return self.dtype.itemsize if self.dtype else max(size, 4)
-            if hook.endswith((".hook_in", "timestep_embed.hook_out")):
-                return size * model.config.cond_dim
-            vectors = 6 if hook.startswith("blocks.") else 2
-            return size * cfg.d_model * (vectors if hook.endswith("hook_out") else 1)
-        if hook.endswith(HAS_KEYS):
-            return size * rows * cfg.n_heads * keys
-        if hook.endswith(BY_HEAD):
-            return size * rows * cfg.n_heads * cfg.d_model
-        if hook.endswith(IN_MLP):
-            return size * rows * cfg.d_mlp
-        if hook == "unembed.hook_out":
-            return size * rows * cfg.d_vocab
-        if hook.endswith(("hook_scale", "hook_normalized")):
-            wide = self.dtype.itemsize if self.dtype else max(size, 4)
-            return wide * rows * (1 if hook.endswith("hook_scale") else cfg.d_model)
-        return size * rows * cfg.d_model
+        """Return the bytes of one activation, a batch row."""
+        spec, cfg = lookup(name), bridge.cfg
+        dtype = self.dtype or bridge.embed.weight.dtype
+        size = 8 if spec.dtype == "int64" else dtype.itemsize
+        if spec.dtype == "float32 or wider" and self.dtype is None:
+            size = max(size, 4)
+        sizes = {axis: getattr(cfg, axis) for axis in ("d_head", "d_model", "d_mlp", "d_vocab")}
+        sizes |= {"head": cfg.n_heads, "cond": bridge.original_model.config.cond_dim}
+        sizes |= {"batch": 1, "pos": rows, "query": rows, "key": keys}
+        return size * math.prod(spec.shape(sizes))
 
     def check_budget(
         self,
@@ -201,13 +183,14 @@ def stack_ragged(name: str, kept: list[Tensor]) -> Tensor:
     Keys that a step does not have yet are filled with what they would be: no attention (0) in a
     pattern, -inf in scores. Rows that a narrower last block does not have are NaN, or -1 in ids.
     """
+    spec = lookup(name)
     sizes = [max(sizes) for sizes in zip(*(x.shape for x in kept), strict=True)]
     if all(list(x.shape) == sizes for x in kept):
         return torch.stack(kept)
     full = []
     for x in kept:
-        if name.endswith(HAS_KEYS):
-            unseen = 0.0 if name.endswith("hook_pattern") else -torch.inf
+        if spec.has_keys:
+            unseen = 0.0 if spec.kind == "pattern" else -torch.inf
             x = F.pad(x, (0, sizes[-1] - x.shape[-1]), value=unseen)
         wide = x.new_full(sizes, torch.nan if x.is_floating_point() else -1)
         wide[tuple(slice(0, size) for size in x.shape)] = x

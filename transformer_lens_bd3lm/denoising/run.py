@@ -16,12 +16,12 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
-from transformer_lens_bd3lm.bridge.conditioning import is_conditioning
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.made_with import MadeWith
 from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.record import HAS_KEYS, stack_ragged
+from transformer_lens_bd3lm.denoising.record import stack_ragged
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 from transformer_lens_bd3lm.errors import InputError
@@ -191,11 +191,10 @@ class Run:
         points = self.bridge.hook_dict
         found = {}
         for name, stacked in self.activations.items():
-            point = self.bridge.hook_dict[name].name or name
-            x = stacked[slot]
-            if point.endswith(HAS_KEYS):
+            spec, x = lookup(name), stacked[slot]
+            if spec.has_keys:
                 x = x[:, :, :rows, :keys]
-            elif not is_conditioning(point):
+            elif spec.rows != "none":
                 x = x[:, :rows]
             found |= {alias: x for alias in points if points[alias] is points[name]}
         ids = self.steps[number].tokens

@@ -16,15 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.block import require_eval
-from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.casts import frequencies
+from transformer_lens_bd3lm.bridge.forward import run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
-    HAS_KEYS,
     apply_on_rows,
     attached,
     on_batch_rows,
@@ -146,7 +147,7 @@ class Network:
         self.recorded.append(step.index)
 
         def keep(name: str, activation: Tensor, hook: HookPoint, step: Step) -> None:
-            self.kept[name].append(record.keep(self.points[name].name or name, activation))
+            self.kept[name].append(record.keep(name, activation))
 
         return [
             (name, partial(apply_on_rows, partial(keep, name), step, name, part, width, unseen))
@@ -158,7 +159,7 @@ class Network:
 
         A cached pass that also stores the block before reaches as far back as that one.
         """
-        if self.cache is None or not name.endswith(HAS_KEYS):
+        if self.cache is None or not lookup(name).has_keys:
             return 0
         return self.canvas.first_visible(start) - self.canvas.first_visible(first)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change
 from transformer_lens_bd3lm.analysis.noised_text import pattern_names
 from transformer_lens_bd3lm.analysis.similarity import cka, wide
+from transformer_lens_bd3lm.bridge.hook_points import split_layer
 from transformer_lens_bd3lm.errors import HookNameError, NotExactError
 from transformer_lens_bd3lm.result import plain_values
 
@@ -65,12 +66,12 @@ class HookPointComparison:
     @property
     def layer(self) -> int:
         """Number of the layer."""
-        return int(self.name.split(".")[1])
+        return split_layer(self.name)[0] or 0
 
     @property
     def point(self) -> str:
         """Name within the layer."""
-        return self.name.split(".", 2)[2]
+        return split_layer(self.name)[1]
 
     @property
     def identical(self) -> bool:

@@ -51,6 +51,7 @@ from transformer_lens_bd3lm.analysis.verify.reference import Point, Seen, passed
 from transformer_lens_bd3lm.bridge.boot import loading, path_of
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.folding import require_foldable
+from transformer_lens_bd3lm.bridge.hook_points import lookup, split_layer
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -60,13 +61,7 @@ from transformer_lens_bd3lm.progress import progress_bar
 KINDS = ("config", "read", "logits", "gradient", "edit", "host")
 BACKWARD = 10  # as much again of a gradient, whose sums cancel
 SETTINGS = ("block_size", "causal", "time_conditioning")
-# Whoever looks at these is shown an explicit computation in place of a kernel.
-INSIDE = ("hook_attn_scores", "hook_pattern", "hook_scale", "hook_normalized")
-# What weight processing leaves the same, whatever its options.
-UNPROCESSED = (
-    *(f"attn.hook_{name}" for name in ("q", "k", "rot_q", "rot_k", "attn_scores", "pattern")),
-    *("mlp.hook_pre", "mlp.hook_post", "ln1.hook_scale", "ln2.hook_scale", "ln_final.hook_scale"),
-)
+PARTS = ("attention", "MLP", "modulation")
 ROWS, EDITED = 2, 24  # texts, and how many tokens of them are edited
 STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)  # of an edit, in root mean squares of what it edits
 SHOWN = 12  # failing rows in a table
@@ -125,16 +120,16 @@ class Row:
         """Where in the model that is: a layer, before all or after all."""
         if not self.measured:
             return self.kind
-        if self.name.startswith("blocks."):
-            return f"layer {self.name.split('.')[1]}"
-        return "embed" if self.name.startswith(("hook_embed", "timestep_embed")) else "readout"
+        layer = split_layer(self.name)[0]
+        if layer is not None:
+            return f"layer {layer}"
+        return "embed" if lookup(self.name).part == "embedding" else "readout"
 
     @property
     def part(self) -> str:
         """Which part of a layer that is; nothing for the residual stream."""
-        if not self.measured:
-            return ""
-        return next((p for p, marks in PARTS.items() if any(m in self.name for m in marks)), "")
+        part = lookup(self.name).part
+        return part if self.measured and part in PARTS else ""
 
     @property
     def told(self) -> str:
@@ -145,13 +140,6 @@ class Row:
         told = f"{name}, {self.kind} {in_view(self.view, self.block_size)}: off by "
         told += f"{self.difference:.2g} of {self.scale:.2g}, {self.tolerance:.1g} is allowed"
         return f"{told}; {self.note}" if self.note else told
-
-
-PARTS = {
-    "attention": (".attn.", "hook_attn_out", "hook_modulated_msa", ".ln1."),
-    "MLP": (".mlp.", "hook_mlp_out", "hook_modulated_mlp", ".ln2."),
-    "modulation": (".adaln.", "final_adaln"),
-}
 
 
 @dataclass(frozen=True)
@@ -230,7 +218,7 @@ class Verification:
         for (place, view), rows in groups.items():
             bad = by_kind(row for row in rows if not row.ok)
             worst = bad[0] if bad else max(rows, key=lambda row: row.share)
-            figures = (short(worst.name), worst.kind, f"{worst.share:.2g}")
+            figures = (split_layer(worst.name)[1], worst.kind, f"{worst.share:.2g}")
             table.add_row(
                 place,
                 view,
@@ -294,11 +282,6 @@ def plain_table(title: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
-
-
-def short(name: str) -> str:
-    """A hook point's name within its layer."""
-    return name.split(".", 2)[2] if name.startswith("blocks.") else name
 
 
 # What is run
@@ -385,7 +368,7 @@ class Pair:
         """The hook points where an edit means the same on both sides."""
         if not self.bridge._weights_processed:
             return self.points
-        return [each for each in self.points if not each.name.endswith("attn.hook_pattern")]
+        return [each for each in self.points if lookup(each.name).kind != "pattern"]
 
     def comparisons(self, where: list[Pass]) -> int:
         """How many there are to make."""
@@ -505,8 +488,8 @@ class Pair:
 
 def apart(found: list[Point]) -> list[list[Point]]:
     """Hook points, those by themselves whose readers change how the rest is computed."""
-    inside = [each for each in found if each.name.endswith(INSIDE)]
-    return [[each for each in found if not each.name.endswith(INSIDE)], inside]
+    explicit = [each for each in found if lookup(each.name).explicit]
+    return [[each for each in found if not lookup(each.name).explicit], explicit]
 
 
 def draw(pair: Pair, length: int) -> Text:
@@ -577,7 +560,7 @@ def beside(
     check_same_shape(bridge.original_model.config, plain.config, names)
     found = points(plain.config.n_blocks, plain.config.adaln)
     if bridge._weights_processed:
-        found = [each for each in found if each.name.endswith(UNPROCESSED)]
+        found = [each for each in found if lookup(each.name).survives_processing]
     return Pair(bridge, plain, found, part, seed)
 
 
