@@ -230,7 +230,7 @@ def _largest_first(components: Iterable[Component]) -> tuple[Component, ...]:
     return tuple(sorted(components, key=lambda each: -each.change.relative))
 
 
-def _parameters(bridge: Any) -> dict[str, Tensor]:
+def parameters_of(bridge: Any) -> dict[str, Tensor]:
     """Return a bridge's parameters by the checkpoint's names, with q, k and v apart."""
     named = bridge.original_model.named_parameters()
     return {name.replace("._original_component", ""): x.detach() for name, x in named}
@@ -242,7 +242,7 @@ def check_finite(bridge: Any, name: str) -> None:
     Raises:
         InputError: naming the first tensor that holds another value.
     """
-    for tensor, x in _parameters(bridge).items():
+    for tensor, x in parameters_of(bridge).items():
         if not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).sum())
             raise InputError(
@@ -288,7 +288,7 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
     Raises:
         CheckpointError: for parameters that no checkpoint has.
     """
-    ours, theirs = _parameters(a), _parameters(b)
+    ours, theirs = parameters_of(a), parameters_of(b)
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise CheckpointError(
