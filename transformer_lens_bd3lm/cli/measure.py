@@ -69,13 +69,13 @@ def likelihood(
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     check_files(None, json)
-    bridge = boot(model, shared_device(device))
+    bridge = boot(model, _shared_device(device))
     result = bd3lm.likelihood(bridge, texts, typed_block_size(block_size), **options)
     if processes().is_main_process:
         show(result, json, result.to_dict())
 
 
-def shared_device(device: str | None) -> str | None:
+def _shared_device(device: str | None) -> str | None:
     """Return the device asked for, else this process's own where several share the work."""
     state = processes()
     return str(state.device) if device is None and state.num_processes > 1 else device
@@ -109,7 +109,7 @@ def sweep(
     )  # fmt: skip
     sizes = None if block_size is None else [typed_block_size(each) for each in block_size]
     check_files(plot, json)
-    bridge = boot(model, shared_device(device))
+    bridge = boot(model, _shared_device(device))
     result = bd3lm.sweep_block_sizes(bridge, texts, sizes, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict()["likelihoods"], plot)

@@ -198,7 +198,7 @@ class WeightComparison:
         unknown = [part for part in parts if part not in OF_HEADS]
         if unknown:
             raise InputError(f"{unknown[0]!r} has no heads: give any of {', '.join(OF_HEADS)}")
-        found: dict[tuple[int, int], Change] = {}
+        changes: dict[tuple[int, int], Change] = {}
         for each in self.components:
             if (
                 each.layer is not None
@@ -206,9 +206,9 @@ class WeightComparison:
                 and each.part in (parts or OF_HEADS)
             ):
                 place = each.layer, each.head
-                found[place] = found.get(place, Change()) + each.change
-        layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
-        values = [[found[i, head].relative for head in range(heads)] for i in range(layers)]
+                changes[place] = changes.get(place, Change()) + each.change
+        layers, heads = (1 + max(place[i] for place in changes) for i in (0, 1))
+        values = [[changes[i, head].relative for head in range(heads)] for i in range(layers)]
         return torch.tensor(values, dtype=torch.float64)
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
         raise CheckpointError(
             f"{alone[0]} is in only one of a and b: merge or remove what was added to the model"
         )
-    found: dict[tuple[str, int | None, int | None], Change] = {}
+    changes: dict[tuple[str, int | None, int | None], Change] = {}
     identical = 0
     for name, x in ours.items():
         changed = False
@@ -303,12 +303,12 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
             change = Change.of(one, other)
             changed |= not change.identical
             key: Any = tuple(place)
-            found[key] = found.get(key, Change()) + change
+            changes[key] = changes.get(key, Change()) + change
         identical += not changed
     order = list(dict.fromkeys(PARTS.values()))
     last = a.cfg.n_layers
     components = sorted(
-        (Component(*place, change) for place, change in found.items()),
+        (Component(*place, change) for place, change in changes.items()),
         key=lambda each: _model_order(each, order, last),
     )
     return WeightComparison(_largest_first(components), len(ours), identical)
