@@ -23,7 +23,7 @@ import torch
 
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.denoising.hook_arguments import read_once
+from transformer_lens_bd3lm.denoising.step_hooks import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
