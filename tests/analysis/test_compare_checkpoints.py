@@ -663,7 +663,7 @@ def test_values_too_large_for_the_dtype_are_refused(folders, device, tmp_path):
 FINE = torch.tensor([[0, 3, 4, 5]])
 BAD = {
     "no bridge": ((7, None), {}, InputError, "model is int"),
-    "a block size of 0": ((FINE,), {"block_size": 0}, BlockSizeError, "block_size=0 "),
+    "a block size of 0": ((FINE,), {"block_size": 0}, BlockSizeError, "block_size=0: "),
     "floats": ((FINE.float(),), {}, InputError, "text is torch.float32"),
     "a masked text": ((torch.tensor([[0, MASK]]),), {}, InputError, "tokens hold the mask"),
     "masks for words": (("w3 w4",), {"x_t": FINE}, InputError, "x_t is for ids"),

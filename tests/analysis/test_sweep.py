@@ -118,6 +118,8 @@ def test_the_figure_draws_both_curves_and_the_price(sweep, tmp_path):
     assert any(y == pytest.approx(nelbo) for y in drawn)
     assert any(y == pytest.approx(nll) for y in drawn)
     assert price.get_title(loc="left")
+    shares = [each.share for each in sweep.prices() if each.share is not None]
+    assert [bar.get_height() for bar in price.patches] == shares and min(shares) > 0
     figure.savefig(tmp_path / "dial.png")
     assert (tmp_path / "dial.png").stat().st_size > 10_000
 

@@ -427,7 +427,7 @@ def test_a_bar_counts_windows_and_a_stream_has_no_known_end(bridge, capfd, monke
 @pytest.mark.parametrize(
     "source, how, told",
     [
-        (TEXTS, {"method": "quadrature"}, 'give "exact", '),
+        (TEXTS, {"method": "quadrature"}, "method='quadrature': give"),
         (TEXTS, {"clip": Clip("t", 0.4, 0.9)}, "options of"),
         (TEXTS, {"seed": -1}, "give 0 or more"),
         (TEXTS, {"block_size": 0}, "block_size=0"),

@@ -158,9 +158,3 @@ def test_the_figure_of_checkpoints_draws_predictions_and_activations(results):
             for i in range(2)
         ]
         assert_draws(lines[f"resid_post, {stream}"], wanted)
-
-
-def test_the_figure_of_a_sweep_draws_the_share_of_looseness(results):
-    sweep = results["Sweep"]
-    prices = [price for price in sweep.prices() if price.share is not None]
-    assert_draws(heights(sweep.plot().axes[1]), [price.share for price in prices])

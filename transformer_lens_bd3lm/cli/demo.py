@@ -34,12 +34,12 @@ def demo(
 ) -> None:
     """Show a pass with every hook point, then denoising with and without an edit at some steps."""
     bridge = boot(model)
-    show_model(bridge)
-    show_forward(bridge, masked)
-    show_denoising(bridge, prompt, tokens, layer, toward, seed)
+    _show_model(bridge)
+    _show_pass(bridge, masked)
+    _show_denoising(bridge, prompt, tokens, layer, toward, seed)
 
 
-def show_model(bridge: Any) -> None:
+def _show_model(bridge: Any) -> None:
     """Print a line about the model and its adapter."""
     cfg = bridge.cfg
     console.print(
@@ -52,7 +52,7 @@ def show_model(bridge: Any) -> None:
     )
 
 
-def show_forward(bridge: Any, text: str) -> None:
+def _show_pass(bridge: Any, text: str) -> None:
     """Print the hook tree of a cached pass, a pattern's shape, and a lens on the masked token."""
     ids = bridge.to_tokens(text)
     masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
@@ -93,7 +93,7 @@ def show_forward(bridge: Any, text: str) -> None:
     console.print(table)
 
 
-def show_denoising(
+def _show_denoising(
     bridge: Any, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
 ) -> None:
     """Write without an edit, and with one at the first step of each block, under the same noise."""

@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.cli.options import (
     Seed,
     Weights,
     WeightsOption,
-    block_size_of,
+    typed_block_size,
 )
 from transformer_lens_bd3lm.show.terminal import console
 
@@ -73,7 +73,7 @@ def dependency(
         bridge = boot(model, device, weights=weights.value)
         results.append(
             by_dependency_depth(
-                bridge, sentences, block_size=block_size_of(block_size), deepest=deepest,
+                bridge, sentences, block_size=typed_block_size(block_size), deepest=deepest,
                 shuffles=shuffles, max_states=max_states, replicates=replicates, seed=seed,
                 name=name,
             )

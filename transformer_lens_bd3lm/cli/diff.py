@@ -21,7 +21,7 @@ from transformer_lens_bd3lm.cli.options import (
     Split,
     Weights,
     WeightsOption,
-    block_size_of,
+    typed_block_size,
 )
 from transformer_lens_bd3lm.cli.verify import Dtype
 
@@ -60,7 +60,7 @@ def diff(
     result = bd3lm.compare_checkpoints(
         *bridges,
         [*(text or []), *(file or [])] or None,
-        block_size=block_size_of(block_size),
+        block_size=typed_block_size(block_size),
         rows=windows,
         split=split,
         method=None if method is None else method.name,

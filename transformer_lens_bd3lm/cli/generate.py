@@ -15,7 +15,7 @@ from transformer_lens_bd3lm.cli.options import (
     BlockSize,
     Device,
     ModelArgument,
-    block_size_of,
+    typed_block_size,
 )
 from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
 
@@ -69,7 +69,7 @@ def generate(
             bridge,
             prompt or None,
             max_new_tokens=tokens,
-            block_size=block_size_of(block_size),
+            block_size=typed_block_size(block_size),
             sampler=rule,
             noise=bd3lm.Noise(seed),
             stop=bd3lm.EndOfText() if stop else None,

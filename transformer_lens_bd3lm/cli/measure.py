@@ -22,8 +22,8 @@ from transformer_lens_bd3lm.cli.options import (
     Seed,
     Split,
     Stride,
-    block_size_of,
     likelihood_options,
+    typed_block_size,
 )
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
@@ -42,7 +42,7 @@ def exact(
     check_texts([text])
     check_files(plot, json)
     bridge = boot(model, device)
-    result = bd3lm.exact(bridge, text, block_size_of(block_size), max_states=max_states)
+    result = bd3lm.exact(bridge, text, typed_block_size(block_size), max_states=max_states)
     show(result, json, result.to_dict(), plot)
 
 
@@ -69,13 +69,13 @@ def likelihood(
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     check_files(None, json)
-    bridge = boot(model, shared_device(device))
-    result = bd3lm.likelihood(bridge, texts, block_size_of(block_size), **options)
+    bridge = boot(model, _shared_device(device))
+    result = bd3lm.likelihood(bridge, texts, typed_block_size(block_size), **options)
     if processes().is_main_process:
         show(result, json, result.to_dict())
 
 
-def shared_device(device: str | None) -> str | None:
+def _shared_device(device: str | None) -> str | None:
     """Return the device asked for, else this process's own where several share the work."""
     state = processes()
     return str(state.device) if device is None and state.num_processes > 1 else device
@@ -107,9 +107,9 @@ def sweep(
         method, replicates=replicates, split=split, field=field, stride=stride,
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
-    sizes = None if block_size is None else [block_size_of(each) for each in block_size]
+    sizes = None if block_size is None else [typed_block_size(each) for each in block_size]
     check_files(plot, json)
-    bridge = boot(model, shared_device(device))
+    bridge = boot(model, _shared_device(device))
     result = bd3lm.sweep_block_sizes(bridge, texts, sizes, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict()["likelihoods"], plot)

@@ -36,7 +36,7 @@ Files = Annotated[
 ]
 BlockSize = Annotated[str | None, typer.Option(help='Block size in tokens, or "full".')]
 Split = Annotated[
-    str | None, typer.Option(help='Regular expression to cut plain files before, as "^Scene ".')
+    str | None, typer.Option(help='Plain files are cut before each match, as "^Scene ".')
 ]
 Field = Annotated[str, typer.Option(help="Field of the text in a .jsonl line.")]
 Stride = Annotated[
@@ -53,7 +53,7 @@ MaxStates = Annotated[
 Seed = Annotated[int, typer.Option(help="Random seed of the masks.", min=0, max=2**63 - 1)]
 Rows = Annotated[
     int,
-    typer.Option(help="Largest number of positions in one pass; memory grows.", min=1, max=MOST),
+    typer.Option(help="Largest number of positions in one pass, for memory.", min=1, max=MOST),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of finished work; a stopped run is resumed from it.")
@@ -73,7 +73,7 @@ def likelihood_options(method: Method | None, **options: Any) -> dict[str, Any]:
     return options | {"method": None if method is None else method.name}
 
 
-def block_size_of(value: str | None) -> Any:
+def typed_block_size(value: str | None) -> Any:
     """Return a block size as it was typed, an int if it is one; the library checks it."""
     try:
         return None if value is None else int(value)

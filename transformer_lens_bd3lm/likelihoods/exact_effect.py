@@ -72,7 +72,7 @@ def exact_effect(bridge: Any, tokens: Any, hooks: Any, **options: Any) -> ExactE
         options: further arguments of :func:`exact`.
 
     Raises:
-        InputError: as :func:`exact`, as do the following.
+        InputError: for arguments that do not fit, or too many mask patterns.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         HookNameError: for a hook name that the bridge does not have.
         HookReturnError: for a hook that returns another shape, dtype or device.
@@ -105,10 +105,10 @@ def exact_backward(
 
     Args:
         bridge: a BD3LM bridge, booted before, since the gradients stay in it.
-        tokens: as in :func:`exact`, as are the following.
+        tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``; BOS first.
         block_size: tokens a block, or ``"full"``.
-        hooks: hooks of the passes.
-        scope: how far they reach.
+        hooks: hooks of the passes, as in :func:`exact`.
+        scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given.
         max_states: largest number of mask patterns a block.
         rows: largest number of positions in one pass.

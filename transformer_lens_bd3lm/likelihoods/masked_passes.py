@@ -141,7 +141,7 @@ class MaskedPasses:
 
 
 @dataclass(frozen=True)
-class FullDiffusionPasses(MaskedPasses):
+class _FullDiffusionPasses(MaskedPasses):
     """Passes of full diffusion: one stream, in which every position reads every other."""
 
     def clean_stream(self) -> CleanStream:
@@ -167,7 +167,7 @@ class FullDiffusionPasses(MaskedPasses):
 
 
 @dataclass(frozen=True)
-class AutoregressivePasses(FullDiffusionPasses):
+class _AutoregressivePasses(_FullDiffusionPasses):
     """Passes of the autoregressive baseline: nothing is masked, and no position reads ahead."""
 
     def logits(
@@ -222,7 +222,7 @@ def read_masked_passes(
         )
     kind = MaskedPasses
     if not config.cross_attn:
-        kind = AutoregressivePasses if config.causal else FullDiffusionPasses
+        kind = _AutoregressivePasses if config.causal else _FullDiffusionPasses
     characters = tuple(map(len, texts)) if texts and given == 1 else None
     return kind(
         bridge=bridge,

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
-from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
+from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep

@@ -11,8 +11,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import ActivationComparison
-from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import PredictionComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import WeightComparison
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, heat_map, plain

@@ -65,12 +65,12 @@ class HookPointComparison:
 
     @property
     def layer(self) -> int:
-        """Its layer."""
+        """Number of the layer."""
         return split_layer(self.name)[0] or 0
 
     @property
     def point(self) -> str:
-        """Its name within the layer."""
+        """Name within the layer."""
         return split_layer(self.name)[1]
 
     @property

@@ -198,7 +198,7 @@ class WeightComparison:
         unknown = [part for part in parts if part not in OF_HEADS]
         if unknown:
             raise InputError(f"{unknown[0]!r} has no heads: give any of {', '.join(OF_HEADS)}")
-        found: dict[tuple[int, int], Change] = {}
+        changes: dict[tuple[int, int], Change] = {}
         for each in self.components:
             if (
                 each.layer is not None
@@ -206,9 +206,9 @@ class WeightComparison:
                 and each.part in (parts or OF_HEADS)
             ):
                 place = each.layer, each.head
-                found[place] = found.get(place, Change()) + each.change
-        layers, heads = (1 + max(place[i] for place in found) for i in (0, 1))
-        values = [[found[i, head].relative for head in range(heads)] for i in range(layers)]
+                changes[place] = changes.get(place, Change()) + each.change
+        layers, heads = (1 + max(place[i] for place in changes) for i in (0, 1))
+        values = [[changes[i, head].relative for head in range(heads)] for i in range(layers)]
         return torch.tensor(values, dtype=torch.float64)
 
     def to_dict(self) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _largest_first(components: Iterable[Component]) -> tuple[Component, ...]:
     return tuple(sorted(components, key=lambda each: -each.change.relative))
 
 
-def _parameters(bridge: Any) -> dict[str, Tensor]:
+def parameters_of(bridge: Any) -> dict[str, Tensor]:
     """Return a bridge's parameters by the checkpoint's names, with q, k and v apart."""
     named = bridge.original_model.named_parameters()
     return {name.replace("._original_component", ""): x.detach() for name, x in named}
@@ -242,7 +242,7 @@ def check_finite(bridge: Any, name: str) -> None:
     Raises:
         InputError: naming the first tensor that holds another value.
     """
-    for tensor, x in _parameters(bridge).items():
+    for tensor, x in parameters_of(bridge).items():
         if not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).sum())
             raise InputError(
@@ -288,13 +288,13 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
     Raises:
         CheckpointError: for parameters that no checkpoint has.
     """
-    ours, theirs = _parameters(a), _parameters(b)
+    ours, theirs = parameters_of(a), parameters_of(b)
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise CheckpointError(
             f"{alone[0]} is in only one of a and b: merge or remove what was added to the model"
         )
-    found: dict[tuple[str, int | None, int | None], Change] = {}
+    changes: dict[tuple[str, int | None, int | None], Change] = {}
     identical = 0
     for name, x in ours.items():
         changed = False
@@ -303,12 +303,12 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
             change = Change.of(one, other)
             changed |= not change.identical
             key: Any = tuple(place)
-            found[key] = found.get(key, Change()) + change
+            changes[key] = changes.get(key, Change()) + change
         identical += not changed
     order = list(dict.fromkeys(PARTS.values()))
     last = a.cfg.n_layers
     components = sorted(
-        (Component(*place, change) for place, change in found.items()),
+        (Component(*place, change) for place, change in changes.items()),
         key=lambda each: _model_order(each, order, last),
     )
     return WeightComparison(_largest_first(components), len(ours), identical)
