@@ -34,34 +34,32 @@ from transformer_lens_bd3lm.analysis.verify import verify as verify
 from transformer_lens_bd3lm.bridge.adapter import (
     BD3LMArchitectureAdapter as BD3LMArchitectureAdapter,
 )
+from transformer_lens_bd3lm.bridge.block_size import block_size as block_size
+from transformer_lens_bd3lm.bridge.block_size import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.boot import boot_lightning as boot_lightning
-from transformer_lens_bd3lm.bridge.forward import block_size as block_size
-from transformer_lens_bd3lm.bridge.forward import set_block_size as set_block_size
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save as save
 from transformer_lens_bd3lm.bridge.streams import clean_stream as clean_stream
 from transformer_lens_bd3lm.bridge.streams import noisy_stream as noisy_stream
-from transformer_lens_bd3lm.checkpoint.lightning.convert import (
-    convert_lightning as convert_lightning,
-)
+from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning as convert_lightning
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
+from transformer_lens_bd3lm.denoising.denoise import denoise as denoise
+from transformer_lens_bd3lm.denoising.denoise import denoise_steps as denoise_steps
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals as ForcedReveals
+from transformer_lens_bd3lm.denoising.fork import fork as fork
 from transformer_lens_bd3lm.denoising.hook_rows import current_step as current_step
-from transformer_lens_bd3lm.denoising.loop import denoise as denoise
-from transformer_lens_bd3lm.denoising.loop import denoise_steps as denoise_steps
 from transformer_lens_bd3lm.denoising.mediate import Mediation as Mediation
 from transformer_lens_bd3lm.denoising.mediate import mediate as mediate
 from transformer_lens_bd3lm.denoising.noise import Noise as Noise
 from transformer_lens_bd3lm.denoising.record import Record as Record
 from transformer_lens_bd3lm.denoising.replay import Replay as Replay
-from transformer_lens_bd3lm.denoising.replay import fork as fork
 from transformer_lens_bd3lm.denoising.replay import replay as replay
 from transformer_lens_bd3lm.denoising.run import Run as Run
 from transformer_lens_bd3lm.denoising.samplers import Ancestral as Ancestral
 from transformer_lens_bd3lm.denoising.samplers import Confidence as Confidence
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting as FirstHitting
 from transformer_lens_bd3lm.denoising.step import Step as Step
-from transformer_lens_bd3lm.denoising.step import StepHooks as StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks as StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText as EndOfText
 from transformer_lens_bd3lm.denoising.stop import LowEntropy as LowEntropy
 from transformer_lens_bd3lm.errors import BD3LMError as BD3LMError

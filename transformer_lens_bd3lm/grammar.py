@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids, read_block_size
+from transformer_lens_bd3lm.model.ids import check_ids
+from transformer_lens_bd3lm.model.inputs import read_block_size
 
 WORDS = ("a", "b", "c", "d", "e", "=")
 BOS, MARK, MASK = 0, 6, 7

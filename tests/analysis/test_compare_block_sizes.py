@@ -473,9 +473,9 @@ def test_everything_is_left_as_it_was(bridge):
 
 FINE = [[0, 3, 4, 5]]
 BAD = {
-    "a block size of 0": ((FINE, 0, 4), {}, BlockSizeError, "block_size=0 .*1..16"),
-    "a second one past the context": ((FINE, 4, 17), {}, BlockSizeError, "block_size=17 "),
-    "a word": ((FINE, 4, "half"), {}, BlockSizeError, "block_size='half' .*full"),
+    "a block size of 0": ((FINE, 0, 4), {}, BlockSizeError, "block_size=0: .*1..16"),
+    "a second one past the context": ((FINE, 4, 17), {}, BlockSizeError, "block_size=17: "),
+    "a word": ((FINE, 4, "half"), {}, BlockSizeError, "block_size='half': .*full"),
     "half a token": ((FINE, 1.5, 4), {}, BlockSizeError, "block_size=1.5"),
     "a mask in the text": (([[0, MASK, 4]], 1, 4), {}, InputError, "tokens hold the mask"),
     "BOS alone": (([[0]], 1, 4), {}, InputError, "1 tokens.*at most 16"),
@@ -529,7 +529,7 @@ def test_other_things_than_texts_are_refused(bridge, given):
 @pytest.mark.parametrize("name", ["full_diffusion", "autoregressive"])
 def test_a_model_without_blocks_has_no_dial(golden, device, name):
     bridge = shared(golden(name).path, device)
-    with pytest.raises(BlockSizeError, match="cross_attn=False.*no dial"):
+    with pytest.raises(BlockSizeError, match="cross_attn=False.*no block size"):
         compare_block_sizes(bridge, torch.tensor(FINE), 1, 4)
 
 

@@ -18,7 +18,10 @@ from tests.helpers.passes import boot, shared, there
 from tests.helpers.reference import reference
 from transformer_lens_bd3lm import compare_checkpoints
 from transformer_lens_bd3lm.analysis.compare_checkpoints import texts as noised_texts
-from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import SAMPLES, Gathered
+from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import (
+    SAMPLES,
+    PairedActivations,
+)
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change, parameters_of
 from transformer_lens_bd3lm.analysis.similarity import cka
 from transformer_lens_bd3lm.cli import app
@@ -434,7 +437,7 @@ def test_the_largest_changes_come_first(pair):
 
 
 def test_a_cka_is_of_the_first_positions(pair):
-    gathered = Gathered(pair[0])
+    gathered = PairedActivations(pair[0])
     name = "blocks.0.hook_resid_pre"
     for seed in range(3):
         x = torch.randn(15, 64, 4, generator=torch.Generator().manual_seed(seed))
@@ -510,7 +513,7 @@ def test_a_bound_that_cannot_be_had_is_told(folders, device):
 def test_one_dial_is_both_models(folders, device):
     bridges = [boot(folder, device) for folder in folders["as released"]]
     bd3lm.set_block_size(bridges[1], 2)
-    with pytest.raises(InputError, match="dial of a is at 4 and that of b at 2.*give block_size"):
+    with pytest.raises(InputError, match="block size of a is 4 and that of b 2.*give block_size"):
         compare_checkpoints(*bridges, texts())
     found = compare_checkpoints(*bridges, texts(), block_size=2)
     assert found.block_size == 2 and [each.cfg.block_size for each in bridges] == [4, 2]
@@ -607,9 +610,9 @@ def test_another_bos_and_other_rotary_frequencies_are_refused(folders, device, t
     other = changed(folder, tmp_path / "b", name, lambda x: None)
     spoken = json.loads((other / "tokenizer_config.json").read_text()) | {"bos_token": "w1"}
     (other / "tokenizer_config.json").write_text(json.dumps(spoken))
-    with pytest.raises(InputError, match="begin a text with other tokens"):
+    with pytest.raises(InputError, match="different BOS tokens"):
         compare_checkpoints(folder, other, device=device)
-    with pytest.raises(InputError, match="other rotary frequencies"):
+    with pytest.raises(InputError, match="different rotary frequencies"):
         compare_checkpoints(folder, changed(folder, tmp_path / "c", name, turn), device=device)
 
 
@@ -668,7 +671,7 @@ BAD = {
     "a dial alone": ((), {"block_size": 4}, InputError, "x_t and block_size are for a text"),
     "no words": (([],), {}, InputError, "no token"),
     "no rows": (("w3",), {"rows": 0}, InputError, "rows=0"),
-    "a number": ((7,), {}, InputError, "int is no corpus"),
+    "a number": ((7,), {}, InputError, "int is not a corpus"),
     "too short": (("w3",), {}, InputError, "seed=0 masks nothing"),
     "an estimator": ((FINE,), {"method": "best"}, InputError, "method='best'"),
     "one replicate": (
@@ -707,7 +710,7 @@ def test_the_baselines_are_compared_as_far_as_they_go(golden, device):
     assert compare_checkpoints(bridge, bridge).weights.whole.identical
     with pytest.raises(InputError, match="predicts no masks"):
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]))
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bridge = shared(golden("full_diffusion").path, device)
         compare_checkpoints(bridge, bridge, torch.tensor([[0, 3, 4]]), block_size=4)
 

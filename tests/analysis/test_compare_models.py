@@ -87,9 +87,9 @@ def test_a_name_says_what_its_config_leaves_out(tmp_path, device, architecture, 
 @pytest.mark.parametrize(
     ("architecture", "changes", "told"),
     [
-        ("MDLM", {"cross_attn": True}, "MDLM is cross_attn=False"),
-        ("MDLM", {"causal": True}, "MDLM is causal=False"),
-        ("AR", {"causal": False}, "AR is causal=True"),
+        ("MDLM", {"cross_attn": True}, "MDLM has cross_attn=False"),
+        ("MDLM", {"causal": True}, "MDLM has causal=False"),
+        ("AR", {"causal": False}, "AR has causal=True"),
     ],
 )
 def test_a_name_and_a_flag_that_disagree_are_refused(tmp_path, device, architecture, changes, told):
@@ -289,9 +289,9 @@ def test_full_diffusion_is_summed_over_every_order(mdlm):
 
 @pytest.mark.parametrize("size", [2, True, "full"])
 def test_there_is_no_dial_to_turn(ar, mdlm, size):
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.exact(ar, IDS, size)
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         bd3lm.likelihood(mdlm, TEXTS, 4)
 
 

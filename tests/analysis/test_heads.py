@@ -718,7 +718,7 @@ def test_without_blocks_there_is_one_view_and_no_dial(golden, device):
     found = detect_heads(bridge, ids, "next_token")
     assert found.block_size is None
     assert "no blocks" in found.title
-    with pytest.raises(BlockSizeError, match="no dial"):
+    with pytest.raises(BlockSizeError, match="no block size"):
         detect_heads(bridge, ids, "next_token", block_size=2)
     with pytest.raises(InputError, match="cross_attn=False"):
         detect_heads(bridge, ids, "next_token", clean=torch.tensor([[0, 3, 5, 4]]))

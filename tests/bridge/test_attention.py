@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.helpers.passes import boot, relative, shared
 from tests.helpers.reference import visible
-from transformer_lens_bd3lm.bridge import attention
-from transformer_lens_bd3lm.bridge.attention import Routing, block_tiles, dual_tiles
+from transformer_lens_bd3lm.bridge import routing
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.routing import Routing, block_tiles, dual_tiles
 from transformer_lens_bd3lm.model.inputs import View
 
 HEADS, D_HEAD = 2, 4
@@ -20,7 +20,7 @@ EXACT = 1e-12
 @pytest.fixture(params=[2, 4, 128])
 def tile(request, monkeypatch):
     """Tiles of a few tokens, so that short texts are cut into many."""
-    monkeypatch.setattr(attention, "TILE", request.param)
+    monkeypatch.setattr(routing, "TILE", request.param)
     return request.param
 
 
@@ -47,7 +47,7 @@ def seen_through(tiles, rows):
 @given(st.integers(1, 24), st.integers(1, 26), st.sampled_from([1, 2, 5, 8, 128]))
 def test_tiles_cover_exactly_what_a_row_may_read(length, block_size, tile):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "TILE", tile)
+        patch.setattr(routing, "TILE", tile)
         dual = dual_tiles(length, block_size, torch.device("cpu"))
         sampling = block_tiles(length, block_size, torch.device("cpu"))
     wanted = torch.tensor(visible(2 * length, 2 * length, "dual", length, block_size))
@@ -70,7 +70,7 @@ def test_tiles_are_small(monkeypatch):
 
     cost = sum(count(tile.queries) * count(tile.keys) for tile in tiles)
     assert cost < 0.36 * 2048**2
-    monkeypatch.setattr(attention, "TILE", 100_000)
+    monkeypatch.setattr(routing, "TILE", 100_000)
     tiles = dual_tiles(1024, 4, torch.device("cpu"))
     assert sum(count(tile.queries) * count(tile.keys) for tile in tiles) == 2048**2
 

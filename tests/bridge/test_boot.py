@@ -53,6 +53,9 @@ BOOTING = {
 KEEPING = {
     "exact_backward": lambda m: bd3lm.exact_backward(m, IDS, 2),
     "logit_lens": lambda m: bd3lm.logit_lens(m, {}, masked(IDS)),
+    "save": lambda m: bd3lm.save(m, "never-written"),
+    "set_block_size": lambda m: bd3lm.set_block_size(m, 4),
+    "block_size": lambda m: bd3lm.block_size(m, 4).__enter__(),
 }
 on_booting = pytest.mark.parametrize("door", BOOTING.values(), ids=BOOTING.keys())
 on_keeping = pytest.mark.parametrize("door", KEEPING.values(), ids=KEEPING.keys())

@@ -11,7 +11,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers.devices import Elsewhere
 from tests.helpers.hook_points import names_of
 from tests.helpers.passes import CachedPasses, boot, relative, shared
-from transformer_lens_bd3lm.bridge.forward import frequencies
+from transformer_lens_bd3lm.bridge.casts import frequencies
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError, NotExactError
 
 TEXT = "w3 [MASK] w4 w1 w5 w2 w9"

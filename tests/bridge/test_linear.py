@@ -7,7 +7,7 @@ from torch import nn
 
 from tests.helpers import small
 from tests.helpers.passes import boot
-from transformer_lens_bd3lm.bridge.forward import FEW_ROWS, Linear
+from transformer_lens_bd3lm.bridge.linear import FEW_ROWS, Linear
 
 
 def linear(bias: bool) -> Linear:

@@ -21,12 +21,12 @@ from tests.helpers import FIXTURES, TOP, checkpoints, small
 from tests.helpers.checkpoints import write
 from transformer_lens_bd3lm.checkpoint.lightning import unpickle as unpickle_module
 from transformer_lens_bd3lm.checkpoint.lightning.archive import MAX_DIRECTORY
-from transformer_lens_bd3lm.checkpoint.lightning.convert import pickled_tokenizer
 from transformer_lens_bd3lm.checkpoint.lightning.reader import read_lightning
+from transformer_lens_bd3lm.checkpoint.lightning.tokenizer import pickled_tokenizer
 from transformer_lens_bd3lm.checkpoint.lightning.unpickle import (
     MAX_BYTES,
     MAX_INSTRUCTIONS,
-    Made,
+    StandIn,
     unpickle,
 )
 from transformer_lens_bd3lm.errors import CheckpointError, TokenizerError
@@ -638,7 +638,7 @@ def test_what_a_pickle_holds_comes_out_in_every_protocol():
             if not (isinstance(theirs, bytes) and protocol < 3):
                 assert mine == theirs and type(mine) is type(theirs), (protocol, theirs)
         made = unpickle(pickle.dumps({"a": {"b": [1]}, (1, 2): 3}, protocol), "x")
-        assert isinstance(made, Made) and made.pairs is not None
+        assert isinstance(made, StandIn) and made.pairs is not None
         assert [key for key, _ in made.pairs] == ["a", (1, 2)]
 
 

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import checkpoints, small
 from tests.helpers.passes import boot
-from transformer_lens_bd3lm.checkpoint.lightning.convert import pickled_tokenizer
-from transformer_lens_bd3lm.checkpoint.lightning.unpickle import Made
+from transformer_lens_bd3lm.checkpoint.lightning.tokenizer import pickled_tokenizer
+from transformer_lens_bd3lm.checkpoint.lightning.unpickle import StandIn
 from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
 from transformer_lens_bd3lm.errors import TokenizerError
 
@@ -250,7 +250,7 @@ def test_a_tokenizer_that_would_take_all_memory_is_not_run(tmp_path, bomb):
 
 def pickled(whole):
     """A fast tokenizer with this JSON, as it stands in what a pickle holds."""
-    tokenizer, state, backend = Made(None), Made(None), Made(None)
+    tokenizer, state, backend = StandIn(None), StandIn(None), StandIn(None)
     tokenizer.state, state.pairs = state, [("_tokenizer", backend)]
     backend.state = json.dumps(whole).encode()
     return tokenizer

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.passes import boot, shared
+from transformer_lens_bd3lm.bridge import block_size as block_size_module
 from transformer_lens_bd3lm.bridge import forward
 from transformer_lens_bd3lm.errors import (
     BD3LMError,
@@ -59,12 +60,12 @@ BAD = {
         (ids(FINE), {"clean": ids(FINE), "sample_mode": True}),
         "clean with sample_mode=True",
     ),
-    "block size 0": ((ids(FINE), {"block_size": 0}), "block_size=0 .*1..16"),
-    "block size -1": ((ids(FINE), {"block_size": -1}), "block_size=-1 .*1..16"),
-    "block size 3.5": ((ids(FINE), {"block_size": 3.5}), "block_size=3.5 .*1..16"),
-    "block size x": ((ids(FINE), {"block_size": "x"}), "block_size='x' .*full"),
-    "block size True": ((ids(FINE), {"block_size": True}), "block_size=True .*1..16"),
-    "block size above the context": ((ids(FINE), {"block_size": 17}), "block_size=17 .*1..16"),
+    "block size 0": ((ids(FINE), {"block_size": 0}), "block_size=0: .*1..16"),
+    "block size -1": ((ids(FINE), {"block_size": -1}), "block_size=-1: .*1..16"),
+    "block size 3.5": ((ids(FINE), {"block_size": 3.5}), "block_size=3.5: .*1..16"),
+    "block size x": ((ids(FINE), {"block_size": "x"}), "block_size='x': .*full"),
+    "block size True": ((ids(FINE), {"block_size": True}), "block_size=True: .*1..16"),
+    "block size above the context": ((ids(FINE), {"block_size": 17}), "block_size=17: .*1..16"),
     "sigmas of another number of rows": (
         (ids(FINE, FINE), {"timesteps": torch.zeros(3)}),
         r"timesteps has shape \(3,\).*\[2\]",
@@ -111,15 +112,17 @@ def bridge(golden, device):
 def as_installed(monkeypatch):
     """The doors without the checks that the tests put in front of every annotated function."""
     monkeypatch.setattr(forward.HookedForward, "forward", unwrap(forward.HookedForward.forward))
-    monkeypatch.setattr(forward, "set_block_size", unwrap(forward.set_block_size))
+    monkeypatch.setattr(
+        block_size_module, "set_block_size", unwrap(block_size_module.set_block_size)
+    )
 
 
 def set_block_size(bridge, size):
-    forward.set_block_size(bridge, size)
+    block_size_module.set_block_size(bridge, size)
 
 
 def set_for_a_while(bridge, size):
-    with contextmanager(unwrap(forward.block_size))(bridge, size):
+    with contextmanager(unwrap(block_size_module.block_size))(bridge, size):
         raise AssertionError("not reached")
 
 
@@ -242,11 +245,11 @@ def test_a_checkpoint_without_blocks_has_no_dual_view_and_no_dial(golden, device
     with pytest.raises(InputError, match="32 tokens"):
         bridge(torch.cat([x_t, x_t], dim=1))
     for size in (1, 4, "full"):
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             bridge(x_t, block_size=size)
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             set_block_size(bridge, size)
-        with pytest.raises(BlockSizeError, match="no dial"):
+        with pytest.raises(BlockSizeError, match="no block size"):
             set_for_a_while(bridge, size)
     assert torch.equal(bridge(x_t), wanted)
 

@@ -8,7 +8,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, spelled
 from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 

@@ -13,8 +13,9 @@ from tests.helpers.passes import CachedPasses, boot, relative, shared
 from tests.helpers.reference import reference
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 
 
 def test_every_view_of_every_golden_is_compared(golden):

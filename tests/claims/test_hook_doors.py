@@ -12,7 +12,8 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative, shared
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
 MASK, SIZE = 11, 4

@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers.passes import boot, shared
-from transformer_lens_bd3lm.bridge.hook_point import OwningHookPoint
+from transformer_lens_bd3lm.bridge.watched import OwningHookPoint
 from transformer_lens_bd3lm.errors import BD3LMError
 
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")

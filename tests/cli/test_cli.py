@@ -141,14 +141,14 @@ def test_likelihood_says_which_figures_are_exact(corpus):
     how = ["--field", "body", "--split", "^ACT", "--block-size"]
     result = run("likelihood", "tiny", *corpus, *how, "2")
     assert result.exit_code == 0, result.output
-    assert "NLL: of what is written, exact" in words(result)
+    assert "NLL of the sampler, exact" in words(result)
     assert (
         "3 texts" in words(result)
         and "1 process;" in words(result)
-        and "95% over such texts" in words(result)
+        and "95% over texts" in words(result)
     )
     result = run("likelihood", "tiny", *corpus, *how, "full")
-    assert "NELBO: a bound, estimate" in words(result) and "NLL" not in words(result)
+    assert "NELBO (a bound), estimate" in words(result) and "NLL" not in words(result)
 
 
 @pytest.mark.parametrize("size, trained", [("4", True), ("full", True), ("3", False)])

@@ -9,7 +9,8 @@ from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.denoising.canvas import read_canvas, read_prompts
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError
 
 MASK, CONTEXT = 11, 16
@@ -107,7 +108,7 @@ def test_only_blocks_that_a_row_asked_for_are_denoised_in_it(bridge):
     wanted[0, 2:8] = True
     wanted[1, 7:12] = True
     assert torch.equal(canvas.to_denoise(), wanted)
-    assert canvas.windows() == [(0, 4), (4, 8), (8, 12)]
+    assert canvas.block_windows() == [(0, 4), (4, 8), (8, 12)]
     assert canvas.asked().sum(-1).tolist() == [5, 10]
 
 

@@ -9,7 +9,8 @@ from tests.helpers.passes import boot, there
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText
 from transformer_lens_bd3lm.errors import InputError
 

@@ -14,7 +14,7 @@ from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText, LowEntropy
 from transformer_lens_bd3lm.errors import InputError
 
@@ -111,7 +111,7 @@ def assert_goes_on(fork: Run, run: Run, step: int, n: int = 1) -> None:
 def test_under_the_same_noise_it_goes_on_as_the_run_did(bridge, rule, seed):
     run = Case.of(100 * seed + len(rule), RULES[rule]).run(bridge)
     rng = random.Random(seed)
-    for step in rng.sample(run.timeline.indices, min(3, len(run.steps))):
+    for step in rng.sample(run.timeline.index, min(3, len(run.steps))):
         assert_goes_on(bd3lm.fork(run, step, noise=run.noise), run, step)
         n = rng.randint(2, 3)
         noise = repeated(run.noise, len(run.ends), n)
@@ -124,16 +124,16 @@ def test_a_fork_of_a_fork_goes_on_as_the_fork_did(bridge, rule, seed, tmp_path):
     """Under new noise, whose times are scaled within the block; also read back from a file."""
     run = Case.of(7 + 10 * seed + len(rule), RULES[rule]).run(bridge)
     rng = random.Random(seed)
-    first = bd3lm.fork(run, rng.choice(run.timeline.indices), n=2, noise=Noise(50 + seed))
+    first = bd3lm.fork(run, rng.choice(run.timeline.index), n=2, noise=Noise(50 + seed))
     stop = {"stop": RULES[rule]} if rule in ("function", "kind of row", "all") else {}
     for number, made in enumerate((run, first)):
         made.save(tmp_path / str(number))
         back = Run.load(tmp_path / str(number), bridge, **stop)
-        for step in rng.sample(made.timeline.indices, min(2, len(made.steps))):
+        for step in rng.sample(made.timeline.index, min(2, len(made.steps))):
             assert_goes_on(bd3lm.fork(made, step, noise=made.noise), made, step)
             assert_goes_on(bd3lm.fork(back, step, noise=back.noise), made, step)
-        assert_goes_on(bd3lm.replay(back), made, made.timeline.indices[0])
-    assert_goes_on(bd3lm.replay(first), first, first.timeline.indices[0])
+        assert_goes_on(bd3lm.replay(back), made, made.timeline.index[0])
+    assert_goes_on(bd3lm.replay(first), first, first.timeline.index[0])
 
 
 def prefix_of(run: Run, at: Any) -> list[torch.Tensor]:

@@ -22,8 +22,8 @@ from transformer_lens_bd3lm.denoising.loop import Loop
 from transformer_lens_bd3lm.denoising.noise import Noise, sigma_of
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
 from transformer_lens_bd3lm.denoising.step_forward import make_network
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import Stop
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError, NotExactError
 

@@ -14,7 +14,7 @@ from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText, LowEntropy
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 

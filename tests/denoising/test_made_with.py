@@ -10,7 +10,7 @@ from tests.helpers import small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.denoising.made_with import checksum, hooks_on
 from transformer_lens_bd3lm.denoising.record import Record
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import NotExactError
 
 RESID = "blocks.0.hook_resid_post"

@@ -7,7 +7,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 RESID = "blocks.0.hook_resid_post"

@@ -9,7 +9,7 @@ from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 RESID = "blocks.0.hook_resid_post"

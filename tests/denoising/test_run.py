@@ -11,11 +11,11 @@ import torch
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot
+from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
-from transformer_lens_bd3lm.denoising.run_files import weights_hash
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError
 
 RESID = "blocks.0.hook_resid_post"
@@ -60,7 +60,7 @@ def test_what_is_read_back_is_what_was_saved(bridge, tmp_path, how):
         x, y = getattr(run, item.name), getattr(back, item.name)
         if isinstance(x, torch.Tensor):
             assert equal(x, y), item.name
-    assert back.timeline.windows == run.timeline.windows
+    assert back.timeline.window == run.timeline.window
     assert (back.sampler, back.noise, back.kv_cache) == (run.sampler, run.noise, run.kv_cache)
     assert back.text == run.text and back.slid == run.slid and repr(back) == repr(run)
     assert list(back.recorded_steps) == list(run.recorded_steps)

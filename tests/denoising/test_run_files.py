@@ -15,8 +15,8 @@ from tests.helpers.passes import boot
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.run import Run
-from transformer_lens_bd3lm.denoising.run_files import digest, file_hash
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.run_folder import digest, file_hash
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import BD3LMError, InputError
 
 RESID = "blocks.0.hook_resid_post"

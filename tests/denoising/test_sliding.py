@@ -13,7 +13,8 @@ from transformer_lens_bd3lm.denoising.canvas import read_canvas
 from transformer_lens_bd3lm.denoising.noise import Noise, sigma_of
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.masks import sampling_mask
 

@@ -16,7 +16,9 @@ from transformer_lens_bd3lm.denoising.hook_rows import row_axis
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record, stack_ragged
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Chosen, Scope, Step, StepHooks, matches
+from transformer_lens_bd3lm.denoising.step import Scope, Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
+from transformer_lens_bd3lm.denoising.step_selectors import StepSelectors, matches
 from transformer_lens_bd3lm.denoising.stop import EndOfText
 from transformer_lens_bd3lm.errors import HookNameError, HookReturnError, InputError
 
@@ -148,7 +150,7 @@ def test_a_range_of_times_that_is_none_is_refused(span):
 
 @pytest.mark.parametrize("span", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 1.0)])
 def test_a_range_of_the_right_type_is_refused_by_name(span):
-    for make in (lambda: Chosen(t=span), lambda: Record([RESID], t=span)):
+    for make in (lambda: StepSelectors(t=span), lambda: Record([RESID], t=span)):
         with pytest.raises(InputError, match=r"give \(low, high\)"):
             make()
 
@@ -196,7 +198,7 @@ def test_rows_are_chosen_by_their_own_time_and_masks(bridge, selectors, rule, sa
     kwargs = {"max_new_tokens": 8, "sampler": sampler, "noise": Noise(2)}
     ran = list(bd3lm.denoise_steps(bridge, RAGGED, **kwargs))
     wanted, calls = meant(ran, rule), []
-    chosen = Chosen(**selectors)
+    chosen = StepSelectors(**selectors)
     assert {step.index: chosen.rows(step).tolist() for step in ran} == wanted
     hooks = StepHooks().add(RESID, lambda x, hook, step: calls.append(step.index), **selectors)
     if isinstance(sampler, FirstHitting):
@@ -274,8 +276,8 @@ def test_the_rows_of_a_commit_are_all_of_them(bridge):
     run(bridge, hooks, noise=Noise(1))
     assert ("commit", 1) in seen
     step = next(bd3lm.denoise_steps(bridge, prompt(3), max_new_tokens=NEW))
-    assert Chosen(step=7).rows(step).tolist() == [False] * 3
-    assert Chosen(t=(0.0, 1.0)).rows(step).tolist() == [True] * 3
+    assert StepSelectors(step=7).rows(step).tolist() == [False] * 3
+    assert StepSelectors(t=(0.0, 1.0)).rows(step).tolist() == [True] * 3
 
 
 def test_another_shape_is_refused_where_only_some_rows_are_chosen_too(bridge):

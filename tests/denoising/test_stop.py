@@ -11,7 +11,8 @@ from tests.helpers import small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import Step, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText, LowEntropy
 from transformer_lens_bd3lm.errors import InputError
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.forward import run
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.routing import Routing
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 

@@ -455,3 +455,25 @@ def test_a_job_is_as_many_windows_as_it_says(bridge, tmp_path):
     lines = (tmp_path / "out" / "jobs-0.jsonl").read_text().splitlines()
     sizes = [len(json.loads(line)["texts"]) for line in lines]
     assert sizes[:-1] == [JOB] * (len(sizes) - 1) and 0 < sizes[-1] <= JOB
+
+
+def test_a_string_begins_with_bos_whatever_the_bridges_default_is(bridge, monkeypatch):
+    wanted, alone = likelihood(bridge, TEXTS, 2), exact(bridge, TEXTS[2], 2)
+    monkeypatch.setattr(bridge.cfg, "default_prepend_bos", False)
+    assert int(bridge.to_tokens("w1")[0, 0]) != bridge.tokenizer.bos_token_id
+    found = likelihood(bridge, TEXTS, 2)
+    assert torch.equal(found.nll.replicates, wanted.nll.replicates)
+    assert torch.equal(found.nll.token_counts, wanted.nll.token_counts)
+    assert torch.equal(exact(bridge, TEXTS[2], 2).tokens, alone.tokens)
+
+
+def test_a_run_under_autocast_goes_on_under_the_same_autocast_alone(bridge, tmp_path, device):
+    with torch.autocast(device.type, torch.bfloat16):
+        first = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+        again = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    assert torch.equal(first.nll.replicates, again.nll.replicates)
+    with pytest.raises(InputError, match=rf"autocast='{device.type} torch.bfloat16' \(now None\)"):
+        likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
+    likelihood(bridge, TEXTS, 2, out=tmp_path / "plain")
+    with torch.autocast(device.type, torch.float16), pytest.raises(InputError, match="autocast"):
+        likelihood(bridge, TEXTS, 2, out=tmp_path / "plain")

@@ -11,7 +11,7 @@ from tests.helpers import small
 from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import BlockSizeError, HookNameError, InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import exact_backward, exact_effect

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.bridge.forward import read_dial
-from transformer_lens_bd3lm.denoising.hook_arguments import read_once
+from transformer_lens_bd3lm.denoising.step_hooks import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
@@ -184,7 +184,7 @@ def compare_models(bridges: Any, source: Any, **options: Any) -> ModelComparison
     _check_alike(bridges)
     options["hooks"] = read_once(options.get("hooks"))
     models = []
-    for name, bridge in sorted(bridges.items(), key=lambda item: read_dial(item[1])):
+    for name, bridge in sorted(bridges.items(), key=lambda item: block_size_of(item[1])):
         kind = kind_of(bridge.original_model.config)
         own: dict[str, Any] = options if kind != "autoregressive" else _without_estimates(options)
         if options.get("out") is not None:

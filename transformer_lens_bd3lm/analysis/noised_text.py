@@ -22,7 +22,7 @@ from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids
+from transformer_lens_bd3lm.model.ids import check_ids
 
 
 @dataclass(frozen=True)

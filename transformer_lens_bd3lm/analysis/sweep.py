@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.analysis.noised_text import read_noised_text
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.hook_names import read_names, resolve
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
-from transformer_lens_bd3lm.denoising.step import StepHooks
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import read_texts, text_windows
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood

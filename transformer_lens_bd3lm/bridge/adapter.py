@@ -20,10 +20,10 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
 )
 
-from transformer_lens_bd3lm.bridge.activation_cache import WithExactTools
 from transformer_lens_bd3lm.bridge.ar_baseline import WithNextToken
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
+from transformer_lens_bd3lm.bridge.casts import FollowsCasts
 from transformer_lens_bd3lm.bridge.conditioning import (
     MODULATION,
     AdaLNBridge,
@@ -33,12 +33,14 @@ from transformer_lens_bd3lm.bridge.conditioning import (
     TimestepEmbedBridge,
 )
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
-from transformer_lens_bd3lm.bridge.forward import FollowsCasts, install
+from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
-from transformer_lens_bd3lm.bridge.hook_point import own_hook_points
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.no_causal_loss import WithoutShiftedLoss
+from transformer_lens_bd3lm.bridge.run_with_cache import WithCache
 from transformer_lens_bd3lm.bridge.texts import WithTexts
+from transformer_lens_bd3lm.bridge.watched import own_hook_points
+from transformer_lens_bd3lm.bridge.weight_processing import WithWeightProcessing
 from transformer_lens_bd3lm.checkpoint.placement import align, check_placement, check_range
 from transformer_lens_bd3lm.checkpoint.plain import check_plain
 from transformer_lens_bd3lm.checkpoint.remote import trusted_config
@@ -174,7 +176,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         mount_frequencies(bridge, model.backbone)
         for methods in (WithNextToken,) if self.cfg.causal else self.denoising:
             put_in_front(bridge, methods)
-        put_in_front(bridge, WithExactTools)
+        put_in_front(bridge, WithWeightProcessing)
+        put_in_front(bridge, WithCache)
         put_in_front(bridge, WithTexts)
         put_in_front(bridge, WithForwardKeywords)
         put_in_front(bridge, FollowsCasts)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from transformer_lens_bd3lm.bridge.attention import Fork, Routing, read_only
+from transformer_lens_bd3lm.bridge.attention import Fork
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION, modulate
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import NotExactError
 
 REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")

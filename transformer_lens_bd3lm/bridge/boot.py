@@ -14,8 +14,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_device
 
 from transformer_lens_bd3lm import checkpoint
-from transformer_lens_bd3lm.checkpoint.lightning.convert import locate, write_words
-from transformer_lens_bd3lm.checkpoint.lightning.reader import read_lightning
+from transformer_lens_bd3lm.checkpoint.lightning import (
+    find_checkpoint_file,
+    read_lightning,
+    write_config_and_tokenizer,
+)
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 from transformer_lens_bd3lm.model.rules import ARCHITECTURES
@@ -111,10 +114,10 @@ def boot_lightning(
         InputError: if ``weights`` is neither.
     """
     device = get_device() if device is None else device
-    path = locate(path_or_repo, filename, revision)
+    path = find_checkpoint_file(path_or_repo, filename, revision)
     with read_lightning(path, weights) as found, TemporaryDirectory() as folder:
         # The host makes its tokenizer anew from where it came from, so it comes from a folder.
-        write_words(found, tokenizer, Path(folder))
+        write_config_and_tokenizer(found, tokenizer, Path(folder))
         with torch.device("meta"):
             model = BD3LM(found.config)
         model.load_state_dict(found.state(), assign=True)

@@ -20,8 +20,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from transformer_lens_bd3lm.bridge.attention import read_only
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.modules import at_least_float32, timestep_features
 

@@ -21,7 +21,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from transformer_lens_bd3lm.errors import OffDistributionWarning
-from transformer_lens_bd3lm.model.inputs import View, has_values
+from transformer_lens_bd3lm.model.ids import has_values
+from transformer_lens_bd3lm.model.inputs import View
 
 
 def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch pos"] | None) -> None:

@@ -10,8 +10,6 @@ good; it lives in ``bridge.cfg.block_size``. A checkpoint at another block size 
 at is off-distribution.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,47 +17,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from transformer_lens_bd3lm.bridge.attention import Routing
+from transformer_lens_bd3lm.bridge.block_size import ConfigAtBlockSize
+from transformer_lens_bd3lm.bridge.casts import FollowsCasts, frequencies, keep_frequencies
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.bridge.distribution import warn_once
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.linear import Linear
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
-from transformer_lens_bd3lm.bridge.save import save
+from transformer_lens_bd3lm.bridge.padding import complete_block
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.save import SavesAsCheckpoint
+from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import (
     check_keywords,
-    read_block_size,
     read_input,
     read_padding,
     read_sigma,
 )
-from transformer_lens_bd3lm.model.modules import KeptFrequencies, Rotary
-
-FEW_ROWS = 64
-
-
-class Linear(nn.Linear):
-    """A linear that is fast for the few rows of a denoising step in bfloat16 on a CPU.
-
-    There ``x W^T`` has all of W laid out anew at every call, and ``(W x^T)^T`` only x: the same
-    sums, in about three quarters of the time. Everything else is the plain linear's.
-    """
-
-    def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
-        """``input W^T + bias``."""
-        rows = input.shape[:-1].numel()
-        weight, bias = self.weight, self.bias
-        # Under autocast weights and inputs have dtypes of their own, which the linear casts.
-        few = 0 < rows <= FEW_ROWS and input.dtype == weight.dtype == torch.bfloat16
-        if not few or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return super().forward(input)
-        if rows == 1:
-            x = input.flatten()
-            y = weight @ x if bias is None else bias.addmv(weight, x)
-        else:
-            x = input.reshape(rows, -1).T
-            y = (weight @ x if bias is None else bias[:, None].addmm(weight, x)).T
-        return y.reshape(*input.shape[:-1], -1)
 
 
 def run(
@@ -148,17 +122,7 @@ def scalar(value: Any) -> Float[Tensor, ""]:
     return value
 
 
-class FollowsCasts:
-    """Mixed in front of a bridge's class and its model's: ``cfg.dtype`` follows every cast."""
-
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        cfg = self.__dict__.get("tl_cfg") or self.cfg
-        cfg.dtype = next(self.parameters()).dtype
-        return self
-
-
-class HookedForward(FollowsCasts):
+class HookedForward(SavesAsCheckpoint, FollowsCasts):
     """Mixed in front of the wrapped model's class; every pass of a bridge goes through here.
 
     Attributes:
@@ -219,7 +183,7 @@ class HookedForward(FollowsCasts):
                 'are in run_with_cache: "hook_embed" and "blocks.{i}.hook_resid_post"'
             )
         cfg = self.tl_cfg
-        config = Dial(self.config, cfg)
+        config = ConfigAtBlockSize(self.config, cfg)
         if labels is not None and not config.causal:
             raise InputError("labels are the causal loss's, which this checkpoint does not have")
         if inputs_embeds is not None:
@@ -242,59 +206,6 @@ class HookedForward(FollowsCasts):
         logits = run(self, x, sigma, routing, slice(0, view.length))
         return logits if reduce is None else scalar(reduce(logits))
 
-    def save_pretrained(self: Any, save_directory: Any) -> None:
-        """As ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
-        save(self.tl_cfg._bridge_ref(), save_directory)
-
-
-class Dial:
-    """The checkpoint's config as one call sees it: the dial is the bridge's."""
-
-    def __init__(self, config: Any, cfg: Any):
-        self.model_length: int = config.model_length
-        self.vocab_size: int = config.vocab_size
-        self.cross_attn: bool = config.cross_attn
-        self.causal: bool = config.causal
-        self.time_conditioning: bool = config.time_conditioning
-        self.block_size: int = cfg.block_size
-        self.mask_id: int = cfg.mask_token_id
-
-
-def complete_block(
-    config: Dial, input_ids: Any, clean: Any, attention_mask: Any, block_size: Any
-) -> tuple[Int[Tensor, "batch pos"], None, None]:
-    """Fill the last block up with mask tokens, at most to the context.
-
-    Raises:
-        InputError: beside ``clean`` or padding, whose streams it would tear apart.
-    """
-    padded = attention_mask is not None and not bool(torch.as_tensor(attention_mask).all())
-    if clean is not None or padded:
-        raise InputError(
-            "pad_block=True is for one stream of equal lengths: drop clean, and pass rows of one "
-            "length"
-        )
-    view = read_input(config, input_ids, sample_mode=True, block_size=block_size)
-    size = view.block_size if view.kind == "block" else view.length
-    target = min(-(-view.length // size) * size, config.model_length)
-    return F.pad(view.ids, (0, target - view.length), value=config.mask_id), None, None
-
-
-def keep_frequencies(rotary: Any) -> None:
-    """Put the checkpoint's rotary frequencies out of reach of casts; undo one that was made."""
-    there = rotary.inv_freq
-    if there.dtype.itemsize < 4:
-        exact = Rotary(2 * there.shape[0]).frequencies().to(there.device)
-        cast = torch.equal(exact.to(there.dtype), there)
-        rotary.inv_freq = exact if cast else there.float()
-    if not isinstance(rotary, KeptFrequencies):
-        put_in_front(rotary, KeptFrequencies)
-
-
-def frequencies(model: Any, device: torch.device) -> Float[Tensor, " half"]:
-    """The checkpoint's rotary frequencies on a device, whatever the model is cast to."""
-    return model.backbone.rotary_emb.inv_freq.to(device)
-
 
 def install(model: Any, cfg: Any) -> None:
     """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
@@ -304,52 +215,3 @@ def install(model: Any, cfg: Any) -> None:
             module.__class__ = Linear
     keep_frequencies(model.backbone.rotary_emb)
     put_in_front(model, HookedForward)
-
-
-def read_dial(bridge: Any, block_size: Any = None) -> int:
-    """Tokens a block in a call: what was given, else the bridge's dial.
-
-    Without blocks it is the whole context, which full diffusion writes at once, or one token, where
-    the model is autoregressive.
-
-    Raises:
-        BlockSizeError: if it is none, or given where there is no dial.
-    """
-    config = bridge.original_model.config
-    if config.cross_attn:
-        size = bridge.cfg.block_size if block_size is None else block_size
-        return read_block_size(size, config.model_length)
-    size = 1 if config.causal else config.model_length
-    if block_size is not None and (isinstance(block_size, bool) or block_size != size):
-        read_block_size(block_size, config.model_length, has_blocks=False)
-    return size
-
-
-def set_block_size(bridge: Any, block_size: int | str) -> None:
-    """Set the dial for good.
-
-    Args:
-        bridge: a BD3LM bridge.
-        block_size: tokens a block, 1 to the context, or ``"full"``.
-
-    Raises:
-        BlockSizeError: if it is none; the dial stays where it was.
-    """
-    model = bridge.original_model
-    size = read_block_size(block_size, model.config.model_length, model.config.cross_attn)
-    bridge.cfg.block_size = size
-
-
-@contextmanager
-def block_size(bridge: Any, size: int | str) -> Iterator[Any]:
-    """Set the dial for a while; it is restored on the way out, whatever happens.
-
-    Raises:
-        BlockSizeError: if ``size`` is no block size.
-    """
-    before = bridge.cfg.block_size
-    set_block_size(bridge, size)
-    try:
-        yield bridge
-    finally:
-        bridge.cfg.block_size = before

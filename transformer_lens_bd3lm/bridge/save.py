@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.checkpoint.new_folder import new_folder
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import CheckpointError, NotExactError
@@ -40,12 +41,12 @@ def save(bridge: Any, folder: str | Path) -> None:
         folder: where to, a folder which must not exist yet.
 
     Raises:
-        InputError: if it exists.
+        InputError: if it exists, or ``bridge`` is not a BD3LM bridge.
         NotExactError: if the bridge's weights are processed.
         CheckpointError: if it has parameters that its checkpoint has no place for, or lacks some.
         OSError: if it cannot be written; nothing is left behind then.
     """
-    if bridge._weights_processed:
+    if require_bridge(bridge)._weights_processed:
         raise NotExactError(
             "this bridge's weights are processed (enable_compatibility_mode): its norms, gates and "
             "biases fit no checkpoint. Save and fine-tune a bridge as booted"
@@ -57,6 +58,14 @@ def save(bridge: Any, folder: str | Path) -> None:
         config.save_pretrained(draft)
         if bridge.tokenizer is not None:
             bridge.tokenizer.save_pretrained(draft)
+
+
+class SavesAsCheckpoint:
+    """Mixed in front of the wrapped model's class: ``save_pretrained`` writes a checkpoint."""
+
+    def save_pretrained(self: Any, save_directory: Any) -> None:
+        """Save as ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
+        save(self.tl_cfg._bridge_ref(), save_directory)
 
 
 def config_of(bridge: Any) -> BD3LMConfig:

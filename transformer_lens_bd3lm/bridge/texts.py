@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from transformer_lens_bd3lm.checks import check_choice, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids, fill_hidden, has_values
+from transformer_lens_bd3lm.model.ids import check_ids, fill_hidden, has_values
 
 TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
 

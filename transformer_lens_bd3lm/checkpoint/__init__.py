@@ -1,1 +1,1 @@
-"""Where a model comes from."""
+"""Checkpoints: weights, configs and tokenizers from a folder, the Hub or a training run."""

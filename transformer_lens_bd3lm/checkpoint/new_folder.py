@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Folders that are written whole or not at all."""
 
 import secrets
 import shutil
@@ -13,7 +13,7 @@ from transformer_lens_bd3lm.errors import InputError
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``path`` when all is written, or goes.
+    """Yield a draft folder, which becomes ``path`` at the end, or is removed after an error.
 
     Raises:
         InputError: if the path exists.

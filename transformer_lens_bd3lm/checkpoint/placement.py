@@ -1,13 +1,14 @@
-"""Where weights lie and in what type: one device, and a type that can hold them.
+"""Placement of weights: one device, a dtype that can hold them, aligned memory.
 
-Masks, rotary tables and stored keys are made once for a forward, on one device. A model spread over
-several, or partly on disk, would be another machine; it is refused rather than tried.
+Device: masks, rotary tables and stored keys are made once for a forward pass, on one device. So a
+model that is spread over several devices, or partly on disk, is refused.
 
-float16 ends at 65504, and a cast makes infinity of what is larger. bfloat16 has float32's range.
+Dtype: float16 ends at 65504, and a cast turns larger weights into infinity. bfloat16 has the range
+of float32.
 
-A file's weights are mapped into memory where they lie in it, and on a CPU the last bits of a
-product depend on that address. So they are moved to aligned memory, where torch puts every tensor
-that it makes: a bridge, its copy and what was saved of it then agree to the bit.
+Alignment: weights are mapped into memory at the address that their place in the file gives, and on
+a CPU the last bits of a product depend on that address. They are moved to aligned memory, where
+torch puts its own tensors. Then a bridge, its copy and a saved and reloaded one agree to the bit.
 """
 
 from typing import Any
@@ -24,8 +25,8 @@ def check_placement(device_map: Any) -> None:
     """Refuse a device map of more than one device, or with disk.
 
     Args:
-        device_map: as transformers', wished for or come about; a word such as "auto" says nothing
-            yet.
+        device_map: device of each module, as in transformers. A word such as "auto" is not a map
+            yet, and passes.
 
     Raises:
         InputError: naming the devices.
@@ -43,7 +44,7 @@ def check_placement(device_map: Any) -> None:
 
 
 def align(model: nn.Module) -> None:
-    """Move weights on the CPU to addresses that torch's own tensors have, one after another."""
+    """Move each weight on the CPU to aligned memory."""
     for x in (*model.parameters(), *model.buffers()):
         if x.device.type == "cpu" and x.data_ptr() % ALIGNMENT:
             x.data = x.data.clone()
@@ -53,7 +54,7 @@ def check_range(model: nn.Module) -> None:
     """Refuse weights that the cast to float16 made infinite.
 
     Raises:
-        CheckpointError: naming the first.
+        CheckpointError: naming the first of them.
     """
     for name, p in model.named_parameters():
         if p.dtype == torch.float16 and not p.is_meta and bool(p.isinf().any()):

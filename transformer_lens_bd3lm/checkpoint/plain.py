@@ -1,12 +1,11 @@
-"""Whether modules compute what their weights say, and nothing more.
+"""Check that modules compute what their weights say, and nothing more.
 
 A bridge reads weights directly: q, k and v are rows of ``attn_qkv.weight``, a norm is folded by its
-weight, heads are told apart by ``W_O``. What stands beside a weight (an adapter such as LoRA, a
-parametrization, a quantized layer, a hook that torch or a tool put there) would be left out in
-silence, so it is refused.
+weight, and ``W_O`` splits the output into heads. Anything else on a module would be left out in
+silence: a LoRA adapter, a parametrization, a quantized layer, a hook. So it is refused.
 
-What a module of another class does with the same weight cannot be seen here: a repository's own
-classes are run only when the user trusts them.
+What a class of the repository's own does with its weights is not checked: such classes run only if
+the user trusts them.
 """
 
 from typing import Any
@@ -21,13 +20,13 @@ from transformer_lens_bd3lm.model.config import BD3LMConfig
 
 
 def check_plain(model: Any) -> None:
-    """Refuse a model of which any module computes more than its weights say.
+    """Check that no module of a model computes more than its weights say.
 
     Args:
-        model: a checkpoint's modules, before a bridge wraps them.
+        model: modules of a checkpoint, before a bridge wraps them.
 
     Raises:
-        CheckpointError: naming the first of them; nothing has been changed.
+        CheckpointError: naming the first module that does.
     """
     ours = isinstance(model.config, BD3LMConfig)
     with torch.device("meta"):
@@ -41,33 +40,25 @@ def check_plain(model: Any) -> None:
                 f"the model has no module {name}: give the checkpoint's own modules as hf_model, "
                 "as AutoModelForMaskedLM.from_pretrained loads them"
             )
-        require_plain(name, modules[name], pattern._parameters, isinstance(pattern, nn.Linear))
+        module, linear = modules[name], isinstance(pattern, nn.Linear)
+        addition = _addition_to(module, pattern._parameters, linear)
+        if addition is not None:
+            raise CheckpointError(
+                f"{name} ({type(module).__module__}.{type(module).__name__}) has {addition}, and a "
+                "bridge reads its weights alone. Merge or remove what was put on it "
+                "(merge_and_unload of a LoRA, remove_parametrizations, a handle's remove) and boot "
+                "again; quantized weights are loaded dequantized"
+            )
 
 
-def require_plain(name: str, module: nn.Module, parameters: Any, linear: bool) -> None:
-    """Refuse one module that computes more than its weights say.
+def _addition_to(module: nn.Module, parameters: Any, linear: bool) -> str | None:
+    """Name what a module has besides its weights; None if nothing.
 
     Args:
-        name: of the module, for the error.
         module: the module.
         parameters: names of the parameters that it should own; none for a container.
-        linear: whether it should be a plain linear.
-
-    Raises:
-        CheckpointError: saying what was found on it.
+        linear: whether it should be a plain linear layer.
     """
-    found = what_is_beside(module, parameters, linear)
-    if found:
-        raise CheckpointError(
-            f"{name} ({type(module).__module__}.{type(module).__name__}) has {found}, and a bridge "
-            "reads its weights alone. Merge or remove what was put on it (merge_and_unload of a "
-            "LoRA, remove_parametrizations, a handle's remove) and boot again; quantized weights "
-            "are loaded dequantized"
-        )
-
-
-def what_is_beside(module: nn.Module, parameters: Any, linear: bool) -> str | None:
-    """What a module has beside its weights; None if nothing."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:

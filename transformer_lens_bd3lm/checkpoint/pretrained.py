@@ -1,8 +1,8 @@
-"""A checkpoint as a transformers model: loaded whole or refused, then the plain forward.
+"""Checkpoint as a transformers model: loaded whole or refused, then the plain forward pass.
 
-Registered with transformers' ``AutoModelForMaskedLM``, so nothing of a repository's own code needs
-to run. Weights that do not fill the model exactly are refused, where transformers alone would go
-on with random ones.
+Registered with transformers' ``AutoModelForMaskedLM``, it loads a repository without running its
+code. Weights that do not fill the model exactly are refused; transformers alone would go on with
+random numbers in their place.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from transformer_lens_bd3lm.checkpoint.files import (
     check_floating,
-    place_of,
+    location_of,
     shapes_of,
     unreadable,
     weight_files,
@@ -33,7 +33,7 @@ from transformer_lens_bd3lm.model.modules import Backbone, Embedding, LayerNorm,
 
 
 class BD3LM(PreTrainedModel):
-    """A BD3LM checkpoint as plain modules, loadable by ``AutoModelForMaskedLM``."""
+    """BD3LM checkpoint as plain modules, loadable by ``AutoModelForMaskedLM``."""
 
     config_class = BD3LMConfig
     config: BD3LMConfig
@@ -52,7 +52,7 @@ class BD3LM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Small linears, the modulation's too, so that every gate begins almost closed."""
+        """Fill a module with small random weights, so that every gate begins almost closed."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -69,28 +69,27 @@ class BD3LM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a weights file that does not fill the model exactly is refused.
+        """Load a checkpoint as transformers does, if its weights fill the model exactly.
 
         Args:
             name: a folder or Hub id.
-            *args: as transformers'.
-            **kwargs: as transformers'.
+            *args: arguments of transformers' method.
+            **kwargs: keywords of transformers' method.
 
         Raises:
-            CheckpointError: if the file is missing, truncated, or has tensors missing, left over or
-                of another shape, where transformers alone would go on with random weights; or if
-                an index names a file elsewhere, or a pickle holds more than tensors.
+            CheckpointError: if weights are missing, damaged, left over or of another shape, if an
+                index names a file outside, or if a pickle holds more than tensors.
         """
         check_floating(kwargs.get("state_dict") or {}, "state_dict")
         wants_info = kwargs.pop("output_loading_info", False)
-        # A tensor of another shape is told of below, by name, beside what is missing or left over.
+        # Tensors of another shape are reported below, by name, with those missing or left over.
         kwargs["ignore_mismatched_sizes"] = True
         try:
             if name is not None:
-                # Before transformers reads what should not be read, and makes room for the rest.
+                # Before transformers reads a file that it should not, or allocates for the others.
                 config: Any = kwargs.get("config")
                 if not isinstance(config, BD3LMConfig):
-                    config = cls.config_class.from_pretrained(config or name, **place_of(kwargs))
+                    config = cls.config_class.from_pretrained(config or name, **location_of(kwargs))
                 check_fills(name, shapes_of(weight_files(name, **kwargs)), config)
             loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -98,31 +97,31 @@ class BD3LM(PreTrainedModel):
         model, info = loaded
         problems = {key: sorted(map(str, info[key])) for key in info if info[key]}
         if problems:
-            told = "; ".join(f"{key}: {', '.join(names[:5])}" for key, names in problems.items())
+            text = "; ".join(f"{key}: {', '.join(names[:5])}" for key, names in problems.items())
             raise CheckpointError(
-                f"the weights of {name} do not fill the model that its config describes ({told}). "
+                f"the weights of {name} do not fill the model that its config describes ({text}). "
                 "Nothing was left at random: check that config.json and the weights belong together"
             )
         return (model, info) if wants_info else model
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, but tensors other than floating point are refused, not cast.
+        """Load weights as torch does, but refuse tensors that are not floating point.
 
         Raises:
-            CheckpointError: naming the tensor and its dtype; nothing was loaded.
+            CheckpointError: naming the tensor and its dtype; nothing is loaded then.
         """
         check_floating(state_dict, "state_dict")
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token table's module."""
+        """Return the module of the token embedding."""
         return self.backbone.vocab_embed
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refuse another vocabulary size.
 
         Raises:
-            InputError: always: the config's vocabulary, the mask's id among it, is the model's.
+            InputError: always, for the model has the config's vocabulary and its mask id.
         """
         raise InputError(
             f"resize_token_embeddings: the model's vocabulary is {self.config.vocab_size} tokens, "
@@ -130,7 +129,7 @@ class BD3LM(PreTrainedModel):
         )
 
     def get_output_embeddings(self) -> nn.Module:
-        """The unembedding, never tied to the embedding."""
+        """Return the unembedding, which is never tied to the embedding."""
         return self.backbone.output_layer.linear
 
     def forward(
@@ -147,28 +146,33 @@ class BD3LM(PreTrainedModel):
         store_kv: bool | None = None,
         labels: Any = None,
     ) -> MaskedLMOutput | Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Raw logits of the sampling view, or of the dual view's noisy half.
+        """Compute raw logits of the sampling view, or of the dual view's noisy stream.
 
         Args:
-            input_ids: ids ``[batch, pos]``; the dual view if ``clean`` is given, if ``sample_mode``
-                is False, or if there are exactly ``2 * model_length`` of them.
+            input_ids: ids ``[batch, pos]``. They are the dual view if ``clean`` is given, if
+                ``sample_mode`` is False, or if there are exactly ``2 * model_length`` of them.
             timesteps: sigma per row, 0 by default; replaced by zeros without time conditioning.
-            sample_mode: the checkpoint's own keyword: True is the sampling view, False the dual
-                view over ``[x_t | x_0]``.
-            clean: the clean tokens x_0 of the dual view, shaped like ``input_ids``.
-            block_size: tokens a block for this call, or ``"full"``; the config's by default.
-            return_dict: a ``MaskedLMOutput`` instead of the bare tensor; the config's by default.
+            sample_mode: keyword of the public code: True is the sampling view, False the dual view
+                over ``[x_t | x_0]``.
+            clean: clean ids x_0 of the dual view, shaped like ``input_ids``.
+            block_size: tokens a block in this pass, or ``"full"``; by default the config's.
+            return_dict: whether to return a ``MaskedLMOutput`` instead of the bare tensor; by
+                default as the config says.
             attention_mask: True at real tokens ``[batch, pos]``, for rows padded on the right.
             token_type_ids: zeros, which a tokenizer may add; the model has no token types.
-            output_hidden_states: return the residual streams too, as ``hidden_states`` or as a
-                second value: the embedded ids and the stream after every layer, at the positions
-                that have logits. The config's by default.
-            store_kv: refused where it is True: the denoising loop keeps keys and values.
+            output_hidden_states: whether to return the residual streams too, as ``hidden_states``
+                or as a second value: the embedded ids and the stream after every layer, at the
+                positions that have logits. By default as the config says.
+            store_kv: refused if True: only the denoising loop stores keys and values.
             labels: refused: the loss of block diffusion is over masked positions.
 
+        Returns:
+            Logits ``[batch, pos, d_vocab]``, alone or with the streams.
+
         Raises:
-            InputError: if ids, shapes, timesteps or the block size do not fit, or padding is on the
-                left, or for a keyword that would do nothing.
+            InputError: if ids, shapes or timesteps do not fit, if padding is on the left, or for a
+                keyword that would do nothing.
+            BlockSizeError: for a block size that the checkpoint cannot have.
         """
         check_keywords(token_type_ids, store_kv)
         if labels is not None:
@@ -192,10 +196,15 @@ class BD3LM(PreTrainedModel):
 
 
 def check_fills(name: Any, shapes: dict[str, tuple[int, ...]], config: BD3LMConfig) -> None:
-    """Compare the names and shapes of a repository's tensors with what its config calls for.
+    """Check that a repository's tensors have the names and shapes that its config calls for.
+
+    Args:
+        name: folder or Hub id, for errors.
+        shapes: shapes of the tensors by name.
+        config: config of the checkpoint.
 
     Raises:
-        CheckpointError: naming what is missing, left over or of another shape.
+        CheckpointError: naming tensors that are missing, left over or of another shape.
     """
     with torch.device("meta"):
         model = BD3LM(config)
@@ -212,12 +221,12 @@ def check_fills(name: Any, shapes: dict[str, tuple[int, ...]], config: BD3LMConf
 
 
 class BAMDLM(BD3LM):
-    """The same modules under the ``model_type`` of released repositories' first revisions."""
+    """BD3LM under the ``model_type`` of released repositories' first revisions."""
 
     config_class = BAMDLMConfig
 
 
 class MDLM(BD3LM):
-    """The same modules under the ``model_type`` of full-diffusion repositories."""
+    """BD3LM's modules under the ``model_type`` of full-diffusion repositories."""
 
     config_class = MDLMConfig

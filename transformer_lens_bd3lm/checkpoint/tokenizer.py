@@ -1,9 +1,11 @@
-"""Which tokenizer a checkpoint speaks, when its repository ships none.
+"""Tokenizer of a checkpoint, also if its repository has none.
 
-Released checkpoints carry weights and a config, but no tokenizer: the vocabulary's size tells which
-one it is (50257 GPT-2 tokens and one mask; 30522 of BERT, whose own ``[MASK]`` serves). It is
-looked for in the Hub cache (or on the Hub, when online); a wrong guess is refused rather than used.
-BERT has no BOS of its own: its models were trained with ``[CLS]`` as BOS and ``[SEP]`` as EOS.
+Released checkpoints have weights and a config, but no tokenizer. The vocabulary's size says which
+one it is: 50257 tokens are GPT-2's and 50258 GPT-2's and the mask; 30522 are BERT's, its own
+``[MASK]`` among them. That tokenizer is taken from the Hub cache, or from the Hub when online. BERT
+has no BOS: its models were trained with ``[CLS]`` as BOS and ``[SEP]`` as EOS.
+
+A tokenizer that does not fit the vocabulary is refused.
 """
 
 import json
@@ -22,6 +24,7 @@ from transformers import (
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.hub import cached_file
 
+from transformer_lens_bd3lm.checkpoint.files import location_of
 from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
 from transformer_lens_bd3lm.errors import TokenizerError
 
@@ -33,7 +36,7 @@ BY_VOCABULARY = {
     30522: ("bert-base-uncased", "google-bert/bert-base-uncased"),
 }
 WHOLE = "tokenizer.json"
-# A vocabulary alone: whose files these are.
+# Files of a vocabulary alone, and the config of the model that they belong to.
 OLDER = ((("vocab.json", "merges.txt"), GPT2Config), (("vocab.txt",), BertConfig))
 SETTINGS = "tokenizer_config.json"
 UNREAD = (SETTINGS, "vocab.json", "tokenizer.model")
@@ -41,92 +44,95 @@ UNREAD = (SETTINGS, "vocab.json", "tokenizer.model")
 WORDS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 BERT_TOKENS = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
 BERT_WORDS = ("##", "[unused")
-# What TransformerLens gives a tokenizer that has no end of text.
+# The end-of-text token that TransformerLens adds to a tokenizer without one.
 ADDED_EOS = "<|endoftext|>"
 
 
 class BD3LMTokenizer(PreTrainedTokenizerFast):
-    """What ``AutoTokenizer`` uses for a BD3LM config; a repository's own files come first."""
+    """Tokenizer class of a BD3LM config: ``AutoTokenizer`` loads a checkpoint's tokenizer by it."""
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
-        """The repository's tokenizer, else the one that its vocabulary size names.
+        """Load a repository's tokenizer, or else the one that its vocabulary size names.
 
         Args:
             name: a folder or Hub id.
-            *args: as transformers'.
-            **kwargs: as transformers'.
+            *args: arguments of transformers' method.
+            **kwargs: keywords of transformers' method.
 
         Raises:
-            TokenizerError: if neither is to be found, or the repository's is not one to be run.
+            TokenizerError: if neither exists, or the repository's files cannot be read, or not
+                without risk.
         """
-        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-        check_files(name, **where)
-        if find(name, WHOLE, **where):
+        location = location_of(kwargs)
+        check_files(name, **location)
+        if _find_file(name, WHOLE, **location):
             return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
         for files, config in OLDER:
-            if all(find(name, file, **where) for file in files):
+            if all(_find_file(name, file, **location) for file in files):
                 if config is BertConfig:
-                    check_bert(name, **where)
-                return with_bos(name, *args, config=config(), **kwargs)
+                    _check_bert(name, **location)
+                return _load_with_bos(name, *args, config=config(), **kwargs)
         for file in UNREAD:
-            if find(name, file, **where):
+            if _find_file(name, file, **location):
                 raise TokenizerError(
                     f"{name} has {file} but no tokenizer.json: load the tokenizer with the class "
                     "that wrote it and save it into the folder, or pass tokenizer=... to "
                     "boot_transformers"
                 )
-        size = AutoConfig.from_pretrained(name, **where).vocab_size
+        size = AutoConfig.from_pretrained(name, **location).vocab_size
         return known_tokenizer(size, f"{name} has no tokenizer files, and")
 
 
-def find(name: Any, file: str, **where: Any) -> Path | None:
-    """Find a file of a repository, if it has it."""
+def _find_file(name: Any, file: str, **location: Any) -> Path | None:
+    """Return the path of a repository's file; None if it has no such file."""
     quiet = {
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_gated_repo": False,
         "_raise_exceptions_for_connection_errors": False,
     }
     try:
-        path = cached_file(name, file, **where, **quiet)
-    except (OSError, ValueError):  # a name that is no repository's
+        path = cached_file(name, file, **location, **quiet)
+    except (OSError, ValueError):  # no repository has that name
         return None
     return None if path is None else Path(path)
 
 
-def check_files(name: Any, **where: Any) -> None:
+def check_files(name: Any, **location: Any) -> None:
     """Refuse a repository's tokenizer files that cannot be read, or not without risk.
 
     Args:
         name: a folder or Hub id.
-        **where: of transformers' keywords those that say where to look, as ``revision``.
+        **location: keywords of transformers that say where to look (``revision``).
 
     Raises:
         TokenizerError: if ``tokenizer.json`` could take any time or memory, or if there is a
             ``tokenizer_config.json`` and no vocabulary.
     """
-    whole = find(name, WHOLE, **where)
+    whole = _find_file(name, WHOLE, **location)
     if whole is not None:
         check_tokenizer(whole.read_text(encoding="utf-8", errors="replace"), f"{name}/{WHOLE}")
-    elif find(name, SETTINGS, **where) and not any(find(name, file, **where) for file in WORDS):
+    elif _find_file(name, SETTINGS, **location) and not any(
+        _find_file(name, file, **location) for file in WORDS
+    ):
         raise TokenizerError(
             f"{name} has {SETTINGS} but no tokenizer.json: put the tokenizer's files into the "
             f"folder, or remove {SETTINGS} and pass tokenizer=... to boot_transformers"
         )
 
 
-def check_bert(name: Any, **where: Any) -> None:
-    """Refuse a ``vocab.txt`` that is not a BERT vocabulary, or not said to be cased or uncased.
+def _check_bert(name: Any, **location: Any) -> None:
+    """Refuse a ``vocab.txt`` that is not a BERT vocabulary, or does not say whether it is cased.
 
-    Other models have a file of that name, 6-letter words of DNA say, and read as BERT's it would
-    give other ids in silence.
+    Other models have a file of that name too (6-letter words of DNA, for example). Read as BERT's,
+    it would give wrong ids in silence.
 
     Raises:
         TokenizerError: naming what is missing.
     """
-    vocabulary = cast(Path, find(name, "vocab.txt", **where)).read_text(encoding="utf-8")
+    vocabulary = cast(Path, _find_file(name, "vocab.txt", **location)).read_text(encoding="utf-8")
     words = vocabulary.splitlines()
-    settings_file = find(name, SETTINGS, **where)
+    settings_file = _find_file(name, SETTINGS, **location)
     settings = {} if settings_file is None else json.loads(settings_file.read_text())
     missing = sorted(BERT_TOKENS - set(words))
     is_bert = "do_lower_case" in settings or any(w.startswith(BERT_WORDS) for w in words)
@@ -147,19 +153,19 @@ def check_bert(name: Any, **where: Any) -> None:
 
 
 def known_tokenizer(vocab_size: int, why: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that a vocabulary's size names.
+    """Load the tokenizer that a vocabulary's size names.
 
     Args:
-        vocab_size: the checkpoint's.
-        why: it is asked for, for the error.
+        vocab_size: tokens of the checkpoint's vocabulary.
+        why: beginning of the error: why the size has to tell.
 
     Raises:
-        TokenizerError: if none has that size, or it is not to be found.
+        TokenizerError: if no known tokenizer has that size, or it is not in the Hub cache.
     """
     candidates = BY_VOCABULARY.get(vocab_size, ())
     for candidate in candidates:
         try:
-            return with_bos(candidate)
+            return _load_with_bos(candidate)
         except (OSError, ValueError):
             continue
     tried = (
@@ -171,21 +177,24 @@ def known_tokenizer(vocab_size: int, why: str) -> PreTrainedTokenizerBase:
     )
 
 
-def with_bos(name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer whose text begins with BOS, where it has only ``[CLS]`` with ``[CLS]`` as BOS."""
+def _load_with_bos(name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, with ``[CLS]`` as BOS and ``[SEP]`` as EOS if it has no BOS."""
     tokenizer = AutoTokenizer.from_pretrained(name, *args, **kwargs)
     if tokenizer.bos_token is not None or tokenizer.cls_token is None:
         return tokenizer
-    # Given when it is made, so that whoever makes it anew from its own arguments has it too.
+    # As arguments, so that a tokenizer that is made anew from its own arguments has them too.
     kwargs |= {"bos_token": tokenizer.cls_token, "eos_token": tokenizer.sep_token}
     return AutoTokenizer.from_pretrained(name, *args, **kwargs)
 
 
-def drop_added_eos(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Take back the end of text that TransformerLens added to a tokenizer without one.
+def _drop_added_eos(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Remove the end-of-text token that TransformerLens added to a tokenizer without one.
 
-    Its id is one past the checkpoint's vocabulary, or the one that the mask should have. The
-    tokenizer has no end of text then, as the checkpoint's has none, and BOS pads.
+    Its id is one past the checkpoint's vocabulary, or the one that the mask should have. Without
+    it the tokenizer has no end of text, as the checkpoint has none, and pads with BOS.
+
+    Raises:
+        TokenizerError: if the added token is the tokenizer's only BOS.
     """
     last = len(tokenizer) - 1
     fits = len(tokenizer) + (tokenizer.mask_token_id is None) == vocab_size
@@ -207,14 +216,18 @@ def drop_added_eos(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
 
 
 def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Make the mask a token of the tokenizer, and return its id.
+    """Add the mask to a tokenizer, and return its id.
 
-    A tokenizer with a mask token of its own keeps it; else ``[MASK]`` is added as the last id.
+    A tokenizer with a mask token keeps its own; to others ``[MASK]`` is added, as the last id.
+
+    Args:
+        tokenizer: tokenizer, changed in place.
+        vocab_size: tokens of the checkpoint's vocabulary.
 
     Raises:
         TokenizerError: if tokenizer and checkpoint do not share a vocabulary.
     """
-    drop_added_eos(tokenizer, vocab_size)
+    _drop_added_eos(tokenizer, vocab_size)
     if tokenizer.mask_token_id is None:
         # lstrip: "to [MASK]" is one token after "to", without a stray space token between.
         mask = AddedToken(MASK_TOKEN, lstrip=True, special=True, normalized=False)
@@ -223,17 +236,17 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     if len(tokenizer) > vocab_size or mask_id >= vocab_size:
         raise TokenizerError(
             f"the tokenizer knows {len(tokenizer)} tokens with its mask, the checkpoint "
-            f"{vocab_size}: they do "
-            "not belong together; pass the checkpoint's own tokenizer=... to boot_transformers"
+            f"{vocab_size}: they do not belong together; pass the checkpoint's own tokenizer=... "
+            "to boot_transformers"
         )
     return mask_id
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Choose the id that stands for padding: one that no text has.
+    """Return the id that stands for padding: one that no text has.
 
-    It is the tokenizer's own padding token, unless that is a word too: GPT-2's is its end-of-text
-    token, and then nobody could tell padding from a text that ends. In that case it is
+    It is that of the tokenizer's padding token, unless this token has another meaning too: GPT-2
+    pads with its end-of-text token, so padding could not be told from the end of a text. Then it is
     ``NO_TOKEN``, the largest 32-bit integer, which never reaches the network.
     """
     words = {x for name, x in tokenizer.special_tokens_map.items() if name != "pad_token"}

@@ -1,11 +1,11 @@
 """Check a stranger's tokenizer before a text goes through it: its JSON is a program.
 
-A ``tokenizer.json``, or the same JSON in a pickled tokenizer, says how a text is rewritten, and
-2 kB of it can ask for more than any memory holds: 36 rules ``a -> aa``, one after another, make
-2^36 letters of one. Here every part must be of a known kind, and the parts that can make a text
-longer are few, so that ids stay within a fixed multiple of the text.
+A ``tokenizer.json``, or the same JSON in a pickled tokenizer, says how a text is rewritten. 2 kB of
+it can ask for more than any memory holds: 36 rules ``a -> aa``, one after another, turn one letter
+into 2^36. So every part must be of a known kind, and few parts may make a text longer: the number
+of ids is at most a fixed multiple of the text's length.
 
-What a call pads and truncates to is the call's: what the JSON says of it is not used.
+Padding and truncation in the JSON are not checked: the call decides them.
 """
 
 import json
@@ -43,11 +43,11 @@ GROWING = ("ByteLevel", "Prepend", "Metaspace", "NFKC", "NFKD", "NFD")
 
 
 def check_tokenizer(text: str, source: str) -> None:
-    """Refuse the JSON of a tokenizer that could take any time or memory.
+    """Check that a tokenizer needs bounded time and memory.
 
     Args:
-        text: the JSON.
-        source: the file, for errors.
+        text: JSON of the tokenizer.
+        source: its file, for errors.
 
     Raises:
         TokenizerError: naming the part, the rule and the way out.
@@ -72,12 +72,12 @@ def check_tokenizer(text: str, source: str) -> None:
 
 
 def _wrong(key: str, parts: list[dict[str, Any]], kinds: tuple[str, ...]) -> str | None:
-    """Say what is wrong with a component's parts; None where nothing is."""
+    """Say what is wrong with the parts of a component; None if nothing is."""
     if len(parts) > MAX_PARTS:
         return f"has {len(parts)} parts as {key}: at most {MAX_PARTS} are taken"
     growing = 0
     for part in parts:
-        # Old files do not say which model they have: it is one of these four.
+        # Old files do not say which model they have; it is one of the four kinds.
         kind = part.get("type", "BPE" if key == "model" else None)
         if kind not in kinds:
             return f"has {str(kind)[:80]!r} as {key}: that kind is not known"
@@ -85,7 +85,7 @@ def _wrong(key: str, parts: list[dict[str, Any]], kinds: tuple[str, ...]) -> str
             taken = len(part["pattern"].get("String", ""))
             if len(part["content"]) > max(taken, 1):
                 return "replaces a text by a longer one"
-            # A pattern may match nothing, and put a letter there.
+            # A regular expression may match the empty text, and insert a letter there.
             growing += taken == 0
         growing += kind in GROWING
         if kind == "TemplateProcessing":
@@ -105,7 +105,7 @@ def _wrong(key: str, parts: list[dict[str, Any]], kinds: tuple[str, ...]) -> str
 
 
 def _parts(part: Any) -> Iterator[dict[str, Any]]:
-    """Every part of a component, those of its sequences in turn."""
+    """Yield every part of a component, and the members of its sequences."""
     if part is None:
         return
     yield part

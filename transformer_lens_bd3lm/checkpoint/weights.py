@@ -1,8 +1,8 @@
-"""Whether a repository's weights fill the model that its config describes, read from headers alone.
+"""Check that a repository's weights fill the model of its config, from file headers alone.
 
-transformers fills what a file lacks with random numbers and says so in a log that TransformerLens
-silences. Before any code of a repository is trusted with its weights, their names and shapes are
-compared with ours.
+transformers fills tensors that a file lacks with random numbers, and says so in a log that
+TransformerLens silences. So names and shapes are compared with our modules', before code of the
+repository gets its weights.
 """
 
 from typing import Any
@@ -15,10 +15,11 @@ from transformer_lens_bd3lm.checkpoint.remote import plain_config
 
 
 def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in a repository's weights, sharded or not.
+    """Read the names and shapes of all tensors in a repository's weights, sharded or not.
 
     Raises:
-        CheckpointError: if there is no such file, or one cannot be read or holds more than tensors.
+        CheckpointError: if there are no weights, or a file cannot be read or holds more than
+            tensors.
     """
     try:
         return shapes_of(weight_files(name, revision=revision))
@@ -27,9 +28,9 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
 
 
 def check_weights(name: str, config: Any, revision: str | None = None) -> None:
-    """Compare a repository's tensors with what its config calls for.
+    """Check that the tensors of a repository are those that its config calls for.
 
     Raises:
-        CheckpointError: naming what is missing, left over or of another shape.
+        CheckpointError: naming tensors that are missing, left over or of another shape.
     """
     check_fills(name, weight_shapes(name, revision), plain_config(config))

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids, read_block_size
+from transformer_lens_bd3lm.model.ids import check_ids
+from transformer_lens_bd3lm.model.inputs import read_block_size
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Canvas:
             blocks[:, part] = (which & self.asked())[:, part].any(-1, keepdim=True)
         return blocks
 
-    def windows(self) -> list[tuple[int, int]]:
+    def block_windows(self) -> list[tuple[int, int]]:
         """``start, end`` of every block that is written in some row, a fork's past included."""
         written = self.written().any(0)
         grid = (self.window(b) for b in range(-(-written.shape[0] // self.block_size)))
@@ -186,6 +187,6 @@ def read_canvas(
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     canvas = Canvas(tokens, size, lengths, cfg.mask_token_id, config.model_length)
-    if not canvas.windows():
+    if not canvas.block_windows():
         raise InputError("nothing is masked: give max_new_tokens > 0, or masks in the prompt")
     return canvas

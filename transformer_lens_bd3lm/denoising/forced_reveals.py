@@ -123,24 +123,25 @@ class Plan:
         return pairs
 
     def free(self, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
-        """Positions of a block whose turn the sampler decides."""
+        """Return the positions of a block that the sampler may reveal, at any step."""
         return self.order[:, slice(*window)] < 0
 
-    def due(self, index: int, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
-        """Positions of the block that are to be revealed at this step.
+    def at_step(self, index: int, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
+        """Return the positions of the block that are to be revealed at a step of this index.
 
         Raises:
-            InputError: if another block holds one of them, or its step is already past.
+            InputError: if another block holds one of them.
         """
-        due, inside = self.order == index, torch.zeros_like(self.order, dtype=torch.bool)
-        inside[:, slice(*window)] = True
-        if bool((due & ~inside).any()):
-            position = int((due & ~inside).nonzero()[0, 1])
+        forced = self.order == index
+        elsewhere = forced.clone()
+        elsewhere[:, slice(*window)] = False
+        if bool(elsewhere.any()):
+            position = int(elsewhere.nonzero()[0, 1])
             raise InputError(
                 f"force reveals position {position} at step {index}, where the block being "
                 f"denoised is {window[0]}..{window[1] - 1}"
             )
-        return due[:, slice(*window)]
+        return forced[:, slice(*window)]
 
 
 def single_token(bridge: Any, text: str) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.denoising.loop import denoise
+from transformer_lens_bd3lm.denoising.denoise import denoise
 
 
 class WithDenoising:

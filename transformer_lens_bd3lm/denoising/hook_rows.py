@@ -1,13 +1,13 @@
-"""Which rows of a pass a step hook sees, and how hooks get on and off the bridge.
+"""Step hooks on the bridge: showing them the rows of their scope, and taking back their edits.
 
 A pass of the denoising loop runs the active block's rows, and maybe others: the block just
-finished, or the whole prefix. A step hook is shown the rows that its scope names, under
+finished, or the whole prefix. A step hook sees the rows that its scope names, under
 TransformerLens's own hook names, and what it returns is put back there and nowhere else.
 
-Hooks that belong to a pass are on the bridge, which threads share, while it runs, and fire in the
-context that runs it alone: another thread's pass meets them and they are silent.
+The hooks of a pass are on the bridge while it runs. Threads share the bridge, so they fire only in
+the context that runs the pass: in another thread's pass they are silent.
 
-Nothing here knows which rows those are; see ``network.py``.
+Nothing here knows which rows a scope names; see ``step_forward.py``.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,8 @@ from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
 from transformer_lens_bd3lm.bridge.hook_points import lookup
-from transformer_lens_bd3lm.denoising.step import Step, StepFn, StepHook, StepHooks
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepFn, StepHook, StepHooks
 from transformer_lens_bd3lm.errors import HookReturnError, InputError
 
 _current_step: ContextVar[Step | None] = ContextVar("bd3lm_step", default=None)
@@ -32,21 +33,24 @@ _running: ContextVar[object | None] = ContextVar("bd3lm_running", default=None)
 
 
 def current_step() -> Step | None:
-    """The step whose forward is running; None outside the denoising loop."""
+    """Return the step whose forward is running, before its draw; None outside the denoising loop.
+
+    For hooks set on the bridge itself; a step hook gets the step as an argument.
+    """
     return _current_step.get()
 
 
 def row_axis(name: str) -> int | None:
-    """Which axis counts the pass's rows; None where only the block's rows are read out."""
-    spec = lookup(name)
-    return None if spec.streams == ("noisy",) else spec.row_axis
+    """Return the axis that counts a pass's rows; None at the read-out of the block's rows alone."""
+    point = lookup(name)
+    return None if point.streams == ("noisy",) else point.row_axis
 
 
 def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
-    """Read step hooks once, and lay each on the hook points of a bridge that it names.
+    """Return a copy of step hooks, with the hook points of a bridge in place of filters of names.
 
     Raises:
-        InputError: for what are no hooks.
+        InputError: for hooks of another type.
         HookNameError: for a name that the bridge does not have, or a filter that matches none.
     """
     laid: list[StepHook] = []
@@ -70,13 +74,13 @@ def apply_on_rows(
     activation: Tensor,
     hook: HookPoint,
 ) -> Tensor | None:
-    """Show a hook the rows ``part`` of a pass of ``width`` rows; put back what it returns.
+    """Call a hook on the rows ``part`` of a pass of ``width`` rows, and put back what it returns.
 
-    The first ``unseen`` keys of a pattern, out of view for these rows, are not shown.
-    A conditioning vector that all rows share is spread over them when an edit names only some.
+    The first ``unseen`` keys of a pattern, out of view for these rows, are left out. A conditioning
+    vector that all rows share is spread over the rows when only some are edited.
 
     Raises:
-        HookReturnError: if it returned neither None nor a tensor like the one it was shown.
+        HookReturnError: if it returned neither None nor a tensor like the one it was given.
     """
     axis = row_axis(name)
     whole = axis is None or (part == slice(0, width) and not unseen)
@@ -84,9 +88,9 @@ def apply_on_rows(
     if whole:
         shown = activation
     elif conditioning:
-        shown = one_vector(name, activation, part)
+        shown = _one_vector(name, activation, part)
     else:
-        shown = rows_of(activation, axis or 0, part, unseen)
+        shown = _rows_of(activation, axis or 0, part, unseen)
     before = shown.clone() if conditioning else shown
     edited = fn(shown, hook, step)
     check_return(name, edited, shown)
@@ -95,14 +99,14 @@ def apply_on_rows(
     if edited is None or whole:
         return edited
     if conditioning:
-        return spread(name, activation, edited, part, width)
+        return _spread(name, activation, edited, part, width)
     out = activation.clone()
-    rows_of(out, axis or 0, part, unseen).copy_(edited)
+    _rows_of(out, axis or 0, part, unseen).copy_(edited)
     return out
 
 
 def check_return(name: str, edited: Any, shown: Tensor) -> None:
-    """Refuse what cannot take the place of an activation; it would be broadcast or cast in silence.
+    """Refuse a hook's return value that would be broadcast or cast to replace an activation.
 
     Raises:
         HookReturnError: for anything but None, or a tensor of the same shape, dtype and device.
@@ -123,14 +127,18 @@ def check_return(name: str, edited: Any, shown: Tensor) -> None:
     )
 
 
-def rows_of(activation: Tensor, axis: int, part: slice, unseen: int) -> Tensor:
-    """A view of some rows of a pass, without the first keys."""
+def _rows_of(activation: Tensor, axis: int, part: slice, unseen: int) -> Tensor:
+    """Return a view of some rows of a pass, without the first ``unseen`` keys."""
     rows = activation.narrow(axis, part.start, part.stop - part.start)
     return rows[..., unseen:] if unseen else rows
 
 
-def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
-    """A copy of the vector that the rows ``part`` share, shaped as in a pass that nobody edited."""
+def _one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
+    """Return a copy of the vector that the rows ``part`` share, shaped as in an unedited pass.
+
+    Raises:
+        InputError: if edits upstream gave them several.
+    """
     if activation.ndim < 3 or activation.shape[1] == 1:
         return activation.clone()
     vectors = activation[:, part]
@@ -143,8 +151,12 @@ def one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
     return vectors[:, 0].clone() if len(as_booted) == 2 else vectors[:, :1].clone()
 
 
-def spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
-    """``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only."""
+def _spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) -> Tensor:
+    """Return ``[batch, row, c]`` from one vector a batch row, edited on the rows ``part`` only.
+
+    Raises:
+        HookReturnError: for sigma, which rows cannot have of their own.
+    """
     if vector.ndim == 1:
         raise HookReturnError(
             f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
@@ -163,10 +175,7 @@ def attached(
     fns: list[tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]],
     step: Step | None = None,
 ) -> Iterator[None]:
-    """Hooks on for one forward of this context, and in the loop the current step set.
-
-    All of it is gone afterwards, come what may.
-    """
+    """Put hooks on for one forward, and in the loop set the current step; undo both afterwards."""
     running = object()
     with ExitStack() as stack:
         for name, fn in fns:
@@ -181,7 +190,7 @@ def attached(
 
 
 def _in_pass(running: object, fn: Any, activation: Tensor, hook: HookPoint) -> Tensor | None:
-    """A hook in its own pass; silent in other threads' and in those started from within a hook."""
+    """Call a hook in its own pass, not in other threads' passes nor in those run by a hook."""
     if _running.get() is not running:
         return None
     token = _running.set(None)
@@ -192,16 +201,12 @@ def _in_pass(running: object, fn: Any, activation: Tensor, hook: HookPoint) -> T
 
 
 def is_step_hook(fn: Any) -> bool:
-    """Whether a function on a hook point was put there by :func:`attached`, for one pass."""
+    """Return whether a function on a hook point was put there by :func:`attached`."""
     return isinstance(fn, partial) and fn.func.__module__ == __name__
 
 
 def on_batch_rows(fn: StepFn, chosen: Bool[Tensor, " batch"]) -> StepFn:
-    """The same hook, shown the whole batch, whose edits are taken in the chosen batch rows alone.
-
-    Raises:
-        HookReturnError: if it returned neither None nor a tensor of the shape it was shown.
-    """
+    """Return a hook that sees the whole batch, with its edits kept in chosen batch rows alone."""
 
     def narrowed(activation: Tensor, hook: HookPoint, step: Step) -> Tensor | None:
         shown = activation.clone()

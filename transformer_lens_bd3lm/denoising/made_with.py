@@ -1,9 +1,10 @@
-"""What a run was made with, and whether the bridge is still that.
+"""The state of the bridge that a run was made with, compared with its state now.
 
-The numbers of a run rest on what it was asked for, which it keeps, and on three things of the
-bridge: its weights, their processing, and the hooks that are set on the bridge itself. A run that
-is replayed, forked, mediated, saved or read as a cache after one of them changed would mix two
-models, so every one of these doors asks the same :class:`MadeWith`, and so does every next step.
+The numbers of a run rest on its arguments, which it keeps, and on the bridge: its weights, their
+processing, the hooks that are set on the bridge itself, and autocast. A run that is replayed,
+forked or mediated after one of them changed would mix two models, so all of these compare a
+:class:`MadeWith` first; saving it and reading its cache compare the weights, and so does each next
+step.
 
 A finished run compares a hash of all weights (0.15 s at 170 M parameters, on a CPU). So a move to
 another device, or the same values loaded again, changes nothing; a cast, an edit through ``.data``
@@ -11,10 +12,12 @@ and weight processing do. Between two steps that would cost too much: there :cla
 compares tensors and their version counters, which do not see ``.data``, and the hash once more at
 the end.
 
-What may change: the bridge's block size and device, since a run keeps its own of the first and
-depends on no other than rounding of the second, and the flags that add hook points.
+What may change: the bridge's block size, of which a run keeps its own; its device, which changes
+rounding alone; and the flags that add hook points.
 """
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +32,41 @@ from transformer_lens_bd3lm.errors import NotExactError
 
 def checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, int]:
     """Hash a tensor's bits, with its dtype and shape; the same on every device."""
-    if x.is_meta:
-        return x.dtype, x.shape, 0
-    held: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return x.dtype, x.shape, xxh3_64_intdigest(held)
+    return x.dtype, x.shape, 0 if x.is_meta else xxh3_64_intdigest(_bytes_of(x))
+
+
+def weights_hash(bridge: Any) -> str:
+    """Return the SHA-256 of the bridge's weights: names, dtypes, shapes and bytes."""
+    sha256 = hashlib.sha256()
+    for name, x in sorted(_weights(bridge)):
+        sha256.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        sha256.update(_bytes_of(x))
+    return sha256.hexdigest()
+
+
+def _bytes_of(x: Tensor) -> Any:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _weights(bridge: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield a bridge's tensors by name; rotary frequencies in float32 where that is exact.
+
+    A bridge that is cast to float64 widens its frequencies, and their values stay the same.
+    """
+    for name, x in bridge.state_dict().items():
+        if name.endswith("inv_freq") and not x.is_meta and torch.equal(x.float().to(x.dtype), x):
+            x = x.float()
+        yield name, x
+
+
+def _autocast_on(bridge: Any) -> str | None:
+    """Return the dtype that torch.autocast computes in on the bridge's device; None without it."""
+    kind = bridge.embed.weight.device.type
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:
-    """Names and functions of the forward hooks that are set on a bridge, those of no run."""
+    """Return names and functions of the forward hooks set on a bridge itself, not by a run."""
     hooks = []
     for name, module in bridge.named_modules():
         held = [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
@@ -55,32 +85,44 @@ def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:
 
 @dataclass(frozen=True)
 class MadeWith:
-    """The weights and hooks of a bridge when a run began.
+    """The weights, hooks and autocast of a bridge when a run began.
 
     Attributes:
         weights: checksum of every tensor by its name.
         processed: whether the weights were processed.
         hooks: names and functions of the hooks set on the bridge itself; None if they changed while
             the run was made.
+        autocast: dtype of ``torch.autocast`` on the bridge's device; None without it.
     """
 
     weights: dict[str, Any]
     processed: bool
     hooks: tuple[tuple[str, Any], ...] | None
+    autocast: str | None
 
     @classmethod
     def of(cls, bridge: Any) -> "MadeWith":
-        """What a bridge is now."""
-        weights = {name: checksum(x) for name, x in bridge.state_dict().items()}
-        return cls(weights, bridge._weights_processed, hooks_on(bridge))
+        """Return the state of a bridge now."""
+        weights = {name: checksum(x) for name, x in _weights(bridge)}
+        return cls(weights, bridge._weights_processed, hooks_on(bridge), _autocast_on(bridge))
 
     def require(self, bridge: Any) -> None:
         """Refuse to run a run again on a bridge that would write something else.
 
         Raises:
-            NotExactError: if weights, or hooks on the bridge, are others than the run's.
+            NotExactError: if weights, hooks on the bridge, or autocast, are others than the run's.
         """
         self.require_weights(bridge)
+        autocast = _autocast_on(bridge)
+        if autocast != self.autocast:
+            was, is_now = (
+                f"torch.autocast in {dtype}" if dtype else "no torch.autocast"
+                for dtype in (self.autocast, autocast)
+            )
+            raise NotExactError(
+                f"this run does not come out again: it was made under {was}, and now there is "
+                f"{is_now}. Run this under the run's, or make the run anew"
+            )
         now = hooks_on(bridge)
         if self.hooks is None:
             raise NotExactError(
@@ -104,7 +146,7 @@ class MadeWith:
         Raises:
             NotExactError: if some are others.
         """
-        now = {name: checksum(x) for name, x in bridge.state_dict().items()}
+        now = {name: checksum(x) for name, x in _weights(bridge)}
         if now == self.weights:
             return
         if bridge._weights_processed != self.processed:
@@ -122,11 +164,11 @@ class MadeWith:
 
 
 class Unchanged:
-    """Whether a bridge stays what a run began with, asked between its steps."""
+    """Weights of a bridge between two steps of a run, compared without hashing them."""
 
     def __init__(self, bridge: Any, made_with: MadeWith):
         self.bridge, self.made_with = bridge, made_with
-        self.tensors = live(bridge)
+        self.tensors = _live(bridge)
 
     def require(self) -> None:
         """Refuse a next step on other weights.
@@ -134,7 +176,7 @@ class Unchanged:
         Raises:
             NotExactError: if tensors have changed their values or their device.
         """
-        now = live(self.bridge)
+        now = _live(self.bridge)
         if len(now) == len(self.tensors) and all(
             x is y and rest == before
             for (x, *rest), (y, *before) in zip(now, self.tensors, strict=True)
@@ -150,8 +192,8 @@ class Unchanged:
         self.tensors = now
 
 
-def live(bridge: Any) -> list[tuple[Tensor, int, int]]:
-    """Every tensor of a bridge, with its version counter and address."""
+def _live(bridge: Any) -> list[tuple[Tensor, int, int]]:
+    """Return every tensor of a bridge, with its version counter and address."""
     tensors = [
         x
         for module in bridge.modules()

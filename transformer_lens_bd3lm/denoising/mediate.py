@@ -23,25 +23,24 @@ from torch import Tensor
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
 from transformer_lens_bd3lm.denoising.replay import (
     Replay,
-    check_run,
     check_same,
-    commits,
     divergence,
-    limited,
     log_probs_of,
     replay,
+    require_run,
+    stored_blocks,
     with_ends,
     write_log_p,
 )
 from transformer_lens_bd3lm.denoising.run import Run
-from transformer_lens_bd3lm.denoising.step import StepHooks
 from transformer_lens_bd3lm.denoising.step_forward import make_network
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
 @dataclass(frozen=True)
 class Mediation:
-    """Four ways to put an edit before the same later steps; axes ``[tokens, cache]``, 0 is base.
+    """Effect of an edit on later blocks, in four cells; axes ``[tokens, cache]``, 0 is base.
 
     Attributes:
         base: the run.
@@ -61,22 +60,22 @@ class Mediation:
 
     @property
     def total(self) -> Float[Tensor, "batch pos"]:
-        """What the edit does to the log-probability of each later token, in nats."""
+        """Change of each later token's log-probability under the edit, in nats."""
         return self.log_p[1, 1] - self.log_p[0, 0]
 
     @property
     def through_tokens(self) -> Float[Tensor, "batch pos"]:
-        """Its part through the tokens that it changed, in nats."""
+        """Part of the change through the earlier tokens that the edit changed, in nats."""
         return self.log_p[1, 0] - self.log_p[0, 0]
 
     @property
     def through_cache(self) -> Float[Tensor, "batch pos"]:
-        """Its part through the keys and values that it changed, in nats."""
+        """Part of the change through the stored keys and values that it changed, in nats."""
         return self.log_p[0, 1] - self.log_p[0, 0]
 
     @property
     def interaction(self) -> Float[Tensor, "batch pos"]:
-        """What only both together do, in nats."""
+        """Part of the change that takes both together, in nats."""
         return self.total - self.through_tokens - self.through_cache
 
     def __repr__(self) -> str:
@@ -91,20 +90,30 @@ class Mediation:
 
 
 def mediate(run: Run, hooks: Any, block: int) -> Mediation:
-    """Split an edit's effect on later blocks into tokens and cache.
+    """Split an edit's effect on later blocks into its parts through tokens and through the cache.
 
     Args:
         run: a finished run.
-        hooks: the edit, added to the run's own hooks; it acts in blocks up to ``block`` alone.
+        hooks: the edit, as in :func:`denoise`, added to the run's own hooks; it acts in blocks up
+            to ``block`` alone.
         block: the last edited block, as ``Step.block`` counts.
 
+    Returns:
+        Log-probabilities and KL of the later blocks in four cells, {tokens: base, edited} x
+        {cache: base, edited}.
+
     Raises:
-        InputError: if no block comes later.
-        NotExactError: for scope "prefix", or where nothing is stored: with time conditioning,
-            without blocks, or on a run that slid past its context without the cache; and where the
-            bridge is no longer what the run was made with.
+        InputError: if no block comes later, a stop rule ended the edited run within the edited
+            blocks, hooks are of another type, or the run is from a file that does not hold its
+            functions.
+        HookNameError: for an unknown hook name, before anything runs.
+        HookReturnError: for a hook that returns another shape, dtype or device.
+        NotExactError: for scope "prefix"; where nothing is stored: with time conditioning, without
+            blocks, or on a run that slid past its context without the cache; where the bridge is no
+            longer what the run was made with; and where the run's own hooks do not return what they
+            returned in it.
     """
-    check_run(run)
+    require_run(run)
     run.request.need("hooks", "sampler", "stop")
     given = on_bridge(run.bridge, hooks).hooks
     if any(hook.scope == "prefix" for hook in given):
@@ -122,7 +131,7 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
             f"{run.timeline.block[0]}..{run.timeline.block[-1]}"
         )
     own = StepHooks.of(run.request.hooks)
-    edit = [limited(hook, lambda step: step.block <= block) for hook in given]
+    edit = [hook.only(lambda step: step.block <= block) for hook in given]
     both = StepHooks([*own.hooks, *edit])
     base_run, run = run, run.beside_bridge()
     edited = replay(base_run, both, "coupled")
@@ -132,27 +141,25 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
     log_p = torch.full((2, 2, *run.final.shape), torch.nan, dtype=torch.float64)
     base: list[Tensor] = []
     for i, written in enumerate((run, edited)):
-        before, finished = written.final[:, :boundary], commits(written, block + 1)
-        if bool(
-            (
-                (before == run.canvas.mask_id) != (run.final[:, :boundary] == run.canvas.mask_id)
-            ).any()
-        ):
+        before, finished = written.final[:, :boundary], stored_blocks(written, block + 1)
+        masks = (ids == run.canvas.mask_id for ids in (before, run.final[:, :boundary]))
+        if not torch.equal(*masks):
             raise InputError(
-                "a stop rule ended the edited run within the edited blocks: leave it out"
+                f"block={block}: a stop rule ended the edited run within the edited blocks. Make "
+                "the run without stop="
             )
-        for j, edits in enumerate((own, both)):
-            network = make_network(run.bridge, run.canvas, True, edits, None, finished)
+        for j, hooks_on in enumerate((own, both)):
+            network = make_network(run.bridge, run.canvas, True, hooks_on, None, finished)
             for at, (step, last) in enumerate(later):
                 seen = replace(step, tokens=torch.cat([before, step.tokens[:, boundary:]], dim=1))
-                found = log_probs_of(network, seen)
+                log_probs = log_probs_of(network, seen)
                 if (i, j) == (0, 0):
-                    base.append(found)
+                    base.append(log_probs)
                 width = step.masked.shape[1]
-                kl[i, j, at, :, :width][step.masked] = divergence(base[at], found)
-                write_log_p(log_p[i, j], step, found)
+                kl[i, j, at, :, :width][step.masked] = divergence(base[at], log_probs)
+                write_log_p(log_p[i, j], step, log_probs)
                 if last:
-                    network.finish(step)
+                    network.store(step)
     check_same(run, log_p[0, 0])
     length = run.length
     return Mediation(base_run, edited, block, log_p[..., :length], kl)

@@ -1,7 +1,7 @@
 """Hooks of passes that have no steps: exact sums, estimates, and single forwards of analyses.
 
-They are TransformerLens's, ``fn(activation, hook)``, shown every row of a pass. Like the loop's
-they fire in the context that runs the pass alone, and what they return is checked.
+They are TransformerLens's ``fn(activation, hook)`` and see every row of a pass. As in the loop,
+they fire only in the context that runs the pass, and what they return is checked.
 """
 
 from collections.abc import Callable
@@ -15,20 +15,19 @@ from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.checks import check_choice
-from transformer_lens_bd3lm.denoising.hook_arguments import WithoutStep
 from transformer_lens_bd3lm.denoising.hook_rows import attached, check_return, on_bridge
-from transformer_lens_bd3lm.denoising.step import StepHooks, selectors_of
+from transformer_lens_bd3lm.denoising.step_hooks import StepHooks, WithoutStep
 from transformer_lens_bd3lm.errors import InputError
 
 
 @dataclass(frozen=True)
 class PassHooks:
-    """Hooks of whole passes, each shown every row of one, as TransformerLens's are.
+    """Hooks of whole passes, which see every row, as TransformerLens's do.
 
     Attributes:
         points: hook points by name.
         fns: ``(name, fn)``, the functions of ``(activation, hook)``; what they return is checked.
-        clean: numbers of those that are also on for a clean stream's pass.
+        clean: indices into ``fns`` of those that are also on for a clean stream's pass.
     """
 
     points: dict[str, HookPoint]
@@ -36,27 +35,28 @@ class PassHooks:
     clean: frozenset[int] = frozenset()
 
     def on(self) -> AbstractContextManager[None]:
-        """Put them on for one forward of this context."""
+        """Return a context in which the hooks are on, for one forward."""
         return attached(self.points, self.fns)
 
     def on_clean(self) -> AbstractContextManager[None]:
-        """Put those on that reach the clean stream, for its pass."""
+        """Return a context in which the hooks that reach the clean stream are on, for its pass."""
         fns = [fn for number, fn in enumerate(self.fns) if number in self.clean]
         return attached(self.points, fns)
 
 
 def read_pass_hooks(bridge: Any, hooks: Any, scope: str | None = None) -> PassHooks:
-    """Read the hooks of passes that have no steps, once.
+    """Read hooks of passes that have no steps, and check their names.
 
     Args:
-        bridge: whose hook points they name.
+        bridge: the bridge whose hook points they name.
         hooks: ``(name, fn)`` pairs, whose names may be filters; or hooks that were read before.
-        scope: of pairs, ``"active"`` or ``"commit"``. ``StepHooks``, which have a scope each, are
-            read where there is one, and may select no steps; None refuses them.
+        scope: of pairs: ``"active"``, or ``"commit"`` to reach the clean stream too. ``StepHooks``,
+            which have a scope each, are accepted beside "active" if they select no steps; None
+            refuses them.
 
     Raises:
-        InputError: for what are no hooks, a function that takes a step, selectors of steps, and a
-            scope of no meaning here.
+        InputError: for hooks of another type, a function that takes a step, selectors of steps, and
+            an unknown scope.
         HookNameError: for a name that the bridge does not have, or a filter that matches none.
     """
     if isinstance(hooks, PassHooks):
@@ -64,7 +64,7 @@ def read_pass_hooks(bridge: Any, hooks: Any, scope: str | None = None) -> PassHo
     if scope is not None:
         check_choice("scope", scope, ("active", "commit"))
     if isinstance(hooks, StepHooks):
-        check_stepless(hooks, scope)
+        _check_stepless(hooks, scope)
     laid = on_bridge(bridge, hooks).hooks
     fns = []
     for hook in laid:
@@ -80,11 +80,11 @@ def read_pass_hooks(bridge: Any, hooks: Any, scope: str | None = None) -> PassHo
     return PassHooks(resolve(bridge, [name for name, _ in fns]), fns, reaching)
 
 
-def check_stepless(hooks: StepHooks, scope: str | None) -> None:
-    """Refuse ``StepHooks`` that mean something of steps.
+def _check_stepless(hooks: StepHooks, scope: str | None) -> None:
+    """Refuse ``StepHooks`` that select steps, or have a scope that only steps have.
 
     Raises:
-        InputError: naming it.
+        InputError: with the hook point and its selectors.
     """
     if scope is None:
         raise InputError(
@@ -93,9 +93,9 @@ def check_stepless(hooks: StepHooks, scope: str | None) -> None:
     if scope != "active":
         raise InputError(f"scope={scope!r} was given beside StepHooks: set it in add(..., scope=)")
     for hook in hooks.hooks:
-        if set_ := selectors_of(hook.chosen):
+        if given := hook.selectors.given():
             raise InputError(
-                f"the hook at {hook.name} selects steps ({', '.join(set_)}), and a sum has none: "
+                f"the hook at {hook.name} selects steps ({', '.join(given)}), and a sum has none: "
                 "leave that out"
             )
         if hook.scope == "prefix":

@@ -18,10 +18,10 @@ from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
 from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.checks import check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.step import (
-    Chosen,
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_selectors import (
     Span,
-    Step,
+    StepSelectors,
     Which,
     check_which,
     matches,
@@ -58,15 +58,17 @@ class Record:
     device: str | torch.device = "cpu"
     dtype: torch.dtype | None = None
     max_bytes: int | float = 4 * 2**30
-    chosen: Chosen = field(init=False, repr=False)
+    selectors: StepSelectors = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", read_names(self.names))
         check_which("positions", self.positions)
         rule = "give a number of bytes >= 0, or float('inf')"
         check_number("max_bytes", self.max_bytes, 0, math.inf, rule)
-        chosen = Chosen(self.block, self.step, self.index, self.t, self.masks_left, self.when)
-        object.__setattr__(self, "chosen", chosen)
+        selectors = StepSelectors(
+            self.block, self.step, self.index, self.t, self.masks_left, self.when
+        )
+        object.__setattr__(self, "selectors", selectors)
 
     @classmethod
     def of(cls, record: Any, bridge: Any) -> "Record | None":
@@ -91,7 +93,7 @@ class Record:
 
     def wants(self, step: Step) -> bool:
         """Whether this step is kept."""
-        return bool(self.chosen.rows(step).any())
+        return bool(self.selectors.rows(step).any())
 
     def offsets(self, width: int) -> list[int]:
         """The kept positions of a block of this width."""
@@ -124,7 +126,7 @@ class Record:
         """
         written, left = canvas.written(), canvas.to_denoise().any(0)
         batch, index, total, rows, keys = written.shape[0], 0, 0, 0, 0
-        for block, (start, end) in enumerate(canvas.windows()):
+        for block, (start, end) in enumerate(canvas.block_windows()):
             masks = written[:, start:end].sum(-1)
             steps = int(masks.sum() if one_row_at_a_time else masks.max())
             if order is not None:

@@ -1,7 +1,7 @@
-"""What a denoising run did: compact arrays, and the steps, text and caches that follow from them.
+"""A finished denoising run: compact arrays, and the steps, text and caches that follow from them.
 
-A step's canvas follows from the final one and from who was revealed when, so a run keeps one number
-a position and one row a step, not a canvas a step.
+A step's canvas follows from the final one and from the step that revealed each position, so a run
+keeps one number a position and one row a step, not a canvas a step.
 """
 
 import html
@@ -21,62 +21,23 @@ from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.made_with import MadeWith
 from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.record import stack_ragged
-from transformer_lens_bd3lm.denoising.step import Step
-from transformer_lens_bd3lm.denoising.step_forward import Network
+from transformer_lens_bd3lm.denoising.request import Request
+from transformer_lens_bd3lm.denoising.run_files import manifest_of, read_run, tensors_of
+from transformer_lens_bd3lm.denoising.run_folder import write_folder
+from transformer_lens_bd3lm.denoising.step import RevealedStep
+from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import Result
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """When each step happened: its block, its place within the block, and each row's time.
-
-    Attributes:
-        block: block of each step, counted from 0 at the first one denoised.
-        step: place within the block.
-        windows: absolute positions ``start, end`` of the block.
-        t: each row's time ``[batch]``.
-        indices: index of each step in the run; a forked run goes on counting.
-    """
-
-    block: list[int]
-    step: list[int]
-    windows: list[tuple[int, int]]
-    t: list[Float[Tensor, " batch"]]
-    indices: list[int]
-
-    @classmethod
-    def empty(cls) -> "Timeline":
-        """Before the first step."""
-        return cls([], [], [], [], [])
-
-    def add(self, step: Step) -> None:
-        """Note a step."""
-        self.block.append(step.block)
-        self.step.append(step.step)
-        self.windows.append(step.window)
-        self.t.append(step.t)
-        self.indices.append(step.index)
-
-
-def gather(network: Network) -> dict[str, Tensor]:
-    """What a network recorded, stacked over steps; the parts are let go one name at a time."""
-    found = {}
-    for name in list(network.kept):
-        parts = network.kept.pop(name)
-        if parts:
-            found[name] = stack_ragged(network.points[name].name or name, parts)
-    return found
-
-
-@dataclass(frozen=True)
-class Run:
+class Run(Result):
     """A finished denoising run.
 
     Attributes:
         bridge: the model that wrote it.
-        canvas: what was filled in, and the grid of blocks.
-        final: the finished canvas ``[batch, pos]``, with what only completed the last block.
+        canvas: the prompts and masks that were filled in, and the grid of blocks.
+        final: the finished canvas ``[batch, pos]``, to the end of the last block.
         ends: positions that each row keeps ``[batch]``: prompt and new tokens, fewer where a stop
             rule ended the row.
         timeline: when each step happened.
@@ -84,11 +45,11 @@ class Run:
             for; keys of a pattern that a step did not have yet are 0 (scores: -inf). Keys count
             from the first position in view, which moves where text outgrows the context.
         recorded_steps: index of the step of each slice of ``activations``.
-        sampler: who was revealed, and as what.
+        sampler: what chose the positions to reveal, and their tokens.
         noise: the randomness of the run.
         kv_cache: whether finished blocks were stored; exact either way unless ``slid``.
-        request: everything the run was asked for.
-        made_with: what the bridge was meanwhile; see :mod:`.made_with`.
+        request: settings of the run; see :mod:`.request`.
+        made_with: state of the bridge when the run was made; see :mod:`.made_with`.
     """
 
     bridge: Any = field(repr=False)
@@ -104,17 +65,17 @@ class Run:
     sampler: Any
     noise: Noise
     kv_cache: bool
-    request: Any = field(repr=False)
+    request: Request = field(repr=False)
     made_with: MadeWith = field(repr=False)
 
     @property
     def block_size(self) -> int:
-        """The dial."""
+        """Tokens a block."""
         return self.canvas.block_size
 
     @property
     def slid(self) -> bool:
-        """Whether text outgrew the context: then the cache is not equal to recomputing."""
+        """Whether text outgrew the context: then cached and uncached runs differ."""
         return self.canvas.reach is not None
 
     @property
@@ -135,7 +96,7 @@ class Run:
 
     @property
     def text(self) -> list[str]:
-        """The same as one string a row, special tokens kept; empty without a tokenizer."""
+        """The finished text, one string a row, special tokens kept; empty without a tokenizer."""
         if self.bridge.tokenizer is None:
             return []
         rows = zip(self.final.tolist(), self.ends.tolist(), strict=True)
@@ -161,11 +122,11 @@ class Run:
 
     @property
     def steps(self) -> "Steps":
-        """Every step, without logits, rebuilt from who was revealed when."""
+        """Every step, without logits, rebuilt from the step that revealed each position."""
         return Steps(self)
 
     def cache(self, step: int) -> ActivationCache:
-        """The activations recorded at a step, as TransformerLens's own cache.
+        """Return the activations recorded at a step, as TransformerLens's own cache.
 
         Args:
             step: index of the step in the run.
@@ -177,11 +138,11 @@ class Run:
         self.made_with.require_weights(self.bridge)
         if step not in self.recorded_steps:
             kept = list(self.recorded_steps)
-            told = f"{kept[0]}..{kept[-1]} hold {len(kept)} recorded steps" if kept else "none was"
-            raise InputError(f"step {step} was not recorded ({told}): record=Record(names)")
+            which = f"{kept[0]}..{kept[-1]} hold {len(kept)} recorded steps" if kept else "none was"
+            raise InputError(f"step {step} was not recorded ({which}): record=Record(names)")
         slot = list(self.recorded_steps).index(step)
-        number = self.timeline.indices.index(step)
-        window = self.timeline.windows[number]
+        number = self.timeline.index.index(step)
+        window = self.timeline.window[number]
         offsets = list(range(window[1] - window[0]))
         keys = window[1] - self.canvas.first_visible(window[0])
         record = self.request.record
@@ -189,22 +150,22 @@ class Run:
             offsets = record.offsets(len(offsets))
         rows = len(offsets)
         points = self.bridge.hook_dict
-        found = {}
+        activations = {}
         for name, stacked in self.activations.items():
             spec, x = lookup(name), stacked[slot]
             if spec.has_keys:
                 x = x[:, :, :rows, :keys]
             elif spec.rows != "none":
                 x = x[:, :rows]
-            found |= {alias: x for alias in points if points[alias] is points[name]}
+            activations |= {alias: x for alias in points if points[alias] is points[name]}
         ids = self.steps[number].tokens
-        where = window[0] + torch.tensor(offsets, dtype=torch.long, device=ids.device)
+        positions = window[0] + torch.tensor(offsets, dtype=torch.long, device=ids.device)
         whole = record is None or record.positions is None
-        predicted = Predicted(ids[:, where] == self.canvas.mask_id, where, whole)
-        return BD3LMActivationCache(found, self.bridge, predicted=predicted)
+        predicted = Predicted(ids[:, positions] == self.canvas.mask_id, positions, whole)
+        return BD3LMActivationCache(activations, self.bridge, predicted=predicted)
 
     def beside_bridge(self) -> "Run":
-        """The same run, with its canvas on the device that the bridge is on now."""
+        """Return the run with its canvas on the device that the bridge is on now."""
         device = self.bridge.embed.weight.device
         if self.final.device == device:
             return self
@@ -217,23 +178,42 @@ class Run:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the run into a new folder, whole or not at all; see :mod:`.saved`.
+        """Write the run into a new folder, whole or not at all.
+
+        Functions are not stored: hooks, and stop rules or samplers of the user's own. Of a replay,
+        the run that it is is written, without its base.
+
+        Args:
+            path: the folder, which must not exist yet.
 
         Raises:
             InputError: if the folder exists.
             NotExactError: if the bridge's weights have changed since: the file names them.
-            OSError: if it cannot be written; nothing is left behind then.
+            OSError: if it cannot be written (a full disk, say); nothing is left behind then.
         """
-        from transformer_lens_bd3lm.denoising.run_files import save
-
-        save(self, path)
+        self.made_with.require_weights(self.bridge)
+        write_folder(Path(path), manifest_of(self), tensors_of(self))
 
     @staticmethod
-    def load(path: str | Path, bridge: Any, **functions: Any) -> "Run":
-        """Read a saved run back; see :func:`.saved.load` for arguments and errors."""
-        from transformer_lens_bd3lm.denoising.run_files import load
+    def load(
+        path: str | Path, bridge: Any, *, hooks: Any = None, stop: Any = None, sampler: Any = None
+    ) -> "Run":
+        """Read a saved run back, over the weights that wrote it.
 
-        return load(path, bridge, **functions)
+        Args:
+            path: the folder.
+            bridge: the model, or its checkpoint's name; its weights must be those of the run, to
+                the bit.
+            hooks: the step hooks that the run was made with, if it is to be replayed or forked.
+            stop: its stop rules, where they were functions.
+            sampler: its sampler, where it was a class of the user's.
+
+        Raises:
+            InputError: for a folder that is no run, is damaged or edited, or belongs to other
+                weights, and for hooks at other hook points or of other scopes than the run's.
+            HookNameError: for a hook name that the bridge does not have.
+        """
+        return Run(**read_run(Path(path), bridge, hooks, stop, sampler))
 
     def __repr__(self) -> str:
         rows, written = len(self.ends), int((self.commit_step >= 0).sum())
@@ -256,33 +236,33 @@ class Run:
         )
 
     def _row_html(self, row: int) -> str:
-        in_block = dict(zip(self.timeline.indices, self.timeline.step, strict=True))
+        in_block = dict(zip(self.timeline.index, self.timeline.step, strict=True))
         longest = max([*self.timeline.step, 1])
-        commits, probs, leads = self.commit_step[row], self.log_p[row].exp(), self.lead[row]
+        reveals, probs, leads = self.commit_step[row], self.log_p[row].exp(), self.lead[row]
         parts = []
         for position, token in enumerate(self.final[row, : int(self.ends[row])].tolist()):
             tokenizer = self.bridge.tokenizer
             word = str(token) + " " if tokenizer is None else tokenizer.decode([token])
             word = html.escape(word).replace("\n", "↵<br>")
-            commit = int(commits[position])
-            if commit < 0:
+            reveal = int(reveals[position])
+            if reveal < 0:
                 parts.append(f"<span>{word}</span>")
                 continue
-            shade = 92 - 42 * in_block[commit] / longest
-            told = (
-                f"position {position}, step {commit}, p = {float(probs[position]):.3f}, "
+            shade = 92 - 42 * in_block[reveal] / longest
+            hover = (
+                f"position {position}, step {reveal}, p = {float(probs[position]):.3f}, "
                 f"lead = {float(leads[position]):.2f} nats"
             )
             parts.append(
-                f'<span title="{told}" style="background:hsl(210,70%,{shade:.0f}%);color:#000;'
+                f'<span title="{hover}" style="background:hsl(210,70%,{shade:.0f}%);color:#000;'
                 f'border-radius:3px">{word}</span>'
             )
         return f'<div style="white-space:pre-wrap">{"".join(parts)}</div>'
 
 
 @dataclass(frozen=True)
-class Steps(Sequence[Step]):
-    """A run's steps, each rebuilt when it is asked for."""
+class Steps(Sequence[RevealedStep]):
+    """A run's steps, each rebuilt when it is read."""
 
     run: Run
 
@@ -290,38 +270,37 @@ class Steps(Sequence[Step]):
         return len(self.run.timeline.t)
 
     @overload
-    def __getitem__(self, index: int) -> Step: ...
+    def __getitem__(self, index: int) -> RevealedStep: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Step]: ...
-    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+    def __getitem__(self, index: slice) -> list[RevealedStep]: ...
+    def __getitem__(self, index: int | slice) -> RevealedStep | list[RevealedStep]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         run, timeline = self.run, self.run.timeline
         i = range(len(self))[index]
-        number, window = timeline.indices[i], timeline.windows[i]
-        commit, part = run.commit_step_all, slice(*window)
-        revealed = commit[:, part] == number
-        nothing = ~revealed
-        return Step(
+        number, window = timeline.index[i], timeline.window[i]
+        reveal_step, part = run.commit_step_all, slice(*window)
+        revealed = reveal_step[:, part] == number
+        return RevealedStep(
             index=number,
             block=timeline.block[i],
             step=timeline.step[i],
             window=window,
             t=timeline.t[i],
-            masked=commit[:, part] >= number,
+            masked=reveal_step[:, part] >= number,
             tokens=self.canvas_before(number),
             mask_id=run.canvas.mask_id,
             after=self.canvas_before(number + 1),
             revealed=revealed,
-            log_p=run.log_p_all[:, part].masked_fill(nothing, torch.nan),
-            lead=run.lead_all[:, part].masked_fill(nothing, torch.nan),
+            log_p=run.log_p_all[:, part].masked_fill(~revealed, torch.nan),
+            lead=run.lead_all[:, part].masked_fill(~revealed, torch.nan),
         )
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[RevealedStep]:
         return (self[i] for i in range(len(self)))
 
     def canvas_before(self, index: int) -> Int[Tensor, "batch pos"]:
-        """The canvas with everything that was revealed before this step."""
+        """Return the canvas with everything that was revealed before a step of this index."""
         run = self.run
         later = (run.commit_step_all >= index).to(run.final.device)
         return run.final.masked_fill(later, run.canvas.mask_id)

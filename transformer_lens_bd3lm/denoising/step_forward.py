@@ -1,10 +1,10 @@
-"""The network as the denoising loop sees it: one pass a step, with everybody who looks.
+"""The network as the denoising loop sees it: one pass a step, with its hooks and records.
 
 With the cache a pass runs only the rows that are not final yet: the active block, and on its first
 step the block just finished, whose keys and values it stores. Without it everything in view is run
 anew; within the context both are exact.
 
-It decides nothing about tokens; see ``denoise.py``.
+It decides nothing about tokens; see ``loop.py``.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.block import require_eval
-from transformer_lens_bd3lm.bridge.forward import frequencies, run
+from transformer_lens_bd3lm.bridge.casts import frequencies
+from transformer_lens_bd3lm.bridge.forward import run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
-from transformer_lens_bd3lm.bridge.hook_point import watched
 from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
@@ -32,24 +33,27 @@ from transformer_lens_bd3lm.denoising.hook_rows import (
     row_axis,
 )
 from transformer_lens_bd3lm.denoising.noise import sigma_of
-from transformer_lens_bd3lm.denoising.record import Record
-from transformer_lens_bd3lm.denoising.step import Step, StepHook, StepHooks, with_scope
+from transformer_lens_bd3lm.denoising.record import Record, stack_ragged
+from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
+from transformer_lens_bd3lm.denoising.step_hooks import StepHook, StepHooks
 from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.inputs import View
 
 
 @dataclass
 class Network:
-    """One pass of the loop: which rows it runs, cached or not, and who looks at which rows.
+    """Passes of the loop: which rows each runs, cached or not, and which rows each hook sees.
 
     Attributes:
         bridge: a BD3LM bridge.
         canvas: what is filled in.
         hooks: the step hooks of the run.
-        record: what is kept.
+        record: which activations are kept.
         cache: finished blocks' keys and values; None where the prefix is run anew.
-        finished: the last step of each finished block, as its commit is shown to hooks.
+        finished: the last step of each finished block, as hooks see it when the block is stored.
         kept: recorded activations by name, a tensor a recorded step.
+        recorded: indices of the recorded steps.
+        points: hook points by name.
     """
 
     bridge: Any
@@ -74,14 +78,18 @@ class Network:
 
     @torch.no_grad()
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
-        """Raw logits of the step's masked positions, in row-major order."""
+        """Return raw logits of the step's masked positions, in row-major order.
+
+        Raises:
+            NotExactError: for a model in training.
+            HookReturnError: for a hook that returns another shape, dtype or device.
+        """
         require_eval(self.bridge)
         model, (start, end) = self.bridge.original_model, step.window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
         ids = step.tokens[:, first:end]
-        fns = self.looking(step, first, end - first)
-        if self.record is not None and self.record.wants(step):
-            fns += self.recording(step, first, end - first)
+        fns = self.step_hooks(step, first, end - first)
+        fns += self.recording(step, first, end - first)
         with attached(self.points, fns, step):
             x = model.backbone.vocab_embed(ids)
             sigma = sigma_of(step.t) if model.config.time_conditioning else torch.zeros_like(step.t)
@@ -95,7 +103,7 @@ class Network:
         return logits
 
     def routing(self, first: int, end: int, ids: Tensor, x: Tensor) -> Routing:
-        """How rows ``first:end`` read each other and what is stored."""
+        """Return how rows ``first:end`` read each other, and what is stored."""
         model, size, reach = self.bridge.original_model, self.canvas.block_size, self.canvas.reach
         inv_freq = frequencies(model, x.device)
         if self.cache is not None and (first > 0 or reach is not None):
@@ -111,16 +119,16 @@ class Network:
                 routing.constants = self.cache.constants
         return routing
 
-    def looking(self, step: Step, first: int, width: int) -> list[tuple[str, Any]]:
-        """The step hooks of this pass, each bound to the rows that its scope names."""
+    def step_hooks(self, step: Step, first: int, width: int) -> list[tuple[str, Any]]:
+        """Return the step hooks of a pass, each bound to the rows that its scope names."""
         start, end = step.window
         fns: list[tuple[str, Any]] = []
 
         def bind(hook: StepHook, seen: Step, low: int, high: int) -> None:
-            chosen = hook.chosen.rows(seen)
-            if not bool(chosen.any()):
+            selected = hook.selectors.rows(seen)
+            if not bool(selected.any()):
                 return
-            fn = hook.fn if bool(chosen.all()) else on_batch_rows(hook.fn, chosen)
+            fn = hook.fn if bool(selected.all()) else on_batch_rows(hook.fn, selected)
             part = slice(low - first, high - first)
             name = str(hook.name)  # a filter was laid out in names when the bridge was known
             unseen = self.unseen(name, first, low)
@@ -130,18 +138,19 @@ class Network:
             # The readout has the active block's rows alone: there is nothing else to reach there.
             elsewhere = row_axis(hook.name) is not None
             if hook.scope == "prefix" and start > first and elsewhere:
-                bind(hook, with_scope(step, "prefix"), first, start)
+                bind(hook, replace(step, scope="prefix"), first, start)
             if hook.scope == "commit" and elsewhere:
-                for done in self.finished:
-                    if done.window[0] >= first:
-                        bind(hook, done, *done.window)
+                for stored in self.finished:
+                    if stored.window[0] >= first:
+                        bind(hook, stored, *stored.window)
             bind(hook, step, start, end)
         return fns
 
     def recording(self, step: Step, first: int, width: int) -> list[tuple[str, Any]]:
-        """Hooks that copy the active block's rows out, after every edit."""
+        """Return hooks that copy the active block's rows out, after every edit."""
         record = self.record
-        assert record is not None
+        if record is None or not record.wants(step):
+            return []
         part = slice(step.window[0] - first, step.window[1] - first)
         self.recorded.append(step.index)
 
@@ -154,33 +163,27 @@ class Network:
         ]
 
     def unseen(self, name: str, first: int, start: int) -> int:
-        """Keys of a pass from ``first`` that the block at ``start`` does not see: they slid out.
+        """Count the keys of a pass from ``first`` that have slid out of the view of a block.
 
-        A cached pass that also stores the block before reaches as far back as that one.
+        A cached pass that also stores the block before reaches as far back as that one; the block
+        at ``start`` does not.
         """
         if self.cache is None or not lookup(name).has_keys:
             return 0
         return self.canvas.first_visible(start) - self.canvas.first_visible(first)
 
-    def finish(self, step: Step) -> None:
-        """The block is clean; hooks of scope "commit" meet its rows again where they are stored."""
-        self.finished.append(committed(step))
+    def store(self, step: RevealedStep) -> None:
+        """Note a block's last step; hooks of scope "commit" see its rows where they are stored."""
+        self.finished.append(step.stored())
 
-
-def committed(step: Step) -> Step:
-    """A block's last step as its commit is shown to hooks: nothing masked, nothing predicted."""
-    assert step.after is not None
-    return replace(
-        step,
-        tokens=step.after,
-        masked=torch.zeros_like(step.masked),
-        scope="commit",
-        after=None,
-        revealed=None,
-        log_p=None,
-        lead=None,
-        masked_logits=None,
-    )
+    def activations(self) -> dict[str, Tensor]:
+        """Hand over what was recorded, stacked over steps, one name at a time to save memory."""
+        stacked = {}
+        for name in list(self.kept):
+            parts = self.kept.pop(name)
+            if parts:
+                stacked[name] = stack_ragged(self.points[name].name or name, parts)
+        return stacked
 
 
 def make_network(
@@ -191,7 +194,7 @@ def make_network(
     record: Record | None,
     finished: list[Step] | None = None,
 ) -> Network:
-    """Decide about the cache, and check every hook name before anything runs.
+    """Return a network with or without a cache, every hook name checked before anything runs.
 
     Raises:
         NotExactError: for a cache that would not be exact.
@@ -199,7 +202,7 @@ def make_network(
     """
     model = bridge.original_model
     config = model.config
-    made = on_bridge(bridge, hooks)
+    laid = on_bridge(bridge, hooks)
     require_eval(bridge)
     exact = config.cross_attn and not config.time_conditioning
     if kv_cache and not exact:
@@ -212,7 +215,7 @@ def make_network(
             f"kv_cache=True is not exact on this checkpoint: {why}. Pass kv_cache=False"
         )
     if kv_cache is None:
-        kv_cache = exact and not any(hook.scope == "prefix" for hook in made.hooks)
+        kv_cache = exact and not any(hook.scope == "prefix" for hook in laid.hooks)
     cache = None
     if kv_cache:
         weight = bridge.embed.weight
@@ -225,4 +228,4 @@ def make_network(
             weight.device,
             weight.dtype,
         )
-    return Network(bridge, canvas, made, record, cache, list(finished or ()))
+    return Network(bridge, canvas, laid, record, cache, list(finished or ()))

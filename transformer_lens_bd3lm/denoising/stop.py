@@ -1,7 +1,7 @@
-"""When a row has said enough: rules that the loop asks after every finished block.
+"""Stop rules: functions that end a row, called by the loop after every finished block.
 
 A rule is ``rule(step) -> Bool[batch]``, called with the last step of a block, whose ``after`` is
-the canvas; a row it names is not denoised any further, and ends with that block.
+the canvas; a row that it marks is not denoised any further, and ends with that block.
 """
 
 import sys
@@ -15,20 +15,24 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int, check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
-from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.errors import InputError
 
-StopRule = Callable[[Step], Bool[Tensor, " batch"]]
+StopRule = Callable[[RevealedStep], Bool[Tensor, " batch"]]
 
 
 @dataclass(frozen=True)
 class EndOfText:
-    """A row ends once it has written the end-of-text token; its text is cut behind the token.
+    """Stop rule: a row ends once it has written the end-of-text token, and is cut behind it.
 
     A token of the prompt does not count, so a GPT-2 prompt may begin with the same token.
 
     Attributes:
         token: its id; the tokenizer's end-of-text token by default.
+
+    Raises:
+        InputError: for a token that is no int; from :func:`denoise`, for one outside the vocabulary
+            or the mask, and where the tokenizer has none.
     """
 
     token: int | None = None
@@ -40,11 +44,14 @@ class EndOfText:
 
 @dataclass(frozen=True)
 class LowEntropy:
-    """A row ends when its last tokens hardly vary: degenerate text.
+    """Stop rule: a row ends when its last tokens hardly vary (degenerate text).
 
     Attributes:
         below: entropy in nats of the counts of the last tokens; the public code's 4 by default.
         last: how many tokens are counted, fewer never end a row; the public code's 256 by default.
+
+    Raises:
+        InputError: for ``last`` below 1, or a negative entropy.
     """
 
     below: int | float = 4.0
@@ -54,9 +61,8 @@ class LowEntropy:
         check_int("last", self.last, 1)
         check_number("below", self.below, 0.0, sys.float_info.max, "give an entropy in nats, >= 0")
 
-    def __call__(self, step: Step) -> Bool[Tensor, " batch"]:
-        """Rows whose last tokens, up to the end of the block, have less entropy."""
-        assert step.after is not None
+    def __call__(self, step: RevealedStep) -> Bool[Tensor, " batch"]:
+        """Return the rows whose last tokens, up to the end of the block, have less entropy."""
         end = step.window[1]
         stop = torch.zeros(step.after.shape[0], dtype=torch.bool)
         if end < self.last:
@@ -73,7 +79,7 @@ class Stop:
 
     Attributes:
         canvas: what is filled in.
-        rules: asked after every finished block.
+        rules: called after every finished block.
         end_tokens: ids at which a row may end.
         ends: positions that each row keeps ``[batch]``, on the CPU.
         stopped: rows that are not denoised any further ``[batch]``.
@@ -87,14 +93,14 @@ class Stop:
         self.ends = self.canvas.lengths.clone()
         self.stopped = torch.zeros(len(self.ends), dtype=torch.bool)
         self._written = self.canvas.written()
-        self._asked = self._written & self.canvas.asked()
+        self._begun = self._written & self.canvas.asked()
 
     @classmethod
     def of(cls, bridge: Any, canvas: Canvas, stop: Any) -> "Stop":
-        """From a rule, several rules, or None.
+        """Return the stop rules of a run, given as one rule, several, or None.
 
         Raises:
-            InputError: for what is no rule, or an end-of-text rule where there is no such token.
+            InputError: for anything but rules, or an end-of-text rule where there is no such token.
         """
         given: list[Any] = []
         if stop is not None:
@@ -121,29 +127,27 @@ class Stop:
                 )
         return cls(canvas, rules, end_tokens)
 
-    def ask(self, step: Step) -> None:
-        """A block is finished: which rows end with it?
+    def after_block(self, step: RevealedStep) -> None:
+        """Apply the rules to the last step of a finished block, and note the rows that end.
 
         Raises:
-            InputError: if a rule answers anything but one truth value a row.
+            InputError: if a rule returns anything but one truth value a row.
         """
-        assert step.after is not None
         start, end = step.window
-        begun = ~self.stopped & self._asked[:, start:end].any(-1)
+        begun = ~self.stopped & self._begun[:, start:end].any(-1)
         if self.end_tokens:
             ids = step.after[:, start:end].cpu()
-            found = torch.isin(ids, torch.tensor(self.end_tokens))
-            found &= self._written[:, start:end]
-            for row in (found.any(-1) & begun).nonzero()[:, 0].tolist():
-                self._end(row, start + int(found[row].nonzero()[0, 0]) + 1)
+            ended = torch.isin(ids, torch.tensor(self.end_tokens)) & self._written[:, start:end]
+            for row in (ended.any(-1) & begun).nonzero()[:, 0].tolist():
+                self._end(row, start + int(ended[row].nonzero()[0, 0]) + 1)
         for rule in self.rules:
-            answer = truths(rule(step))
-            if answer.dtype != torch.bool or answer.shape != self.stopped.shape:
+            ends = _truths(rule(step))
+            if ends.dtype != torch.bool or ends.shape != self.stopped.shape:
                 raise InputError(
-                    f"the stop rule answered {answer.dtype} {list(answer.shape)}: return one truth "
+                    f"the stop rule returned {ends.dtype} {list(ends.shape)}: return one truth "
                     f"value for each of the {len(self.stopped)} rows"
                 )
-            for row in (answer & begun).nonzero()[:, 0].tolist():
+            for row in (ends & begun).nonzero()[:, 0].tolist():
                 self._end(row, end)
 
     def _end(self, row: int, position: int) -> None:
@@ -151,15 +155,15 @@ class Stop:
         self.ends[row] = min(int(self.ends[row]), position)
 
 
-def truths(answer: Any) -> Tensor:
-    """A rule's answer as a tensor on the CPU.
+def _truths(returned: Any) -> Tensor:
+    """Return what a rule returned as a tensor on the CPU.
 
     Raises:
-        InputError: for what is none.
+        InputError: for anything that makes no tensor.
     """
     try:
-        return torch.as_tensor(answer).cpu()
+        return torch.as_tensor(returned).cpu()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            f"the stop rule answered {type(answer).__name__}: return one truth value for each row"
+            f"the stop rule returned {type(returned).__name__}: return one truth value for each row"
         ) from None

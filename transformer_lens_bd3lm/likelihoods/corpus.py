@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.inputs import check_ids
+from transformer_lens_bd3lm.model.ids import check_ids
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens_bd3lm.bridge.forward import read_dial
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.mask_patterns import too_many_patterns
@@ -41,7 +41,7 @@ def read_settings(
     Raises:
         InputError: for a block size, method or option that does not fit.
     """
-    size = read_dial(bridge, block_size)
+    size = block_size_of(bridge, block_size)
     if method is None:
         method = "exact" if 2**size <= options["max_states"] else "monte_carlo"
     check_choices(

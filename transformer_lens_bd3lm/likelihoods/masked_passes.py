@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.attention import Routing
 from transformer_lens_bd3lm.bridge.block import require_eval
-from transformer_lens_bd3lm.bridge.forward import frequencies, read_dial, run, through_layers
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
+from transformer_lens_bd3lm.bridge.casts import frequencies
+from transformer_lens_bd3lm.bridge.forward import run, through_layers
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
@@ -207,7 +209,7 @@ def read_masked_passes(
     for text in texts:
         refuse_path(text, "tokens")
     ids = read_ids(bridge, tokens, prepend_bos=True)
-    asked, trained = read_dial(bridge, block_size), trained_block_sizes(config)
+    asked, trained = block_size_of(bridge, block_size), trained_block_sizes(config)
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"

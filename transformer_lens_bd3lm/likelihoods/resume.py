@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from transformer_lens_bd3lm.denoising.run_files import weights_hash
+from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import Window
 

@@ -1,10 +1,16 @@
-"""What a forward was given, read at the door into one of two views.
+"""Input of a forward pass, read into one of two views.
 
-The **sampling view** is one stream of n ids. The **dual view** is ``[x_t | x_0]``, 2n long, and
-both halves count positions from 0. Everything that could go wrong later with an obscure index
-error, or go wrong in silence, is refused here.
+The network sees n tokens in one of two ways (Arriola et al., section 3.2)::
 
-It does not tokenize, pad or run anything.
+    sampling view   x_t            n ids     one stream: the finished blocks, then the noisy one
+    dual view       [x_t | x_0]    2n ids    a noisy and a clean stream, each at positions 0 .. n-1
+
+Denoising uses the sampling view. Training and likelihoods use the dual view: in one pass every
+noisy block reads the clean blocks before it, and so has the prediction that the sampling view has
+with these blocks finished. Who reads whom is in ``masks``.
+
+Whatever would fail later with an obscure index error, or be wrong in silence, is refused here.
+Nothing is tokenized, padded or run.
 """
 
 from dataclasses import dataclass
@@ -13,21 +19,21 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
+from transformer_lens_bd3lm.model.ids import check_ids, has_values, require_later
 from transformer_lens_bd3lm.model.masks import causal_mask, dual_mask, sampling_mask
 
 
 @dataclass(frozen=True)
 class View:
-    """One forward's input: ids ``[batch, pos]``, and how positions read each other.
+    """Input of one forward pass: ids, and how their positions read each other.
 
     Attributes:
         ids: token ids; in the dual view ``[noisy | clean]``, 2 * length wide.
         length: tokens in one stream.
-        block_size: tokens a block (ignored where ``kind`` is not ``"block"``).
+        block_size: tokens a block (ignored unless ``kind`` is ``"block"``).
         kind: ``"block"`` (block diffusion), ``"causal"`` or ``"open"`` (no mask).
         dual: whether there is a clean stream.
     """
@@ -39,101 +45,18 @@ class View:
     dual: bool
 
     def positions(self) -> Int[Tensor, " pos"]:
-        """Rotary positions; both halves of the dual view count from 0."""
+        """Return the rotary position of each id; both streams count from 0."""
         positions = torch.arange(self.length, device=self.ids.device)
         return positions.repeat(2) if self.dual else positions
 
     def mask(self) -> Bool[Tensor, "q k"] | None:
-        """The dense square, True where visible; None where everything is."""
-        device, n = self.ids.device, self.length
+        """Return the attention mask, True where visible; None if every position reads all."""
+        n, device = self.length, self.ids.device
         if self.dual:
             return dual_mask(n, self.block_size, device)
-        if self.kind == "open":
-            return None
-        return (
-            causal_mask(n, n, device)
-            if self.kind == "causal"
-            else sampling_mask(n, n, self.block_size, device)
-        )
-
-
-def read_block_size(value: Any, model_length: int, has_blocks: bool = True) -> int:
-    """A block size in tokens, from an int or ``"full"`` (the whole context).
-
-    Raises:
-        BlockSizeError: for anything but 1..model_length or ``"full"``, or where there are no
-            blocks.
-    """
-    if not has_blocks:
-        raise BlockSizeError(
-            f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one "
-            "stream has no blocks, and no dial to turn"
-        )
-    if isinstance(value, str) and value == "full":
-        return model_length
-    rule = f'give an int in 1..{model_length} or "full"'
-    return check_int("block_size", value, 1, model_length, rule, BlockSizeError)
-
-
-def check_ids(ids: Any, vocab_size: int, name: str) -> Int[Tensor, "batch pos"]:
-    """Token ids ``[batch, pos]`` (a single row is promoted), all inside the vocabulary.
-
-    Raises:
-        InputError: for floats, an empty tensor, other shapes, or ids outside the vocabulary.
-    """
-    if (
-        not isinstance(ids, Tensor)
-        or ids.is_floating_point()
-        or ids.is_complex()
-        or ids.dtype == torch.bool
-    ):
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise InputError(f"{name} is {kind}: give integer token ids [batch, pos]")
-    ids = ids.long() if ids.ndim != 1 else ids.long()[None]
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise InputError(
-            f"{name} has shape {tuple(ids.shape)}: give token ids [batch, pos], not empty"
-        )
-    if not has_values(ids):
-        require_later((ids >= 0) & (ids < vocab_size), f"{name}: an id outside the vocabulary")
-        return ids
-    low, high = (int(end) for end in ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise InputError(
-            f"{name} holds id {low if low < 0 else high}: the vocabulary is 0..{vocab_size - 1}"
-        )
-    return ids
-
-
-def fill_hidden(
-    ids: Int[Tensor, "batch pos"], hidden: Bool[Tensor, "batch pos"], vocab_size: int, filler: int
-) -> Int[Tensor, "batch pos"]:
-    """Replace ids that no token has where nobody reads them: padding may be any number."""
-    outside = (ids < 0) | (ids >= vocab_size)
-    return ids.masked_fill(hidden.to(ids.device) & outside, filler)
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether a tensor's values can be read now.
-
-    There are none yet while a graph is captured (``torch.compile``, ``torch.export``), none in fake
-    tensors, and each is many under ``torch.func.vmap``.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or isinstance(x, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
-
-
-def require_later(condition: Tensor, message: str) -> None:
-    """Make a check of values that are not there yet part of a captured graph, if one is captured.
-
-    The graph raises a RuntimeError with this message. Under vmap, and where there will never be
-    values, nothing is checked.
-    """
-    if torch.compiler.is_compiling():
-        torch._assert_async(condition.all(), message)
+        if self.kind == "block":
+            return sampling_mask(n, n, self.block_size, device)
+        return causal_mask(n, n, device) if self.kind == "causal" else None
 
 
 def read_input(
@@ -144,46 +67,39 @@ def read_input(
     sample_mode: bool | None = None,
     block_size: Any = None,
 ) -> View:
-    """Decide the view and check everything about it.
+    """Return the view that the arguments of a forward pass ask for.
 
     Args:
-        config: the checkpoint's config.
-        input_ids: the noisy or only stream, or ``[x_t | x_0]`` joined.
-        clean: x_0, if the streams come apart; it makes the view dual.
-        sample_mode: the checkpoint's own switch; True is the sampling view.
-        block_size: the dial for this call; the config's by default.
+        config: config of the checkpoint.
+        input_ids: ids of the noisy or only stream, or of both as ``[x_t | x_0]``.
+        clean: ids of the clean stream x_0, if it is given apart; the view is dual then.
+        sample_mode: keyword of the public code: True is the sampling view, False the dual view.
+        block_size: tokens a block in this pass; by default the config's.
 
     Raises:
-        InputError: what came, the rule, the way out.
+        InputError: for ids, shapes and lengths that do not fit the checkpoint or each other.
+        BlockSizeError: for a block size that the checkpoint cannot have.
     """
     n = config.model_length
-    if block_size is None:
-        size = read_block_size(config.block_size, n) if config.cross_attn else n
-    else:
+    if block_size is not None:
         size = read_block_size(block_size, n, config.cross_attn)
+    else:
+        size = read_block_size(config.block_size, n) if config.cross_attn else n
     ids = check_ids(input_ids, config.vocab_size, "input_ids")
-    if clean is not None:
+    clean_is_given = clean is not None
+    if clean_is_given:
         if sample_mode:
             raise InputError(
                 "clean with sample_mode=True: the sampling view has no clean stream; drop one"
             )
-        clean = check_ids(clean, config.vocab_size, "clean")
-        if clean.shape != ids.shape:
-            raise InputError(
-                f"clean has shape {tuple(clean.shape)} and the noisy ids {tuple(ids.shape)}: both "
-                "streams "
-                "are [batch, pos] of the same tokens"
-            )
-        ids = torch.cat([ids, clean.to(ids.device)], dim=1)
-    joined = (
-        clean is None and sample_mode is not True and ids.shape[1] == 2 * n and config.cross_attn
-    )
-    dual = clean is not None or sample_mode is False or joined
+        ids = _join(ids, check_ids(clean, config.vocab_size, "clean"))
+    asked_for = sample_mode is False
+    both_are_joined = sample_mode is not True and ids.shape[1] == 2 * n and config.cross_attn
+    dual = clean_is_given or asked_for or both_are_joined
     if dual and not config.cross_attn:
         raise InputError(
             "the dual view was asked for, but this checkpoint has cross_attn=False and only one "
-            "stream: "
-            "call it with input_ids alone"
+            "stream: call it with input_ids alone"
         )
     if dual and ids.shape[1] % 2:
         raise InputError(
@@ -199,13 +115,53 @@ def read_input(
     return View(ids, length, size, kind, dual)
 
 
+def _join(
+    x_t: Int[Tensor, "batch pos"], x_0: Int[Tensor, "clean_batch clean_pos"]
+) -> Int[Tensor, "batch both"]:
+    """Join a noisy and a clean stream of the same tokens."""
+    if x_0.shape != x_t.shape:
+        raise InputError(
+            f"clean has shape {tuple(x_0.shape)} and the noisy ids {tuple(x_t.shape)}: both "
+            "streams are [batch, pos] of the same tokens"
+        )
+    return torch.cat([x_t, x_0.to(x_t.device)], dim=1)
+
+
+def read_block_size(value: Any, model_length: int, has_blocks: bool = True) -> int:
+    """Return a block size in tokens.
+
+    Args:
+        value: an int, or ``"full"`` for the whole context.
+        model_length: context of the checkpoint, in tokens.
+        has_blocks: whether the checkpoint has blocks (``cross_attn``).
+
+    Raises:
+        BlockSizeError: for anything but 1..model_length or ``"full"``, and without blocks.
+    """
+    if not has_blocks:
+        raise BlockSizeError(
+            f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one "
+            "stream has no blocks, and no block size to set"
+        )
+    if isinstance(value, str) and value == "full":
+        return model_length
+    rule = f'give an int in 1..{model_length} or "full"'
+    return check_int("block_size", value, 1, model_length, rule, BlockSizeError)
+
+
 def read_sigma(
     config: Any, timesteps: Any, ids: Int[Tensor, "batch pos"], dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:
-    """Sigma per row ``[batch]``, float32 or wider: zeros by default and if the network sees none.
+    """Return sigma of each row, in float32 or wider; zeros without time conditioning.
+
+    Args:
+        config: config of the checkpoint.
+        timesteps: sigma as one number or one a row; 0 by default. At time t it is -log(1 - t).
+        ids: token ids of the pass.
+        dtype: dtype of the model.
 
     Raises:
-        InputError: if ``timesteps`` is not one finite number ≥ 0, or one a row.
+        InputError: if ``timesteps`` is not one finite number >= 0, or one a row.
     """
     batch = ids.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
@@ -224,26 +180,28 @@ def read_sigma(
     if sigma.shape != (batch,) or sigma.dtype == torch.bool or sigma.is_complex():
         raise InputError(
             f"timesteps has shape {tuple(sigma.shape)} ({sigma.dtype}): give sigma as one number, "
-            "or "
-            f"one a row [{batch}]"
+            f"or one a row [{batch}]"
         )
-    fine = sigma.isfinite() & (sigma >= 0)
-    if not has_values(fine):
-        require_later(fine, "timesteps: a sigma that is not finite, or is negative")
-    elif not bool(fine.all()):
+    valid = sigma.isfinite() & (sigma >= 0)
+    if not has_values(valid):
+        require_later(valid, "timesteps: a sigma that is not finite, or is negative")
+    elif not bool(valid.all()):
         raise InputError(
-            f"timesteps holds {sigma[~fine][0].item()}: sigma = -log(1 - t) of a time t in [0, 1) "
-            "is "
-            "finite and not negative"
+            f"timesteps holds {sigma[~valid][0].item()}: sigma = -log(1 - t) of a time t in [0, 1) "
+            "is finite and not negative"
         )
     return sigma.to(wide) if config.time_conditioning else torch.zeros_like(sigma, dtype=wide)
 
 
 def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
-    """Which positions are real, ``[batch, pos]``; None where all are.
+    """Return which positions hold real tokens, ``[batch, pos]``; None if all do.
+
+    Args:
+        view: view of the pass; both streams of a dual view have the same padding.
+        attention_mask: True or 1 at real tokens ``[batch, pos]``, of one stream.
 
     Raises:
-        InputError: if the mask does not fit, or pads on the left, where positions would shift.
+        InputError: if the shape does not fit, or padding stands before a real token.
     """
     if attention_mask is None:
         return None
@@ -271,10 +229,14 @@ def read_padding(view: View, attention_mask: Tensor | None) -> Tensor | None:
 
 
 def check_keywords(token_type_ids: Any, store_kv: Any) -> None:
-    """Refuse keywords that tokenizers and the public code pass and that would change nothing here.
+    """Refuse keywords of tokenizers and of the public code that would change nothing here.
+
+    Args:
+        token_type_ids: types that a tokenizer may add; zeros and None pass.
+        store_kv: switch of the public code's cache; False and None pass.
 
     Raises:
-        InputError: for token types other than 0, and for a cache of keys and values.
+        InputError: for other values.
     """
     if token_type_ids is not None and bool(torch.as_tensor(token_type_ids).any()):
         raise InputError(

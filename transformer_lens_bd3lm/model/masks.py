@@ -1,11 +1,18 @@
-"""Who may read whom: the block-diffusion masks as named rules.
+"""Masks of block diffusion: which position may read which.
 
-A token at position p belongs to block ``p // block_size``. In the **dual view** ``[x_t | x_0]`` a
-noisy and a clean stream share positions (Arriola et al., section 3.2 and figure 3); in the
-**sampling view** there is one stream. A mask is a few rules OR-ed together, each a predicate on
-(query, key); True means visible.
+A token at position p is in block ``p // block_size``. In the **dual view** ``[x_t | x_0]`` a noisy
+and a clean stream have the same positions (Arriola et al., section 3.2 and figure 3). A query q may
+read a key k by three rules, OR-ed together::
 
-Every fast attention path is tested against these dense squares; none of them is needed to run one.
+    within_noisy       q noisy, k noisy    block(k) == block(q)    a block denoises itself
+    noisy_reads_past   q noisy, k clean    block(k) <  block(q)    given the finished blocks before
+    clean_reads_past   q clean, k clean    block(k) <= block(q)    which never see noise
+
+In the **sampling view** there is one stream, finished blocks and then the noisy one, and one rule:
+``block(k) <= block(q)``. Block size 1 is causal attention, block size n no mask at all.
+
+True means visible. The fast attention paths do not build these squares; they are tested against
+them.
 """
 
 import torch
@@ -16,7 +23,13 @@ from torch import Tensor
 def dual_mask(
     length: int, block_size: int, device: torch.device | str | None = None
 ) -> Bool[Tensor, "q k"]:
-    """The dual view's ``[2n, 2n]`` square over ``[noisy | clean]``; a ragged last block is fine."""
+    """Return the ``[2n, 2n]`` mask of the dual view, over ``[noisy | clean]``.
+
+    Args:
+        length: n, the tokens of one stream; the last block may be shorter than the others.
+        block_size: tokens a block.
+        device: device of the mask.
+    """
     index = torch.arange(2 * length, device=device)
     noisy = index < length
     block = (index % length) // block_size
@@ -35,9 +48,14 @@ def sampling_mask(
     device: torch.device | str | None = None,
     reach: int | None = None,
 ) -> Bool[Tensor, "q k"]:
-    """Every block reads itself and all earlier ones; the queries are the last of the keys.
+    """Return the mask of the sampling view: every block reads itself and all earlier ones.
 
-    With ``reach`` it reads at most so many blocks, its own included: a context that slides.
+    Args:
+        queries: positions that read, the last of the keys.
+        keys: positions that are read.
+        block_size: tokens a block.
+        device: device of the mask.
+        reach: most blocks that a block reads, itself included: a context that slides.
     """
     k_block = torch.arange(keys, device=device) // block_size
     q_block = k_block[keys - queries :, None]
@@ -48,5 +66,11 @@ def sampling_mask(
 def causal_mask(
     queries: int, keys: int, device: torch.device | str | None = None
 ) -> Bool[Tensor, "q k"]:
-    """Plain causal attention, for the autoregressive baseline; the same rule at block size 1."""
+    """Return the mask of the autoregressive baseline: causal, the sampling view's at block size 1.
+
+    Args:
+        queries: positions that read, the last of the keys.
+        keys: positions that are read.
+        device: device of the mask.
+    """
     return sampling_mask(queries, keys, 1, device)

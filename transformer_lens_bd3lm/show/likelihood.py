@@ -13,11 +13,11 @@ from transformer_lens_bd3lm.show.tables import count, new_table, off_distributio
 
 def likelihood_table(result: Likelihood) -> Table:
     """Lay out NLL and NELBO of a corpus, in every unit."""
-    columns = {} if result.nll is None else {"NLL: of what is written": result.nll}
+    columns = {} if result.nll is None else {"NLL of the sampler": result.nll}
     method = result.method.replace("_", " ")
     return _nats_table(
         f"{result.model} at block size {result.block_size}, {method}",
-        columns | {"NELBO: a bound": result.nelbo},
+        columns | {"NELBO (a bound)": result.nelbo},
         f", {count(result.processes, 'process')}; BOS is not counted."
         + off_distribution(result.trained_at),
     )
@@ -26,7 +26,7 @@ def likelihood_table(result: Likelihood) -> Table:
 def nelbo_table(result: Nelbo) -> Table:
     """Lay out the NELBO of texts, in every unit."""
     title = f"NELBO at block size {result.block_size}, {result.method.replace('_', ' ')}"
-    return _nats_table(title, {"NELBO: a bound": result}, "; BOS is not counted.")
+    return _nats_table(title, {"NELBO (a bound)": result}, "; BOS is not counted.")
 
 
 def nats_table(result: Nats) -> Table:
@@ -54,7 +54,7 @@ def _nats_table(title: str, columns: Mapping[str, Nats], caption: str) -> Table:
         rows["bits a character"] = lambda x: f"{x.bits_per_character:.4f}"
     rows["perplexity"] = lambda x: f"{x.perplexity:.3f}"
     if first.texts > 1:
-        rows["95% over such texts"] = lambda x: "{:.4f} .. {:.4f}".format(*x.interval())
+        rows["95% over texts"] = lambda x: "{:.4f} .. {:.4f}".format(*x.interval())
     for name, cell in rows.items():
         table.add_row(name, *map(cell, columns.values()))
     return table

@@ -53,7 +53,7 @@ def _share_cells(price: Price) -> list[str]:
 def price_table(price: Price) -> Table:
     """Lay out the price of a block size and the looseness of the bound in it."""
     title = f"price of block size {price.block_size} over 1, nats a token"
-    table = new_table(title, ("", "value", "95% over such texts"), ("",), "")
+    table = new_table(title, ("", "value", "95% over texts"), ("",), "")
     for name in ("price", "looseness", "share"):
         value, interval = getattr(price, name), (price.intervals or {}).get(name)
         cells = ["–" if value is None else f"{value:.4f}"]

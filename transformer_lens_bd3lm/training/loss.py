@@ -21,7 +21,8 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_int, check_noised
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
-from transformer_lens_bd3lm.model.inputs import View, check_ids, fill_hidden, read_padding
+from transformer_lens_bd3lm.model.ids import check_ids, fill_hidden
+from transformer_lens_bd3lm.model.inputs import View, read_padding
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.model.subs import masked_log_probs, read_mask_id
 

@@ -29,8 +29,8 @@ from transformer_lens_bd3lm.analysis.by_depth.nats_and_order import (
 )
 from transformer_lens_bd3lm.analysis.by_depth.probe import Probe, fit_probes, split_of
 from transformer_lens_bd3lm.analysis.by_depth.tokens import read_parsed
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
-from transformer_lens_bd3lm.bridge.forward import read_dial
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
@@ -142,7 +142,7 @@ def by_dependency_depth(
         TokenizerError: for a name whose checkpoint has no tokenizer.
     """
     bridge = read_bridge(bridge)
-    size = read_dial(bridge, block_size)
+    size = block_size_of(bridge, block_size)
     parsed = read_parsed(bridge, parses, deepest)
     longest = min(size, max(len(each.ids) for each in parsed.tokens))
     summed = 2**longest <= max_states

@@ -5,15 +5,15 @@ at a position::
 
     cosine             x_i^a . x_i^b / (|x_i^a| |x_i^b|)         mean over positions
     relative change    |x^b - x^a| / |x^a|                       over all positions together
-    CKA                as in ``passes.py``                         of the first 1,024 positions
+    CKA                as in ``similarity``                        over the first 1,024 positions
     attention change   1/2 sum_k |A^a_qk - A^b_qk|               mean over masked queries, by head
 
-Cosine and relative change ask whether an activation is the same vector, CKA whether activations lie
-about each other as they did: two models that were trained apart can agree in the last alone. Where
-one was trained on from the other, or both from a third, the first two mean something as well.
+Cosine and relative change compare single vectors, CKA how activations lie relative to each other:
+two models that were trained independently can agree in CKA alone. Cosine and relative change are
+meaningful where one was trained from the other, or both from a third.
 
-The first hook point at which anything differs, in the order of a pass, is where the change comes
-in; what is after it differs also because of it. It does not say which change matters.
+The first hook point at which anything differs, in the order of a pass, is where the change enters;
+later ones also differ because of it. It does not say which change matters.
 """
 
 import math
@@ -30,6 +30,7 @@ from transformer_lens_bd3lm.analysis.noised_text import pattern_names
 from transformer_lens_bd3lm.analysis.similarity import cka, wide
 from transformer_lens_bd3lm.bridge.hook_points import split_layer
 from transformer_lens_bd3lm.errors import HookNameError, NotExactError
+from transformer_lens_bd3lm.result import plain_values
 
 PATTERN = "attn.hook_pattern"
 # In the order of a pass.
@@ -41,17 +42,17 @@ SAMPLES = 1024  # positions of a CKA
 
 
 @dataclass(frozen=True)
-class PointComparison:
-    """One hook point, in one stream.
+class HookPointComparison:
+    """Activations of two checkpoints at one hook point, in one stream.
 
     Attributes:
-        name: of the hook point.
-        stream: ``"noisy"``, ``"clean"``, or ``"single"`` of a checkpoint without blocks. Attention
+        name: name of the hook point.
+        stream: ``"noisy"``, ``"clean"``, or ``"single"`` without blocks. Attention
             patterns are those of masked queries.
         cosine: mean over positions; over all queries and heads together for patterns.
         relative: relative change.
-        cka: debiased linear CKA of the first positions; NaN for patterns, and where it would tell
-            nothing.
+        cka: debiased linear CKA over the first positions; NaN for patterns, and where the samples
+            do not determine it.
         largest: the largest change of one value.
     """
 
@@ -78,33 +79,31 @@ class PointComparison:
         return self.largest == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; what is not finite is None."""
-        figures = {key: getattr(self, key) for key in ("cosine", "relative", "cka", "largest")}
-        told: dict[str, Any] = {"name": self.name, "stream": self.stream}
-        return told | {key: x if math.isfinite(x) else None for key, x in figures.items()}
+        """Return all values as JSON has them."""
+        return plain_values(vars(self))
 
 
 @dataclass(frozen=True)
 class ActivationComparison:
-    """Activations side by side.
+    """Activations of two checkpoints, hook point by hook point.
 
     Attributes:
-        points: what changed most comes first, by relative change.
+        points: the hook points, by relative change, largest first.
         attention: attention change of masked queries ``[layer, head]``, 0 to 1.
-        first: where the change comes in, in the order of a pass; None if nowhere.
-        positions: of a stream, in all rows.
+        first: first hook point that differs, in the order of a pass; None if none does.
+        positions: number of positions of a stream, in all rows.
     """
 
-    points: tuple[PointComparison, ...] = field(repr=False)
+    points: tuple[HookPointComparison, ...] = field(repr=False)
     attention: Float[Tensor, "layer head"] = field(repr=False)
     first: str | None
     positions: int
 
-    def at(self, name: str, stream: str = "noisy") -> PointComparison:
-        """One hook point.
+    def at(self, name: str, stream: str = "noisy") -> HookPointComparison:
+        """Return the comparison of one hook point.
 
         Args:
-            name: as ``blocks.1.hook_attn_out``.
+            name: name of the hook point, as ``blocks.1.hook_attn_out``.
             stream: ``"noisy"``, ``"clean"`` or ``"single"``.
 
         Raises:
@@ -119,18 +118,26 @@ class ActivationComparison:
         )
 
     def heads(self, n: int = 10) -> list[tuple[int, int, float]]:
-        """Layer, head and attention change of the heads that changed most.
+        """Return layer, head and attention change of the heads that changed most.
 
         Args:
-            n: how many at most.
+            n: largest number of heads.
         """
         order = self.attention.flatten().argsort(descending=True, stable=True)[:n].tolist()
         width = self.attention.shape[1]
         return [(i // width, i % width, float(self.attention.flatten()[i])) for i in order]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all comparisons as plain values for JSON."""
+        return {
+            "first": self.first,
+            "points": [each.to_dict() for each in self.points],
+            "attention_change": self.attention.tolist(),
+        }
 
-class Gathered:
-    """Two checkpoints' activations, pass after pass."""
+
+class PairedActivations:
+    """Sums over two checkpoints' activations, collected pass by pass."""
 
     def __init__(self, bridge: Any):
         layers = range(bridge.cfg.n_layers)
@@ -146,15 +153,15 @@ class Gathered:
 
     @property
     def stream_names(self) -> list[str]:
-        """The hook points ``[batch, pos, d_model]``."""
+        """Hook names of activations ``[batch, pos, d_model]``, patterns left out."""
         return [name for name in self.names if name not in self.patterns]
 
     def keep(self, name: str, x: Tensor) -> None:
-        """What a computes; a hook further on may write into it."""
+        """Keep an activation of a, as a copy, since a later hook may write into it."""
         self.before[name] = x.clone()
 
     def compare(self, name: str, x: Tensor) -> None:
-        """What b computes, beside it.
+        """Add an activation of b, and the kept one of a, to the sums.
 
         Raises:
             NotExactError: if either is not finite.
@@ -163,42 +170,43 @@ class Gathered:
         if not bool(a.isfinite().all() and b.isfinite().all()):
             raise NotExactError(f"{name} is not finite in {x.dtype}: boot both in a wider dtype")
         if name in self.patterns:
-            # [query, head, key]: the share of the noisy stream is not asked for here.
             self.attention[name].append((a - b).abs().sum(-1) / 2)
-            self.add((name, self.streams[0]), a, b)
+            self._add((name, self.streams[0]), a, b)
             return
         pairs = (each.chunk(len(self.streams), dim=1) for each in (a, b))
         for stream, p, q in zip(self.streams, *pairs, strict=True):
             place = name, stream
-            self.add(place, p, q)
+            self._add(place, p, q)
             p, q = p.flatten(0, 1), q.flatten(0, 1)
-            self.cosines.setdefault(place, []).append(cosines(p, q))
+            self.cosines.setdefault(place, []).append(_cosines(p, q))
             kept = self.samples.setdefault(place, [])
             room = SAMPLES - sum(len(pair[0]) for pair in kept)
             if room > 0:
                 kept.append((p[:room].to(x.dtype), q[:room].to(x.dtype)))
 
-    def add(self, place: tuple[str, str], a: Tensor, b: Tensor) -> None:
-        """Add to the sums at a place."""
+    def _add(self, place: tuple[str, str], a: Tensor, b: Tensor) -> None:
+        """Add two activations to the sums of a hook point and stream."""
         self.changes[place] = self.changes.get(place, Change()) + Change.of(a, b)
 
-    def points(self) -> Iterator[PointComparison]:
-        """Every hook point, in the order of a pass."""
+    def points(self) -> Iterator[HookPointComparison]:
+        """Yield the comparison of every hook point, in the order of a pass."""
         for name in self.names:
             for stream in self.streams:
                 place = name, stream
                 if place not in self.changes:
                     continue
                 change = self.changes[place]
-                cosine, alike = change.cosine, math.nan
+                cosine, similarity = change.cosine, math.nan
                 if name not in self.patterns:
                     cosine = float(torch.cat(self.cosines[place]).nanmean())
                     a, b = (torch.cat(x) for x in zip(*self.samples[place], strict=True))
-                    alike = float(cka(a, b))
-                yield PointComparison(name, stream, cosine, change.relative, alike, change.largest)
+                    similarity = float(cka(a, b))
+                yield HookPointComparison(
+                    name, stream, cosine, change.relative, similarity, change.largest
+                )
 
-    def found(self, positions: int) -> ActivationComparison:
-        """All of it."""
+    def comparison(self, positions: int) -> ActivationComparison:
+        """Return the comparison of all hook points."""
         points = list(self.points())
         first = next((each.name for each in points if not each.identical), None)
         attention = torch.stack([torch.cat(self.attention[name]).mean(0) for name in self.patterns])
@@ -206,9 +214,9 @@ class Gathered:
         return ActivationComparison(ordered, attention, first, positions)
 
 
-def cosines(
+def _cosines(
     a: Float[Tensor, "sample d_model"], b: Float[Tensor, "sample d_model"]
 ) -> Float[Tensor, " sample"]:
-    """1 where two vectors are equal; NaN beside zeros."""
+    """Return the cosine of each pair; 1 for equal vectors, NaN if one is zero."""
     norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     return torch.where((a == b).all(-1), 1.0, (a * b).sum(-1) / norms)

@@ -6,16 +6,13 @@ With ``p_a`` and ``p_b`` the SUBS predictions there, and x the true token::
     log p_b(x) - log p_a(x)                          nats; above 0: b expects the text more
     agreement                                        share of positions with one most likely token
 
-Both see one noise, so what a hard position or an unlucky mask does to a, it does to b as well, and
-the difference is surer than either of its sides. The bound on the texts' likelihood is compared
-likewise: the same draws for both, replicate by replicate.
-
-Its intervals are over texts like these (``units.py``): whole texts are drawn again, since tokens of
-one text go together. A single text has none.
+Both have the same masks, so a hard position is hard for both, and the difference is surer than
+either side. Intervals are over texts like these (``likelihoods.statistics``); a single text has
+none.
 """
 
-import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,21 +21,22 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText
 from transformer_lens_bd3lm.analysis.similarity import CHUNK, prediction_change, wide
 from transformer_lens_bd3lm.errors import NotExactError
-from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals, middle_interval
+from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.subs import masked_log_probs
+from transformer_lens_bd3lm.result import plain_values
 
 
 @dataclass(frozen=True)
-class Place:
-    """One masked position.
+class Prediction:
+    """Predictions of two checkpoints at one masked position.
 
     Attributes:
-        row: of the texts.
-        position: in the row.
+        row: number of the row.
+        position: position in the row.
         word: the true token.
         kl: KL(p_a || p_b), nats.
-        log_p: of the true token under a and under b, nats.
-        top: the most likely token of a and of b.
+        log_p: log p of the true token under a and under b, nats.
+        top: the most likely token under a and under b.
     """
 
     row: int
@@ -55,10 +53,10 @@ class PredictionComparison:
 
     Attributes:
         row: the row of each position ``[query]``.
-        position: its place there ``[query]``.
-        token: what stands there in truth ``[query]``.
+        position: its number in the row ``[query]``.
+        token: id of the true token ``[query]``.
         kl: KL(p_a || p_b) and KL(p_b || p_a), nats ``[2, query]``.
-        log_p: of the true token under a and under b, nats ``[2, query]``.
+        log_p: log p of the true token under a and under b, nats ``[2, query]``.
         top: the most likely token's id under a and under b ``[2, query]``.
         texts: which text each row is of ``[row]``.
         words: tokens as text, by id.
@@ -76,12 +74,12 @@ class PredictionComparison:
     @property
     def mean_kl(self) -> tuple[float, float]:
         """Mean KL(p_a || p_b) and KL(p_b || p_a), nats a token."""
-        there, back = self.kl.mean(1).tolist()
-        return there, back
+        a_to_b, b_to_a = self.kl.mean(1).tolist()
+        return a_to_b, b_to_a
 
     @property
     def agreement(self) -> float:
-        """Share of positions at which both find the same token most likely."""
+        """Share of positions at which both have the same most likely token."""
         return float((self.top[0] == self.top[1]).double().mean())
 
     @property
@@ -91,106 +89,79 @@ class PredictionComparison:
 
     @property
     def mean_log_p_change(self) -> float:
-        """Its mean, nats a token."""
+        """Mean of ``log_p_change``, nats a token."""
         return float(self.log_p_change.mean())
 
     def interval(
         self, level: float = 0.95, resamples: int = 2000, seed: int = 0
     ) -> tuple[float, float] | None:
-        """Of ``mean_log_p_change``, paired, over texts like these; None of a single text.
+        """Compute the interval of ``mean_log_p_change`` over texts like these; None for one text.
 
         Args:
-            level: how often such intervals should cover the truth.
-            resamples: of the bootstrap.
-            seed: of its draws.
+            level: probability that an interval made this way covers the true value.
+            resamples: number of bootstrap resamples.
+            seed: random seed of the resamples.
         """
         values = torch.stack([self.log_p_change, torch.ones_like(self.log_p_change)])
         size = 1 + int(self.texts.max())
         by_text = torch.zeros(2, size, dtype=torch.float64)
-        return paired(by_text.index_add_(1, self.texts[self.row], values), level, resamples, seed)
+        return paired_interval(
+            by_text.index_add_(1, self.texts[self.row], values), level, resamples, seed
+        )
 
-    def largest(self, n: int = 10) -> list[Place]:
-        """The positions whose predictions changed most, by KL(p_a || p_b).
+    def largest(self, n: int = 10) -> list[Prediction]:
+        """Return the positions whose predictions differ most, by KL(p_a || p_b).
 
         Args:
-            n: how many at most.
+            n: largest number of positions.
         """
         order = self.kl[0].argsort(descending=True, stable=True)[:n].tolist()
-        return [self.place(i) for i in order]
+        return [self.at(i) for i in order]
 
-    def place(self, i: int) -> Place:
-        """The i-th masked position."""
+    def at(self, i: int) -> Prediction:
+        """Return the predictions at the i-th masked position."""
         kl, log_p, top = float(self.kl[0, i]), self.log_p[:, i].tolist(), self.top[:, i].tolist()
-        return Place(
+        return Prediction(
             int(self.row[i]), int(self.position[i]), self.words[int(self.token[i])], kl,
             (log_p[0], log_p[1]), (self.words[top[0]], self.words[top[1]]),
         )  # fmt: skip
 
     def by_position(self) -> Float[Tensor, " pos"]:
-        """Mean KL(p_a || p_b) at each position over the rows that mask it; NaN where none does."""
-        found = torch.zeros(2, 1 + int(self.position.max()), dtype=torch.float64)
-        found.index_add_(1, self.position, torch.stack([self.kl[0], torch.ones_like(self.kl[0])]))
-        return found[0] / found[1]
+        """Return mean KL(p_a || p_b) by position, over rows that mask it; NaN where none does."""
+        sums = torch.zeros(2, 1 + int(self.position.max()), dtype=torch.float64)
+        sums.index_add_(1, self.position, torch.stack([self.kl[0], torch.ones_like(self.kl[0])]))
+        return sums[0] / sums[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return means, and the predictions at each masked position, as plain values for JSON."""
+        values = {
+            "positions": len(self.token),
+            "mean_kl": self.mean_kl,
+            "agreement": self.agreement,
+            "log_p_change": self.mean_log_p_change,
+            "log_p_change_interval_95": self.interval(),
+            "by_position": [vars(self.at(i)) for i in range(len(self.token))],
+        }
+        return plain_values(values)
 
 
-@dataclass(frozen=True)
-class BoundComparison:
-    """The bound on the same texts' likelihood, from the same draws.
-
-    Attributes:
-        method: as of :func:`nelbo`.
-        a: nats of each text, of replicates.
-        b: likewise; replicate i of both is under the same noise.
-    """
-
-    method: str
-    a: Nats
-    b: Nats
-
-    @property
-    def difference(self) -> float:
-        """The bound of b less that of a, nats a token; above 0: b finds the texts less likely."""
-        return float((self.b.nats - self.a.nats).sum()) / self.a.total_tokens
-
-    @property
-    def standard_error(self) -> float:
-        """Of ``difference`` for these texts, nats a token, from paired replicates; 0 if exact."""
-        if self.a.kind == "exact":
-            return 0.0
-        off = (self.b.replicates - self.a.replicates).sum(-1) / self.a.total_tokens
-        return float(off.std()) / math.sqrt(len(off))
-
-    def interval(
-        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
-    ) -> tuple[float, float] | None:
-        """Of ``difference``, over texts like these; None of a single text.
-
-        Args:
-            level: how often such intervals should cover the truth.
-            resamples: of the bootstrap.
-            seed: of its draws.
-        """
-        values = torch.stack([self.b.nats - self.a.nats, self.a.token_counts.double()])
-        return paired(values, level, resamples, seed)
-
-
-def paired(
+def paired_interval(
     values: Float[Tensor, "2 text"], level: float, resamples: int, seed: int
 ) -> tuple[float, float] | None:
-    """Interval of a sum of differences over a sum of tokens; None of fewer than two texts."""
+    """Compute the interval of summed differences over summed tokens; None for one text."""
     if int(values.any(0).sum()) < 2:
         return None
-    off, tokens = bootstrap_totals(values, resamples, seed)
-    return middle_interval(off / tokens, level)
+    differences, tokens = bootstrap_totals(values, resamples, seed)
+    return middle_interval(differences / tokens, level)
 
 
 def compare_predictions(
     a: Float[Tensor, "query d_vocab"], b: Float[Tensor, "query d_vocab"], text: NoisedText
 ) -> dict[str, Tensor]:
-    """Figures at masked positions by their name in :class:`PredictionComparison`, from raw logits.
+    """Compare raw logits at masked positions; keys are attributes of :class:`PredictionComparison`.
 
     Raises:
-        NotExactError: if some logit is not finite.
+        NotExactError: if a logit is not finite.
     """
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise NotExactError(f"logits are not finite in {a.dtype}: boot both in a wider dtype")

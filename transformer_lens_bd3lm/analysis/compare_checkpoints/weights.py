@@ -8,11 +8,10 @@ in the other::
     cosine             w_a . w_b / (|w_a| |w_b|)
     largest change     max |w_b - w_a|, of one parameter
 
-Each is made of sums that add up, in float64, over one tensor after another: a head's four parts
-make the head, and all components make the model. Nothing is copied in float64 but a piece of one
-tensor.
+Each is computed from sums in float64 that add up over tensors: a head's four parts to the head, and
+all components to the model. Only a piece of one tensor at a time is copied to float64.
 
-It does not say what a change does: a change along a direction that nothing reads does nothing.
+It does not say what a change does: a change in a direction that nothing reads has no effect.
 """
 
 import math
@@ -28,6 +27,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.similarity import wide
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
+from transformer_lens_bd3lm.result import plain_values
 
 AT_ONCE = 2**22  # values in float64 at once
 NAME = re.compile(r"backbone\.(?:blocks\.(\d+)\.)?(.+)\.(?:weight|bias|embedding)")
@@ -55,10 +55,10 @@ OF_HEADS = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 @dataclass(frozen=True)
 class Change:
-    """What two vectors are to each other, as sums: changes of parts add up to that of the whole.
+    """Change from one vector to another, as sums; the sums of parts add up to those of the whole.
 
     Attributes:
-        size: parameters.
+        size: number of parameters.
         square_a: ``|w_a|^2``.
         square_b: ``|w_b|^2``.
         dot: ``w_a . w_b``.
@@ -75,15 +75,17 @@ class Change:
 
     @classmethod
     def of(cls, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> "Change":
-        """Of two tensors of one shape."""
-        found = cls()
-        pieces = (x.reshape(-1).split(AT_ONCE) for x in (a, b))
-        for x, y in zip(*pieces, strict=True):
+        """Return the change from one tensor to another of its shape."""
+        change = cls()
+        parts = (x.reshape(-1).split(AT_ONCE) for x in (a, b))
+        for x, y in zip(*parts, strict=True):
             x, y = wide(x), wide(y)
-            off = y - x
-            sums = (float((p * q).sum()) for p, q in ((x, x), (y, y), (x, y), (off, off)))
-            found += cls(x.numel(), *sums, float(off.abs().max()))
-        return found
+            difference = y - x
+            sums = (
+                float((p * q).sum()) for p, q in ((x, x), (y, y), (x, y), (difference, difference))
+            )
+            change += cls(x.numel(), *sums, float(difference.abs().max()))
+        return change
 
     def __add__(self, other: "Change") -> "Change":
         return Change(
@@ -109,22 +111,32 @@ class Change:
 
     @property
     def cosine(self) -> float:
-        """1 where they point the same way; NaN beside zeros, unless both are."""
+        """Cosine of the two vectors; NaN if only one of them is zero."""
         if self.identical:
             return 1.0
         norms = math.sqrt(self.square_a * self.square_b)
         return min(max(self.dot / norms, -1.0), 1.0) if norms else math.nan
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the measures of the change as plain values for JSON."""
+        values = {
+            "parameters": self.size,
+            "relative": self.relative,
+            "cosine": self.cosine,
+            "largest": self.largest,
+        }
+        return plain_values(values)
+
 
 @dataclass(frozen=True)
 class Component:
-    """One component of the model, and how it changed.
+    """One component of the model, and its change.
 
     Attributes:
         part: the bridge's name within the layer, or in the model: ``"attn.v"``, ``"embed"``.
-        layer: its layer; None outside of them.
-        head: its head; None for what is not by head.
-        change: from a to b.
+        layer: its layer; None outside the layers.
+        head: its head; None for a component that has no heads.
+        change: change from a to b.
     """
 
     part: str
@@ -134,26 +146,23 @@ class Component:
 
     @property
     def name(self) -> str:
-        """As ``blocks.1.attn.v[0]``."""
+        """Name of the component, as ``blocks.1.attn.v[0]``."""
         name = self.part if self.layer is None else f"blocks.{self.layer}.{self.part}"
         return name if self.head is None else f"{name}[{self.head}]"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; what is not finite is None."""
-        change = self.change
-        figures = {"relative": change.relative, "cosine": change.cosine, "largest": change.largest}
-        told: dict[str, Any] = {"name": self.name, "parameters": change.size}
-        return told | {key: x if math.isfinite(x) else None for key, x in figures.items()}
+        """Return the change as plain values for JSON."""
+        return {"name": self.name} | self.change.to_dict()
 
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """The weights of two checkpoints side by side.
+    """Changes of the weights between two checkpoints.
 
     Attributes:
-        components: what changed most comes first, by relative change; heads one by one.
-        tensors: parameters' tensors in the checkpoint, q, k and v each one.
-        identical: of those, the ones in which every value is equal.
+        components: the components, each head by itself, by relative change, largest first.
+        tensors: number of parameter tensors, q, k and v counted as one each.
+        identical: number of tensors in which every value is equal.
     """
 
     components: tuple[Component, ...] = field(repr=False)
@@ -162,30 +171,29 @@ class WeightComparison:
 
     @property
     def whole(self) -> Change:
-        """Of all parameters together."""
-        return total(self.components)
+        """Change of all parameters together."""
+        return _total(self.components)
 
     def joined(self) -> tuple[Component, ...]:
-        """The same with heads together, and adaLN's vectors: what changed most comes first."""
+        """Return the components, heads and adaLN's vectors joined, the largest change first."""
         groups: dict[tuple[str, int | None], list[Component]] = {}
         for each in self.components:
             root = each.part.split(".")[0]
             part = root if root in VECTORS else each.part
             groups.setdefault((part, each.layer), []).append(each)
-        return biggest_first(
-            Component(part, layer, None, total(members))
+        return _largest_first(
+            Component(part, layer, None, _total(members))
             for (part, layer), members in groups.items()
         )
 
     def by_head(self, *parts: str) -> Float[Tensor, "layer head"]:
-        """Relative change by layer and head.
+        """Return the relative change of each head, its parts taken together.
 
         Args:
-            *parts: ``"attn.q"``, ``"attn.k"``, ``"attn.v"``, ``"attn.o"``; together, all by
-                default.
+            *parts: any of ``"attn.q"``, ``"attn.k"``, ``"attn.v"``, ``"attn.o"``; all by default.
 
         Raises:
-            InputError: for any other.
+            InputError: for other parts.
         """
         unknown = [part for part in parts if part not in OF_HEADS]
         if unknown:
@@ -203,30 +211,38 @@ class WeightComparison:
         values = [[found[i, head].relative for head in range(heads)] for i in range(layers)]
         return torch.tensor(values, dtype=torch.float64)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the change of the whole model and of each component as plain values for JSON."""
+        return self.whole.to_dict() | {
+            "tensors": self.tensors,
+            "identical_tensors": self.identical,
+            "components": [each.to_dict() for each in self.components],
+        }
 
-def total(components: Iterable[Component]) -> Change:
-    """The changes added up."""
+
+def _total(components: Iterable[Component]) -> Change:
+    """Add the changes up."""
     return sum((each.change for each in components), Change())
 
 
-def biggest_first(components: Iterable[Component]) -> tuple[Component, ...]:
-    """By relative change; the model's order where it is equal."""
+def _largest_first(components: Iterable[Component]) -> tuple[Component, ...]:
+    """Sort by relative change, the largest first; equal ones stay in order."""
     return tuple(sorted(components, key=lambda each: -each.change.relative))
 
 
-def parameters_of(bridge: Any) -> dict[str, Tensor]:
-    """A bridge's parameters by a checkpoint's names; q, k and v apart."""
+def _parameters(bridge: Any) -> dict[str, Tensor]:
+    """Return a bridge's parameters by the checkpoint's names, with q, k and v apart."""
     named = bridge.original_model.named_parameters()
     return {name.replace("._original_component", ""): x.detach() for name, x in named}
 
 
 def check_finite(bridge: Any, name: str) -> None:
-    """Refuse weights of which no distance can be told.
+    """Check that every weight is finite.
 
     Raises:
-        InputError: naming the first such tensor.
+        InputError: naming the first tensor that holds another value.
     """
-    for tensor, x in parameters_of(bridge).items():
+    for tensor, x in _parameters(bridge).items():
         if not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).sum())
             raise InputError(
@@ -235,26 +251,26 @@ def check_finite(bridge: Any, name: str) -> None:
             )
 
 
-def pieces(
+def _pieces(
     name: str, x: Float[Tensor, "..."], heads: int
 ) -> Iterator[tuple[str, int | None, int | None, Tensor]]:
-    """A tensor as parts of components: which part, layer and head, and its values.
+    """Yield part, layer, head and values of the components in a tensor.
 
     Raises:
         CheckpointError: for a parameter that no checkpoint has.
     """
-    found = NAME.fullmatch(name)
-    part = PARTS.get(found[2]) if found else None
-    if found is None or part is None:
+    match = NAME.fullmatch(name)
+    part = PARTS.get(match[2]) if match else None
+    if match is None or part is None:
         raise CheckpointError(
-            f"{name} is no parameter of a checkpoint: merge or remove what was put into the model"
+            f"{name} is not in a checkpoint: merge or remove what was added to the model"
         )
-    layer = None if found[1] is None else int(found[1])
+    layer = None if match[1] is None else int(match[1])
     if part in VECTORS:
         vectors = zip(VECTORS[part], x.chunk(len(VECTORS[part])), strict=True)
         yield from ((f"{part}.{vector}", layer, None, piece) for vector, piece in vectors)
     elif part in OF_HEADS:
-        # Heads are rows of q, k and v, and columns of what reads them.
+        # Heads are rows of q, k and v, and columns of the output projection.
         rows = (x.T if part == "attn.o" else x).unflatten(0, (heads, -1))
         yield from ((part, layer, head, piece) for head, piece in enumerate(rows))
     else:
@@ -263,7 +279,7 @@ def pieces(
 
 @torch.no_grad()
 def compare_weights(a: Any, b: Any) -> WeightComparison:
-    """How far b's weights are from a's.
+    """Compare the weights of two bridges, component by component.
 
     Args:
         a: a BD3LM bridge.
@@ -272,17 +288,17 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
     Raises:
         CheckpointError: for parameters that no checkpoint has.
     """
-    ours, theirs = parameters_of(a), parameters_of(b)
+    ours, theirs = _parameters(a), _parameters(b)
     alone = sorted(ours.keys() ^ theirs.keys())
     if alone:
         raise CheckpointError(
-            f"{alone[0]} is in one of the two alone: merge or remove what was put into the model"
+            f"{alone[0]} is in only one of a and b: merge or remove what was added to the model"
         )
     found: dict[tuple[str, int | None, int | None], Change] = {}
     identical = 0
     for name, x in ours.items():
         changed = False
-        halves = (pieces(name, each, a.cfg.n_heads) for each in (x, theirs[name]))
+        halves = (_pieces(name, each, a.cfg.n_heads) for each in (x, theirs[name]))
         for (*place, one), (*_, other) in zip(*halves, strict=True):
             change = Change.of(one, other)
             changed |= not change.identical
@@ -293,13 +309,13 @@ def compare_weights(a: Any, b: Any) -> WeightComparison:
     last = a.cfg.n_layers
     components = sorted(
         (Component(*place, change) for place, change in found.items()),
-        key=lambda each: model_order(each, order, last),
+        key=lambda each: _model_order(each, order, last),
     )
-    return WeightComparison(biggest_first(components), len(ours), identical)
+    return WeightComparison(_largest_first(components), len(ours), identical)
 
 
-def model_order(each: Component, order: list[str], layers: int) -> tuple[int, int, int]:
-    """Where a pass comes to a component."""
+def _model_order(each: Component, order: list[str], layers: int) -> tuple[int, int, int]:
+    """Return the key that sorts components in the order of a pass."""
     part = next(i for i, name in enumerate(order) if each.part.startswith(name))
     outside = layers if part >= order.index("final_adaln") else -1
     layer = outside if each.layer is None else each.layer

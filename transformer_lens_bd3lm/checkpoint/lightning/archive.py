@@ -1,14 +1,14 @@
-"""A file that ``torch.save`` wrote, its tensors read only when they are asked for.
+"""File of ``torch.save``, whose tensors are read one by one.
 
-The file is a zip without compression: one entry ``data.pkl``, a pickle that says how tensors lie in
-storages, and an entry ``data/KEY`` a storage, its bytes one after another. So::
+The file is a zip without compression. Its entry ``data.pkl`` is a pickle that says how tensors lie
+in storages; each storage is an entry ``data/KEY``, its bytes in order. So reading takes::
 
-    peak memory = the tensors that are kept + one piece
+    peak memory = the tensors that are read + one piece
 
-Every entry that is read is held against its checksum (CRC-32), which PyTorch writes. What is not
-asked for, optimizer states say, is neither read nor held.
+Optimizer states and other tensors that nobody needs are never read. Every entry that is read is
+compared with its checksum (CRC-32), which PyTorch writes.
 
-Only whole, contiguous storages are read as tensors, which is how a module's parameters are saved.
+Only tensors that are a whole, contiguous storage are read: so the parameters of a module are saved.
 """
 
 import io
@@ -28,15 +28,15 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.lightning.unpickle import (
     MAX_BYTES,
-    Made,
     Name,
-    Outside,
+    Reference,
+    StandIn,
     unpickle,
 )
 from transformer_lens_bd3lm.errors import CheckpointError
 
 PIECE = 2**22
-# Zip's list of entries, some hundred bytes an entry.
+# Bytes of the zip's list of entries, which has about a hundred for each.
 MAX_DIRECTORY = 2**23
 DTYPES = {
     f"torch.{name}Storage": dtype
@@ -52,25 +52,30 @@ PARAMETER = "torch._utils._rebuild_parameter"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor that lies in the file."""
+class StoredTensor:
+    """Tensor in the file, not read yet.
+
+    Attributes:
+        key: name of its storage.
+        dtype: dtype of its values.
+        shape: shape of the tensor.
+    """
 
     key: str
-    """Of its storage."""
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Return its size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Sparing(io.BufferedReader):
-    """A file of which no more than so much is read at once, its list of entries included."""
+class _BoundedReader(io.BufferedReader):
+    """File that refuses to read more than ``MAX_DIRECTORY`` bytes at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As a file's."""
+        """Read bytes; ``BadZipFile`` if they are too many, as a zip's forged list of entries."""
         if size is None or size < 0:
             here = self.tell()
             size = self.seek(0, io.SEEK_END) - here
@@ -81,20 +86,20 @@ class Sparing(io.BufferedReader):
 
 
 class Archive:
-    """A zip of ``torch.save``, open for reading.
+    """Zip of ``torch.save``, open for reading.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Raises:
-        CheckpointError: if it is none, or damaged.
+        CheckpointError: if it is something else, or damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         with self.reading("a file of torch.save (PyTorch 1.6 or newer)"):
             self.size = path.stat().st_size
-            self.file = Sparing(io.FileIO(path))
+            self.file = _BoundedReader(io.FileIO(path))
             try:
                 self.zip = zipfile.ZipFile(self.file)
                 self.root = self.find_root()
@@ -111,7 +116,7 @@ class Archive:
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Whatever a damaged file makes the zip reader say, as one error."""
+        """Raise a CheckpointError for whatever the zip reader raises on a damaged file."""
         try:
             yield
         except CheckpointError:
@@ -126,19 +131,19 @@ class Archive:
             ) from error
 
     def find_root(self) -> str:
-        """The folder in the zip that all lies in, named after the file it was saved to."""
+        """Return the folder in the zip that holds all entries; it has any name."""
         names = self.zip.namelist()
-        found = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(found) != 1:
-            raise zipfile.BadZipFile(f"it has {len(found)} entries data.pkl, and must have one")
-        root = found[0].removesuffix("data.pkl")
+        pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise zipfile.BadZipFile(f"it has {len(pickles)} entries data.pkl, and must have one")
+        root = pickles[0].removesuffix("data.pkl")
         order = f"{root}byteorder"
         if order in names and self.whole(order, 8) != sys.byteorder.encode():
             raise CheckpointError(f"{self.path} was written on a machine of another byte order")
         return root
 
     def info(self, name: str) -> zipfile.ZipInfo:
-        """An entry's place, if it is stored as it is."""
+        """Return where an entry lies; a compressed one is refused."""
         info = self.zip.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise CheckpointError(
@@ -147,7 +152,7 @@ class Archive:
         return info
 
     def whole(self, name: str, most: int) -> bytes:
-        """A small entry."""
+        """Read a whole entry of at most ``most`` bytes."""
         info = self.info(name)
         if info.file_size > most:
             raise CheckpointError(
@@ -157,54 +162,61 @@ class Archive:
             return b"".join(iter(lambda: entry.read(PIECE), b""))
 
     def pickle(self) -> Any:
-        """What ``data.pkl`` holds, as data."""
+        """Read ``data.pkl`` as data; nothing in it is run."""
         with self.reading("a checkpoint"):
             return unpickle(self.whole(f"{self.root}data.pkl", MAX_BYTES), str(self.path))
 
-    def stored(self, x: Any, name: str) -> Stored:
-        """Which tensor a stand-in is; nothing is read.
+    def stored(self, x: Any, name: str) -> StoredTensor:
+        """Return the tensor that a stand-in describes; its values are not read.
+
+        Args:
+            x: stand-in from the pickle.
+            name: name of the tensor, for errors.
 
         Raises:
-            CheckpointError: if it is none, or lies in the file in another way than a parameter.
+            CheckpointError: if it is something else, or is not a whole, contiguous storage.
         """
-        if isinstance(x, Made) and x.name == PARAMETER and arity(x.args, 3):
+        if isinstance(x, StandIn) and x.name == PARAMETER and _is_tuple(x.args, 3):
             x = x.args[0]
-        if not (isinstance(x, Made) and x.name == TENSOR and arity(x.args, 6)):
+        if not (isinstance(x, StandIn) and x.name == TENSOR and _is_tuple(x.args, 6)):
             raise CheckpointError(f"{name} in {self.path} is not a plain tensor")
         storage, offset, shape, stride = x.args[:4]
-        id = storage.id if isinstance(storage, Outside) else None
-        if not (arity(id, 5) and isinstance(id[1], Name) and isinstance(id[2], str)):
+        id = storage.id if isinstance(storage, Reference) else None
+        if not (_is_tuple(id, 5) and isinstance(id[1], Name) and isinstance(id[2], str)):
             raise CheckpointError(f"{name} in {self.path} has no storage")
         dtype = DTYPES.get(id[1].path)
         if dtype is None:
             raise CheckpointError(
                 f"{name} in {self.path} is a {id[1].path[:60]!r}: weights are floating point"
             )
-        if not (sizes(shape) and sizes(stride) and offset == 0 and contiguous(shape, stride)):
+        plain = _are_sizes(shape) and _are_sizes(stride) and _is_contiguous(shape, stride)
+        if not plain or offset != 0:
             raise CheckpointError(
                 f"{name} in {self.path} is a part or a rearrangement of its storage: save the "
                 "checkpoint anew with contiguous clones"
             )
-        found = Stored(id[2], dtype, shape)
+        tensor = StoredTensor(id[2], dtype, shape)
         with self.reading("a checkpoint"):
-            size = self.info(self.entry_of(found)).file_size
-        if size != found.nbytes:
+            size = self.info(self.entry_of(tensor)).file_size
+        if size != tensor.nbytes:
             raise CheckpointError(
-                f"{name} in {self.path} is {list(shape)} of {dtype}, {found.nbytes} bytes, but its "
-                f"storage has {size}"
+                f"{name} in {self.path} is {list(shape)} of {dtype}, {tensor.nbytes} bytes, but "
+                f"its storage has {size}"
             )
-        return found
+        return tensor
 
-    def entry_of(self, tensor: Stored) -> str:
-        """Where a tensor's bytes are."""
+    def entry_of(self, tensor: StoredTensor) -> str:
+        """Return the name of the entry with a tensor's bytes."""
         return f"{self.root}data/{tensor.key}"
 
-    def read(self, tensor: Stored, told: Callable[[int], object] = lambda size: None) -> Tensor:
-        """A tensor's values, read a piece at a time and checked.
+    def read(
+        self, tensor: StoredTensor, on_piece: Callable[[int], object] = lambda size: None
+    ) -> Tensor:
+        """Read and check the values of a tensor, a piece at a time.
 
         Args:
-            tensor: which.
-            told: called with the bytes of each piece.
+            tensor: tensor in the file.
+            on_piece: function that is called with the size of each piece, in bytes.
         """
         flat = torch.empty(prod(tensor.shape), dtype=tensor.dtype)
         raw = flat.view(torch.uint8).numpy().data
@@ -216,25 +228,25 @@ class Archive:
                     raise EOFError("it ends too early")
                 raw[at : at + len(piece)] = piece
                 at += len(piece)
-                told(len(piece))
+                on_piece(len(piece))
         return flat.reshape(tensor.shape)
 
 
-def arity(x: Any, count: int) -> bool:
-    """Whether these are so many arguments."""
+def _is_tuple(x: Any, count: int) -> bool:
+    """Return whether a value is a tuple of this length."""
     return isinstance(x, tuple) and len(x) == count
 
 
-def sizes(x: Any) -> bool:
-    """Whether this is a short tuple of sizes that a file can have."""
+def _are_sizes(x: Any) -> bool:
+    """Return whether a value is a tuple of at most eight sizes that a file can have."""
     return (
         isinstance(x, tuple) and len(x) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in x)
     )
 
 
-def contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether elements lie in order, without gaps; an axis of length 1 has any stride."""
-    steps = [prod(shape[i + 1 :]) for i in range(len(shape))]
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Return whether elements lie in order, without gaps; an axis of length 1 has any stride."""
+    wanted = [prod(shape[i + 1 :]) for i in range(len(shape))]
     return len(shape) == len(stride) and all(
-        n == 1 or step == found for n, step, found in zip(shape, steps, stride, strict=True)
+        n == 1 or step == want for n, step, want in zip(shape, stride, wanted, strict=True)
     )

@@ -1,17 +1,17 @@
-"""A training checkpoint of PyTorch Lightning, read without running anything that is in it.
+"""Training checkpoint of PyTorch Lightning, read without running anything in it.
 
-The public training code saves its weights, their exponential moving average, which is what gets
-released, and much else, as a pickle::
+The public training code saves a pickle with the weights, with their exponential moving average,
+which is what gets released, and with much else::
 
     state_dict:        "backbone.*" (with "_orig_mod." inside, if it was compiled), sampling_eps_*
     ema:               {decay, num_updates, shadow_params: [tensors, in parameters()'s order]}
     hyper_parameters:  {config: an OmegaConf tree, tokenizer: any object}
 
-Here the pickle is data (:mod:`unpickle`), a tensor is read when it is asked for (:mod:`archive`),
-and what no exact reading exists for is refused. The moving average has no names: it is matched with
-the parameters by order, after their names, order and shapes were found to be our modules' own.
+The pickle is read as data (``unpickle``), and tensors are read one by one (``archive``). The moving
+average has no names: it is matched with the parameters by order, after names, order and shapes of
+the parameters were compared with our modules'. What cannot be read exactly is refused.
 
-Optimizer states, schedules and callbacks are not read, and the pickled tokenizer is only handed on.
+Optimizer states, schedules and callbacks are not read. The pickled tokenizer is handed on unread.
 """
 
 import textwrap
@@ -24,19 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_bd3lm.checkpoint.lightning.archive import Archive, Stored
-from transformer_lens_bd3lm.checkpoint.lightning.settings import Settings, child
-from transformer_lens_bd3lm.checkpoint.lightning.unpickle import Made, entry
+from transformer_lens_bd3lm.checkpoint.lightning.archive import Archive, StoredTensor
+from transformer_lens_bd3lm.checkpoint.lightning.training_config import TrainingConfig, child
+from transformer_lens_bd3lm.checkpoint.lightning.unpickle import StandIn, entry
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import CheckpointError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.rules import check_settings, shown
 
-Progress = Callable[[int, int], object]
+ByteProgress = Callable[[int, int], object]
+"""Function that is called with the bytes read so far and the bytes in all."""
 
 COMPILED = "_orig_mod."
-# What the training code calls the keys of a published config.
+# Names that the training code has for the keys of a published config.
 PATHS = {
     "parameterization": "algo.parameterization",
     "model_length": "model.length",
@@ -48,12 +49,11 @@ PATHS = {
     "causal": "algo.causal_attention",
     "time_conditioning": "algo.time_conditioning",
 }
-# Which weights our modules have is seen from the weights: the training code's own rules for it are
-# not all in its config.
+# By these weights it is seen which modules there are: the training config does not say it all.
 CONDITIONED = "backbone.sigma_map.mlp.0.weight"
 CLIPPED = "sampling_eps_min"
 VERSION = "pytorch-lightning_version"
-TOLD = (
+FACTS = (
     *("algo.name", "algo.parameterization", "data.train", "data.tokenizer_name_or_path"),
     *("masking.mix_alpha", "masking.normalize_depth", "masking.depth_temp", "masking.depth_mode"),
     *("masking.reverse", "training.ema", "training.antithetic_sampling", "training.resample"),
@@ -62,41 +62,54 @@ TOLD = (
 
 
 @dataclass(frozen=True)
-class Lightning:
-    """A training checkpoint, open: what is kept of it, with tensors still in the file."""
+class LightningCheckpoint:
+    """Training checkpoint, open: its config and facts are read, its tensors are not.
+
+    Attributes:
+        archive: the open file.
+        config: config under the names of a published one.
+        tensors: tensors in the file, by the names of a published checkpoint.
+        tokenizer: stand-in of the pickled tokenizer.
+        facts: facts about the training run, for a model card.
+    """
 
     archive: Archive
     config: BD3LMConfig
-    tensors: dict[str, Stored]
-    """By the names of a published checkpoint."""
+    tensors: dict[str, StoredTensor]
     tokenizer: Any
-    """The stand-in of the pickled tokenizer."""
     facts: dict[str, str]
-    """Of the training run, for people."""
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Return the size of all tensors, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def state(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """The tensors themselves, each read once."""
+    def state(self, progress: ByteProgress | None = None) -> dict[str, Tensor]:
+        """Read all tensors, by name.
+
+        Args:
+            progress: function that is called with the bytes read so far and the bytes in all.
+        """
         done, state = 0, {}
 
-        def told(size: int) -> None:
+        def count(size: int) -> None:
             nonlocal done
             done += size
             if progress is not None:
                 progress(done, self.nbytes)
 
         for name, tensor in self.tensors.items():
-            state[name] = self.archive.read(tensor, told)
+            state[name] = self.archive.read(tensor, count)
         return state
 
 
 @contextmanager
-def read_lightning(path: Path, weights: str) -> Iterator[Lightning]:
-    """A training checkpoint, checked to fill our modules exactly; no tensor is read yet.
+def read_lightning(path: Path, weights: str) -> Iterator[LightningCheckpoint]:
+    """Open a training checkpoint, and check that it fills our modules exactly.
+
+    Args:
+        path: path of the file.
+        weights: ``"ema"`` (the moving average) or ``"raw"``.
 
     Raises:
         CheckpointError: if the file is not such a checkpoint, damaged, or hostile.
@@ -105,32 +118,32 @@ def read_lightning(path: Path, weights: str) -> Iterator[Lightning]:
     check_choice("weights", weights, ("ema", "raw"))
     with Archive(path) as archive:
         saved = archive.pickle()
-        state = named_tensors(archive, saved)
+        state = _named_tensors(archive, saved)
         hyper = entry(saved, "hyper_parameters")
-        settings = Settings(child(hyper, "config"), str(path))
-        config = config_of(settings, state)
-        parameters = check_state(state, config, path)
+        training = TrainingConfig(child(hyper, "config"), str(path))
+        config = _published_config(training, state)
+        parameters = _check_state(state, config, path)
         if weights == "ema":
-            state |= moving_average(archive, entry(saved, "ema"), parameters, state)
-        facts = facts_of(saved, settings, weights)
-        found = Lightning(archive, config, state, child(hyper, "tokenizer"), facts)
-        if found.nbytes > archive.size:
+            state |= _moving_average(archive, entry(saved, "ema"), parameters, state)
+        facts = _training_facts(saved, training, weights)
+        checkpoint = LightningCheckpoint(archive, config, state, child(hyper, "tokenizer"), facts)
+        if checkpoint.nbytes > archive.size:
             raise CheckpointError(f"the tensors of {path} are larger than the file: it is damaged")
-        yield found
+        yield checkpoint
 
 
-def named_tensors(archive: Archive, saved: Any) -> dict[str, Stored]:
-    """The ``state_dict`` by published names, in its own order."""
-    found = entry(saved, "state_dict")
-    pairs = found.pairs if isinstance(found, Made) else None
+def _named_tensors(archive: Archive, saved: Any) -> dict[str, StoredTensor]:
+    """Return the tensors of the ``state_dict`` by published names, in their order."""
+    state_dict = entry(saved, "state_dict")
+    pairs = state_dict.pairs if isinstance(state_dict, StandIn) else None
     if not pairs:
         raise CheckpointError(
             f"{archive.path} has no state_dict: it is not a checkpoint of a training run"
         )
-    state: dict[str, Stored] = {}
+    state: dict[str, StoredTensor] = {}
     for name, x in pairs:
         if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-            raise CheckpointError(f"the state_dict of {archive.path} has names that are none")
+            raise CheckpointError(f"the state_dict of {archive.path} has keys that are no names")
         published = name.replace(COMPILED, "")
         if published in state:
             raise CheckpointError(f"the state_dict of {archive.path} has {published!r} twice")
@@ -138,26 +151,26 @@ def named_tensors(archive: Archive, saved: Any) -> dict[str, Stored]:
     return state
 
 
-def config_of(settings: Settings, state: dict[str, Stored]) -> BD3LMConfig:
-    """The training config under the names of a published one.
+def _published_config(training: TrainingConfig, state: dict[str, StoredTensor]) -> BD3LMConfig:
+    """Return the training config under the names of a published one.
 
     Raises:
-        CheckpointError: if something is missing, absurd, or another kind of model.
+        CheckpointError: if a value is missing, absurd, or of another kind of model.
     """
-    read = {key: settings.get(path) for key, path in PATHS.items() if key != "causal"}
+    read = {key: training.get(path) for key, path in PATHS.items() if key != "causal"}
     embedding = state.get("backbone.vocab_embed.embedding")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(
-            f"the state_dict of {settings.name} has no backbone.vocab_embed.embedding "
+            f"the state_dict of {training.name} has no backbone.vocab_embed.embedding "
             "[vocab, width]: it is not one of the public BD3LM training code"
         )
-    causal = read["causal"] = settings.get(PATHS["causal"], read["parameterization"] == "ar")
+    causal = read["causal"] = training.get(PATHS["causal"], read["parameterization"] == "ar")
     if CONDITIONED in state:
-        read["cond_dim"] = settings.get("model.cond_dim")
+        read["cond_dim"] = training.get("model.cond_dim")
     if read["cross_attn"]:
-        read["block_size"] = settings.get("block_size")
+        read["block_size"] = training.get("block_size")
     check_settings(
-        read, f"the training config of {settings.name}", PATHS | {"cond_dim": "model.cond_dim"}
+        read, f"the training config of {training.name}", PATHS | {"cond_dim": "model.cond_dim"}
     )
     # Without the block mask there are no blocks, whatever the config's block_size is.
     read.setdefault("block_size", 1 if causal else read["model_length"])
@@ -173,11 +186,12 @@ def config_of(settings: Settings, state: dict[str, Stored]) -> BD3LMConfig:
     )
 
 
-def check_state(state: dict[str, Stored], config: BD3LMConfig, path: Path) -> list[str]:
-    """The parameters' names in their order, if the state fills our modules and has their order.
+def _check_state(state: dict[str, StoredTensor], config: BD3LMConfig, path: Path) -> list[str]:
+    """Check that tensors fill our modules, and return the parameters' names in order.
 
     Raises:
-        CheckpointError: naming what is missing, left over or of another shape.
+        CheckpointError: naming tensors that are missing, left over or of another shape, or if
+            the order is another.
     """
     with torch.device("meta"):
         model = BD3LM(config)
@@ -185,9 +199,9 @@ def check_state(state: dict[str, Stored], config: BD3LMConfig, path: Path) -> li
     try:
         model.load_state_dict(shapes)
     except RuntimeError as error:
-        told = textwrap.shorten(str(error), 600, placeholder=" ...")
+        reason = textwrap.shorten(str(error), 600, placeholder=" ...")
         raise CheckpointError(
-            f"the state_dict of {path} does not fill the model that its config describes: {told}"
+            f"the state_dict of {path} does not fill the model that its config describes: {reason}"
         ) from error
     parameters = [name for name, _ in model.named_parameters()]
     if [name for name in state if name in set(parameters)] != parameters:
@@ -198,13 +212,13 @@ def check_state(state: dict[str, Stored], config: BD3LMConfig, path: Path) -> li
     return parameters
 
 
-def moving_average(
-    archive: Archive, ema: Any, parameters: list[str], state: dict[str, Stored]
-) -> dict[str, Stored]:
-    """The shadow parameters by the names of what they follow.
+def _moving_average(
+    archive: Archive, ema: Any, parameters: list[str], state: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return the moving average of each parameter, by the parameter's name.
 
     Raises:
-        CheckpointError: if there are none, too few or too many, or one has another shape.
+        CheckpointError: if there is none, or it does not match the parameters by order.
     """
     shadow = entry(ema, "shadow_params")
     if not isinstance(shadow, (list, tuple)):
@@ -216,28 +230,28 @@ def moving_average(
             f"the moving average in {archive.path} has {len(shadow)} tensors, the model "
             f"{len(parameters)} parameters: they cannot be matched by order"
         )
-    found = {}
+    average = {}
     for name, x in zip(parameters, shadow, strict=True):
-        found[name] = archive.stored(x, f"the moving average of {name}")
-        if found[name].shape != state[name].shape:
+        average[name] = archive.stored(x, f"the moving average of {name}")
+        if average[name].shape != state[name].shape:
             raise CheckpointError(
-                f"the moving average in {archive.path} has {list(found[name].shape)} where "
+                f"the moving average in {archive.path} has {list(average[name].shape)} where "
                 f"{name} is {list(state[name].shape)}: they do not match by order"
             )
-    return found
+    return average
 
 
-def facts_of(saved: Any, settings: Settings, weights: str) -> dict[str, str]:
-    """What somebody may want to know of the training run, as far as it is there."""
+def _training_facts(saved: Any, training: TrainingConfig, weights: str) -> dict[str, str]:
+    """Return facts about the training run for a model card, those that the file has."""
     ema = entry(saved, "ema")
-    found = {"weights": weights}
-    found |= {f"ema.{key}": entry(ema, key) for key in ("decay", "num_updates")}
-    found |= {key: entry(saved, key) for key in ("epoch", "global_step", VERSION)}
-    for key in TOLD:
+    facts = {"weights": weights}
+    facts |= {f"ema.{key}": entry(ema, key) for key in ("decay", "num_updates")}
+    facts |= {key: entry(saved, key) for key in ("epoch", "global_step", VERSION)}
+    for key in FACTS:
         with suppress(CheckpointError):
-            found[key] = settings.get(key, None)
+            facts[key] = training.get(key, None)
     return {
         key: shown(value)
-        for key, value in found.items()
+        for key, value in facts.items()
         if isinstance(value, (bool, int, float, str))
     }

@@ -1,18 +1,18 @@
-"""A pickle as data: what it says, and the names of what it would call, with nothing called.
+"""Pickle read as data: nothing that it names is imported, and nothing is called.
 
 A pickle is a program for a small machine with a stack (PEP 307, PEP 3154). Two kinds of its
 instructions make it dangerous: some import a name, some call what is on the stack. Here a name
-stays a name and a call stays a description of itself::
+stays a name, and a call becomes a stand-in that describes it::
 
     GLOBAL m n        push Name("m.n")
-    f args REDUCE     push Made(f, args)
+    f args REDUCE     push StandIn(f, args)
     x state BUILD     x.state = state
 
-``pickletools`` of the standard library decodes the instructions. Nothing that a pickle names is
-imported, looked up or called, and what it holds is never hashed, compared or printed: a dict is the
-list of its pairs. Work and memory are bounded by the number of instructions.
+``pickletools`` of the standard library decodes the instructions. The content of a pickle is never
+hashed, compared or printed either: a dict is the list of its pairs. Work and memory are bounded by
+the number of instructions.
 
-It does not know what the names mean: whoever asked picks out those that it has an allow-list for.
+What the names mean is not known here: the caller has an allow-list of those that it needs.
 """
 
 import pickletools
@@ -30,8 +30,8 @@ LITERALS = frozenset(
     "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
     "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
 )
-# No checkpoint needs these, so a file that names one was made to do harm. Nothing would be run in
-# any case; but who loads such a file should know.
+# No checkpoint needs these names, so a file with one was made to do harm. It would not be run in
+# any case, but the user should know.
 RUNNERS = frozenset(
     "os posix nt subprocess sys pty runpy importlib imp shutil socket ctypes webbrowser "
     "eval exec execfile compile __import__ open".split()
@@ -40,16 +40,16 @@ RUNNERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What a pickle would import."""
+    """Name that a pickle would import."""
 
     path: str
 
 
-def named(path: str) -> Name:
-    """A name, unless what it names runs code or commands.
+def _harmless(path: str) -> Name:
+    """Return a name, unless it is of something that runs code or commands.
 
     Raises:
-        CheckpointError: if it does.
+        CheckpointError: if it is.
     """
     module = path.removeprefix("builtins.").removeprefix("__builtin__.").split(".")[0]
     if module in RUNNERS:
@@ -61,21 +61,21 @@ def named(path: str) -> Name:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Outside:
-    """What a pickle refers to by an id and does not hold itself: a storage, say."""
+class Reference:
+    """Reference by an id to something outside the pickle: a storage, for example."""
 
     id: Any
 
 
-class Made:
-    """A stand-in for what a pickle would make by a call, and for its dicts and sets.
+class StandIn:
+    """Stand-in for an object that a pickle would make by a call, or for a dict or set.
 
     Attributes:
-        what: the callable, a :class:`Name` if the pickle is well-formed; None for a dict or set.
-        args: the arguments, a tuple if the pickle is well-formed.
-        state: what it would be given as its state.
-        pairs: keys and values put into it, in order.
-        items: what was appended or added to it.
+        what: callable, a :class:`Name` if the pickle is well-formed; None for a dict or set.
+        args: arguments of the call, a tuple if the pickle is well-formed.
+        state: state that the object would get.
+        pairs: keys and values that the object would get, in order.
+        items: values that would be appended or added to it.
     """
 
     __slots__ = ("args", "items", "pairs", "state", "what")
@@ -87,25 +87,25 @@ class Made:
 
     @property
     def name(self) -> str:
-        """The callable's name, or nothing where that is no name."""
+        """Return the name of the callable; empty for dicts and sets."""
         return self.what.path if isinstance(self.what, Name) else ""
 
 
 def entry(x: Any, key: str, default: Any = None) -> Any:
-    """The value under a key: of a dict's pairs, the last one that was put there."""
-    pairs = x.pairs if isinstance(x, Made) else None
-    for found, value in reversed(pairs or ()):
-        if isinstance(found, str) and found == key:
+    """Return the value under a key of a stand-in, the last one that was set; else the default."""
+    pairs = x.pairs if isinstance(x, StandIn) else None
+    for name, value in reversed(pairs or ()):
+        if isinstance(name, str) and name == key:
             return value
     return default
 
 
 def unpickle(raw: bytes, name: str) -> Any:
-    """What a pickle holds: plain values, lists, tuples, and stand-ins for all else.
+    """Return the content of a pickle: plain values, lists, tuples, and stand-ins for all else.
 
     Args:
-        raw: the pickle.
-        name: of the file, for errors.
+        raw: bytes of the pickle.
+        name: name of the file, for errors.
 
     Raises:
         CheckpointError: if it is damaged, too long, or does what no saved checkpoint needs.
@@ -113,7 +113,7 @@ def unpickle(raw: bytes, name: str) -> Any:
     if len(raw) > MAX_BYTES:
         raise CheckpointError(f"the pickle in {name} is longer than {MAX_BYTES:,} bytes")
     try:
-        return Machine().run(raw)
+        return _Machine().run(raw)
     except CheckpointError as error:
         raise CheckpointError(f"the pickle in {name} is refused: {error}") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
@@ -122,8 +122,8 @@ def unpickle(raw: bytes, name: str) -> Any:
         ) from error
 
 
-class Machine:
-    """The stack since the last mark, the stacks before it, and the memo."""
+class _Machine:
+    """Machine of a pickle: the stack since the last mark, the stacks before it, and the memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -131,32 +131,32 @@ class Machine:
         self.memo: dict[Any, Any] = {}
 
     def marked(self) -> list[Any]:
-        """Everything since the last mark, which goes."""
+        """Remove and return everything since the last mark."""
         items, self.stack = self.stack, self.before.pop()
         return items
 
     def last(self, count: int) -> list[Any]:
-        """The last few on the stack, which go; fewer are an error."""
+        """Remove and return the last values of the stack; fewer are an error."""
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def append(self, items: list[Any]) -> None:
-        """Put items into the list or set on the top."""
+        """Append items to the list or set on the top of the stack."""
         top = self.stack[-1]
-        if isinstance(top, Made):
+        if isinstance(top, StandIn):
             top.items = top.items or []
-        (top.items if isinstance(top, Made) else top).extend(items)
+        (top.items if isinstance(top, StandIn) else top).extend(items)
 
     def put(self, items: list[Any]) -> None:
-        """Put keys and values, in turns, into the dict on the top."""
+        """Set alternating keys and values in the dict on the top of the stack."""
         top = self.stack[-1]
         top.pairs = top.pairs or []
         top.pairs.extend(zip(items[::2], items[1::2], strict=True))
 
     def run(self, raw: bytes) -> Any:
-        """Carry out all instructions, as the machine of the standard library would.
+        """Carry out all instructions, and return the value that is left on the stack.
 
         Raises:
-            CheckpointError: if there are too many, or one is of no use to a checkpoint.
+            CheckpointError: if there are too many, or one that no checkpoint needs.
             Exception: of several kinds, if they make no sense.
         """
         for number, (code, arg, _) in enumerate(pickletools.genops(raw)):
@@ -193,39 +193,39 @@ class Machine:
                 case "APPENDS" | "ADDITEMS":
                     self.append(self.marked())
                 case "EMPTY_DICT" | "EMPTY_SET":
-                    self.stack.append(Made(None))
+                    self.stack.append(StandIn(None))
                 case "DICT":
                     items = self.marked()
-                    self.stack.append(Made(None))
+                    self.stack.append(StandIn(None))
                     self.put(items)
                 case "FROZENSET":
                     items = self.marked()
-                    self.stack.append(Made(None, tuple(items)))
+                    self.stack.append(StandIn(None, tuple(items)))
                 case "SETITEM":
                     self.put(self.last(2))
                 case "SETITEMS":
                     self.put(self.marked())
                 case "GLOBAL":
-                    self.stack.append(named(arg.replace(" ", ".")))
+                    self.stack.append(_harmless(arg.replace(" ", ".")))
                 case "STACK_GLOBAL":
-                    self.stack.append(named(".".join(self.last(2))))
+                    self.stack.append(_harmless(".".join(self.last(2))))
                 case "REDUCE" | "NEWOBJ":
-                    self.stack.append(Made(*self.last(2)))
+                    self.stack.append(StandIn(*self.last(2)))
                 case "NEWOBJ_EX":
-                    self.stack.append(Made(*self.last(3)[:2]))
+                    self.stack.append(StandIn(*self.last(3)[:2]))
                 case "OBJ":
                     what, *args = self.marked()
-                    self.stack.append(Made(what, tuple(args)))
+                    self.stack.append(StandIn(what, tuple(args)))
                 case "INST":
                     args = self.marked()
-                    self.stack.append(Made(named(arg.replace(" ", ".")), tuple(args)))
+                    self.stack.append(StandIn(_harmless(arg.replace(" ", ".")), tuple(args)))
                 case "BUILD":
                     state = self.stack.pop()
                     self.stack[-1].state = state
                 case "PERSID":
-                    self.stack.append(Outside(arg))
+                    self.stack.append(Reference(arg))
                 case "BINPERSID":
-                    self.stack.append(Outside(self.stack.pop()))
+                    self.stack.append(Reference(self.stack.pop()))
                 case "DUP":
                     self.stack.append(self.stack[-1])
                 case "POP" if self.stack:

@@ -18,8 +18,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
+
+from transformer_lens_bd3lm.errors import InputError
 
 
 def watched(*modules: nn.Module) -> bool:
@@ -74,3 +77,18 @@ def own_hook_points(bridge: nn.Module) -> None:
     for module in bridge.modules():
         if type(module) is HookPoint:
             module.__class__ = OwningHookPoint
+
+
+def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
+    """Fire a hook that may look and must not edit; an edit is refused, not lost.
+
+    Raises:
+        InputError: if the hook wrote into what it was shown, or returned anything else.
+    """
+    if not watched(hook):
+        return
+    shown = x.detach().clone()
+    with torch.no_grad():
+        untouched = nn.Module.__call__(hook, shown) is shown  # no copy between, to tell by identity
+    if not untouched or not bool((shown == x).all()):
+        raise InputError(f"an edit at {hook.name} is refused: {why}")

@@ -5,7 +5,7 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers.passes import boot, relative, shared
-from transformer_lens_bd3lm.bridge.hook_point import watched
+from transformer_lens_bd3lm.bridge.watched import watched
 
 ONLY_WHILE_WATCHED = (
     "ln1.hook_scale",

@@ -1,0 +1,82 @@
+"""Block size of a bridge: for one call, for a while, or for good.
+
+``block_size`` only changes the mask. The bridge keeps it in ``bridge.cfg.block_size``, and a call
+may name another. A checkpoint at another block size than it was trained at is off-distribution.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.model.inputs import read_block_size
+
+
+class ConfigAtBlockSize:
+    """The checkpoint's config as one call reads it, with the block size of the bridge."""
+
+    def __init__(self, config: Any, cfg: Any):
+        self.model_length: int = config.model_length
+        self.vocab_size: int = config.vocab_size
+        self.cross_attn: bool = config.cross_attn
+        self.causal: bool = config.causal
+        self.time_conditioning: bool = config.time_conditioning
+        self.block_size: int = cfg.block_size
+        self.mask_id: int = cfg.mask_token_id
+
+
+def block_size_of(bridge: Any, block_size: Any = None) -> int:
+    """Return the block size of a call in tokens: the one given, else the bridge's.
+
+    Without blocks it is the whole context, which full diffusion writes at once, or one token, where
+    the model is autoregressive.
+
+    Raises:
+        BlockSizeError: if it is not a block size, or given for a checkpoint without blocks.
+    """
+    config = bridge.original_model.config
+    if config.cross_attn:
+        size = bridge.cfg.block_size if block_size is None else block_size
+        return read_block_size(size, config.model_length)
+    size = 1 if config.causal else config.model_length
+    if block_size is not None and (isinstance(block_size, bool) or block_size != size):
+        read_block_size(block_size, config.model_length, has_blocks=False)
+    return size
+
+
+def set_block_size(bridge: Any, block_size: int | str) -> None:
+    """Set the block size of a bridge for good.
+
+    Args:
+        bridge: a BD3LM bridge.
+        block_size: tokens a block, 1 to the context, or ``"full"``.
+
+    Raises:
+        BlockSizeError: if it is not a block size; the bridge keeps the one that it has.
+        InputError: if ``bridge`` is not a BD3LM bridge.
+    """
+    config = require_bridge(bridge).original_model.config
+    bridge.cfg.block_size = read_block_size(block_size, config.model_length, config.cross_attn)
+
+
+@contextmanager
+def block_size(bridge: Any, size: int | str) -> Iterator[Any]:
+    """Set the block size of a bridge for a while; the old one is restored, whatever happens.
+
+    Args:
+        bridge: a BD3LM bridge.
+        size: tokens a block, 1 to the context, or ``"full"``.
+
+    Yields:
+        The bridge.
+
+    Raises:
+        BlockSizeError: if ``size`` is not a block size.
+        InputError: if ``bridge`` is not a BD3LM bridge.
+    """
+    before = require_bridge(bridge).cfg.block_size
+    set_block_size(bridge, size)
+    try:
+        yield bridge
+    finally:
+        bridge.cfg.block_size = before
