@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.analysis.verify.pair import Pair
 from transformer_lens_bd3lm.analysis.verify.reference import counterparts
 from transformer_lens_bd3lm.analysis.verify.report import KINDS
 from transformer_lens_bd3lm.analysis.verify.transformer_lens import run_benchmark
-from transformer_lens_bd3lm.bridge import attention, routing
+from transformer_lens_bd3lm.bridge import routing
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.bridge.conditioning import BD3LMEmbeddingBridge
@@ -164,7 +164,7 @@ def test_long_texts_are_read_across_tiles(tmp_path, device):
     folder = small.save(tmp_path / "long", model_length=300)
     found = verify(folder, device=device, dtype=torch.bfloat16, block_sizes=(7,), length=290)
     assert found.ok, found.message
-    assert attention.TILE < 290
+    assert routing.TILE < 290
 
 
 def test_the_same_seed_is_the_same_comparison(light, device):

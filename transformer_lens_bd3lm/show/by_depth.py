@@ -79,9 +79,9 @@ def by_depth_figure(results: DependencyDepths | Sequence[DependencyDepths]) -> F
     probed = [each for each in results if each.probe is not None]
     figure = Figure(figsize=(9.0, 3.2 + (3.0 if probed else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if probed else 1, 2 * max(len(probed), 1))
-    half = max(len(probed), 1)
+    columns = max(len(probed), 1)
     for at, name in enumerate(("nats", "order")):
-        axes = figure.add_subplot(grid[0, at * half : (at + 1) * half])
+        axes = figure.add_subplot(grid[0, at * columns : (at + 1) * columns])
         for number, each in enumerate(results):
             _draw_by_depth(axes, each, name, _LINES[number % len(_LINES)], number, len(results))
         plain(axes)
