@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +14,17 @@ from typer.testing import CliRunner
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import FIXTURES, small
 from tests.helpers.passes import boot, relative, shared, there
-from transformer_lens_bd3lm.analysis.by_depth.conllu import Sentence, align, parse, read_conllu
-from transformer_lens_bd3lm.analysis.by_depth.measure import read_parsed
+from transformer_lens_bd3lm.analysis.by_depth import parse, read_conllu
+from transformer_lens_bd3lm.analysis.by_depth.means import MeanByDepth
+from transformer_lens_bd3lm.analysis.by_depth.nats_and_order import ranks_of
+from transformer_lens_bd3lm.analysis.by_depth.parses import Sentence
 from transformer_lens_bd3lm.analysis.by_depth.probe import masked_at, shuffled_depths, split_of
 from transformer_lens_bd3lm.analysis.by_depth.ridge import PENALTIES, Ridge
-from transformer_lens_bd3lm.analysis.by_depth.sums import ByDepth, ranks_of
+from transformer_lens_bd3lm.analysis.by_depth.tokens import align, read_parsed
 from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError, NotExactError
+from transformer_lens_bd3lm.show.by_depth import by_depth_figure
 
 PARSES = FIXTURES / "parses.conllu"
 MASK = 11
@@ -101,15 +107,15 @@ def test_a_text_that_is_not_there_is_put_together_and_empty_nodes_are_no_words()
     [
         (conllu_of([("a", 2), ("b", 1)]), "line 1 has 0 roots"),
         (conllu_of([("a", 0), ("b", 0)]), "has 2 roots"),
-        (conllu_of(chain("a"), [("a", 0), ("b", 3), ("c", 2)]), "line 3: word 2 hangs from"),
-        (conllu_of([("a", 0), ("b", 7)]), "word 2 has head 7, which is no word"),
+        (conllu_of(chain("a"), [("a", 0), ("b", 3), ("c", 2)]), "line 3: the heads of word 2"),
+        (conllu_of([("a", 0), ("b", 7)]), "word 2 has head 7, which is not a word"),
         ("1\ta\tb\n", "line 1 has 3 columns"),
-        (conllu_of([("a", 0)]).replace("\t0\t", "\tup\t"), "is no CoNLL-U"),
-        ("# text = other\n" + conllu_of(chain("a")), "its text goes on with: 'other'"),
-        ("", "no sentence"),
-        ("# text = a comment\n\n", "no sentence"),
+        (conllu_of([("a", 0)]).replace("\t0\t", "\tup\t"), "is not CoNLL-U"),
+        ("# text = other\n" + conllu_of(chain("a")), "its text goes on with 'other'"),
+        ("", "parses has no sentence"),
+        ("# text = a comment\n\n", "parses has no sentence"),
         (Path("/nowhere.conllu"), "cannot be read"),
-        (7, "int is no parse"),
+        (7, "parses is int"),
     ],
 )  # fmt: skip
 def test_what_is_no_parse_is_refused(text, told):
@@ -283,7 +289,7 @@ def test_intervals_draw_sentences_and_differences_are_of_pairs(bridge, tmp_path,
     assert set(single.interval()) == {None}
 
 
-def there_interval(found: ByDepth, depth: int) -> tuple[float, float]:
+def there_interval(found: MeanByDepth, depth: int) -> tuple[float, float]:
     interval = found.interval()[depth]
     assert interval is not None
     return interval
@@ -428,8 +434,8 @@ def test_the_baselines_are_measured_too(tmp_path, device, changes):
         ({"times": 1.0}, InputError, "above 0"),
         ({"shuffles": -1}, InputError, "shuffles=-1"),
         ({"times": (0.01,)}, InputError, "masked tokens: give more"),
-        ({"method": "exact", "max_states": 4}, InputError, "max_states is 4"),
-        ({"order_by": "posterior", "max_states": 4}, InputError, "max_states is 4"),
+        ({"method": "exact", "max_states": 4}, InputError, "max_states=4"),
+        ({"order_by": "posterior", "max_states": 4}, InputError, "max_states=4"),
         ({"block_size": 99}, BlockSizeError, "block_size=99"),
     ],
 )
@@ -476,6 +482,79 @@ def test_the_command_writes_tables_figures_and_picture(tmp_path):
         assert f"{each['nats']['mean'][0]:.3f}" in result.output
         assert each["nats"]["mean"][-1] is None and len(each["probe"]["r2"]) == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def measured(bridge):
+    how = {"times": (1.0, 0.5), "shuffles": 2, "block_size": 4}
+    return bd3lm.by_dependency_depth(bridge, TEXT + many(20, 5), **how)
+
+
+def curve(axes, label: str) -> tuple[list[float], list[float]]:
+    """Where the points of a line are."""
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return list(line.get_xdata()), [float(y) for y in line.get_ydata()]
+
+
+def strokes(axes) -> list[list[float]]:
+    """The vertical lines, from where to where: intervals."""
+    pairs = [line.get_ydata() for line in axes.lines if len(set(line.get_xdata())) == 1]
+    return [[float(y) for y in pair] for pair in pairs]
+
+
+def test_the_figure_draws_the_means_their_intervals_and_the_probe(measured):
+    figure = measured.plot()
+    nats, order, probe = figure.axes
+    for axes, means in ((nats, measured.nats), (order, measured.order)):
+        depths = (means.tokens > 0).nonzero()[:, 0].tolist()
+        at, drawn = curve(axes, measured.model)
+        assert at == depths and drawn == means.mean[depths].tolist()
+        assert len(depths) > 3 and min(drawn) > 0
+        assert strokes(axes) == [list(means.interval()[depth]) for depth in depths]
+    for time, r2 in zip(measured.probe.times, measured.probe.r2, strict=True):
+        assert curve(probe, f"t = {time:g}") == ([-1, 0, 1], r2.tolist())
+        assert float(r2.abs().min()) > 0
+    band = probe.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == float(measured.probe.shuffled.min())
+    assert band[:, 1].max() == float(measured.probe.shuffled.max())
+    nothing = replace(measured.nats, sums=torch.zeros_like(measured.nats.sums))
+    other = replace(measured, nats=nothing).plot().axes[0]
+    assert curve(other, measured.model) != curve(nats, measured.model), "all at 0, it is another"
+
+
+def test_several_checkpoints_are_lines_of_one_figure_side_by_side(measured):
+    nats = replace(measured.nats, sums=2 * measured.nats.sums)
+    twice = replace(measured, model="twice", nats=nats)
+    axes = by_depth_figure([measured, twice]).axes[0]
+    one, two = curve(axes, measured.model), curve(axes, "twice")
+    assert two[1] == [2 * y for y in one[1]]
+    assert [b - a for a, b in zip(one[0], two[0], strict=True)] == pytest.approx(
+        [0.12] * len(one[0])
+    )
+
+
+def test_its_values_are_plain_and_what_is_not_finite_is_none(measured):
+    told = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
+    assert told["depths"] == measured.labels and told["order_by"] == "posterior"
+    for name, means in (("nats", measured.nats), ("order", measured.order)):
+        wanted = [None if math.isnan(x) else x for x in means.mean.tolist()]
+        assert told[name]["mean"] == wanted and None in wanted
+        assert told[name]["tokens"] == means.tokens.tolist()
+        assert told[name]["interval_95"][1] == list(means.interval()[1])
+    assert told["probe"]["r2"] == measured.probe.r2.tolist()
+    lost = replace(measured.probe, shuffled=torch.full_like(measured.probe.shuffled, math.nan))
+    assert replace(measured, probe=lost).to_dict()["probe"]["shuffled_mean"] == [[None] * 3] * 2
+
+
+def test_what_only_some_need_is_imported_when_it_is_needed():
+    code = (
+        "import sys, transformer_lens_bd3lm\n"
+        "assert not {'conllu', 'matplotlib'} & set(sys.modules)\n"
+        "from transformer_lens_bd3lm.analysis.by_depth import read_conllu\n"
+        f"read_conllu({TEXT!r})\n"
+        "assert 'conllu' in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_asks_for_one_source(tmp_path):

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from tests.helpers.grammar_texts import copied_words
 from tests.helpers.passes import boot, shared
 from tests.helpers.reference import may_read, reference
 from transformer_lens_bd3lm import grammar
-from transformer_lens_bd3lm.analysis.heads import PATTERNS, detect_heads, repeated_tokens
+from transformer_lens_bd3lm.analysis.heads import detect_heads, repeated_tokens
+from transformer_lens_bd3lm.analysis.heads.rules import PATTERNS
 from transformer_lens_bd3lm.errors import (
     BlockSizeError,
     HookNameError,
@@ -439,7 +442,7 @@ def text_of(table, width=90) -> str:
 def test_the_table_tells_the_best_heads_and_what_to_hold_them_against(bridge):
     clean, x_t = texts()
     found = detect_heads(bridge, x_t, "induction", clean=clean, block_size=4)
-    told = text_of(found.table(3))
+    told = text_of(found.table(n=3))
     (layer, head), *_ = found.top()
     best = float(found.scores.max())
     assert float(found.scores[layer, head]) == best
@@ -455,13 +458,46 @@ def test_the_table_tells_the_best_heads_and_what_to_hold_them_against(bridge):
         f"{found.base_rate:.3f}",
     ):
         assert part in told, part
-    assert found.table(3).row_count == 3
+    assert found.table(n=3).row_count == 3
     assert found.table().row_count == 4
     assert "off-distribution" not in told
     noisy = detect_heads(bridge, x_t, "induction", block_size=4)
     assert f"{noisy.off_distribution} read masks" in " ".join(text_of(noisy.table()).split())
     one = detect_heads(bridge, x_t[:1], "previous_token", clean=clean[:1], block_size=16)
     assert "in 1 text;" in " ".join(text_of(one.table()).split())
+
+
+def maps_of(figure) -> list[torch.Tensor]:
+    """What the figure's maps draw, as tensors."""
+    return [torch.tensor(axes.images[0].get_array().data) for axes in figure.axes if axes.images]
+
+
+def test_the_maps_are_the_scores_and_the_line_is_uniform_attention(bridge):
+    clean, x_t = texts()
+    found = detect_heads(bridge, x_t, "induction", clean=clean, block_size=4)
+    figure = found.plot()
+    drawn = maps_of(figure)
+    for values, wanted in zip(drawn, (found.scores, found.content), strict=True):
+        assert torch.equal(values, wanted) and float(values.abs().min()) > 0
+    (line,) = [line for axes in figure.axes for line in axes.lines]
+    assert list(line.get_xdata()) == [found.base_rate] * 2
+    assert figure.get_suptitle() == found.title
+    assert f"{found.base_rate:.3f}" in figure.get_supxlabel()
+    nothing = replace(found, attention=torch.zeros_like(found.attention))
+    assert not torch.equal(maps_of(nothing.plot())[0], found.scores)
+    place = detect_heads(bridge, x_t, "previous_token", clean=clean, block_size=4)
+    assert len(maps_of(place.plot())) == 1, "its content is not known"
+
+
+def test_scores_are_plain_values_by_layer_and_head(bridge):
+    clean, x_t = texts()
+    found = detect_heads(bridge, x_t, "previous_token", clean=clean, block_size=4)
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["scores"] == found.scores.tolist() and min(map(min, told["scores"])) > 0
+    assert told["uniform_score"] == found.base_rate
+    assert told["scores_over_same_places"] == [[None] * 2] * 2
+    assert (told["texts"], told["queries"]) == (ROWS, int(found.queries.sum()))
+    assert (told["pattern"], told["block_size"]) == ("previous_token", 4)
 
 
 def test_heads_are_ordered_by_their_scores(bridge):

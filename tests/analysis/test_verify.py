@@ -19,20 +19,18 @@ from tests.helpers import small
 from tests.helpers.hook_points import names_of
 from tests.helpers.passes import boot
 from tests.helpers.repositories import REMOTE
-from transformer_lens_bd3lm.analysis.verify.compare import (
-    KINDS,
-    Pair,
-    judged_by_host,
-    settings,
-    verify,
-)
-from transformer_lens_bd3lm.analysis.verify.reference import points
-from transformer_lens_bd3lm.bridge import routing
+from transformer_lens_bd3lm.analysis.verify import verify
+from transformer_lens_bd3lm.analysis.verify.compare import compare_settings
+from transformer_lens_bd3lm.analysis.verify.pair import Pair
+from transformer_lens_bd3lm.analysis.verify.reference import counterparts
+from transformer_lens_bd3lm.analysis.verify.report import KINDS
+from transformer_lens_bd3lm.analysis.verify.transformer_lens import run_benchmark
+from transformer_lens_bd3lm.bridge import attention, routing
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.bridge.conditioning import BD3LMEmbeddingBridge
 from transformer_lens_bd3lm.cli import app
-from transformer_lens_bd3lm.errors import BlockSizeError, CheckpointError, InputError
+from transformer_lens_bd3lm.errors import BlockSizeError, CheckpointError, InputError, NotExactError
 
 NAMES = ("bd3lm", "time_conditioned", "no_adaln", "full_diffusion", "autoregressive")
 FAST = {"block_sizes": (), "progress": False}
@@ -134,7 +132,9 @@ def test_every_hook_point_is_read_pushed_and_differentiated(agreed):
         for kind in ("read", "gradient", "edit"):
             rows = [row.name for row in agreed.rows if (row.kind, row.view) == (kind, view)]
             assert len(rows) == len(set(rows)) and set(rows) == wanted
-    assert {each.name for each in points(2, False)} < {each.name for each in points(2, True)}
+    assert {each.name for each in counterparts(2, False)} < {
+        each.name for each in counterparts(2, True)
+    }
 
 
 def test_edits_move_the_logits_by_far_more_than_is_allowed(agreed):
@@ -150,7 +150,7 @@ def test_hook_points_are_told_in_the_order_in_which_they_are_computed(original, 
         fired.append(name)
 
     bridge = boot(original, device)
-    names = [each.name for each in points(2, True)]
+    names = [each.name for each in counterparts(2, True)]
     hooks = [(name, lambda x, hook, name=name: note(x, hook, name)) for name in names]
     bridge.run_with_hooks(small.prompt_of(1, 8).to(device), fwd_hooks=hooks)
     assert set(fired) == set(names)
@@ -245,10 +245,10 @@ def test_a_turned_dial_is_told_and_how_to_turn_it_back(original, device):
     bridge = boot(original, device)
     bd3lm.set_block_size(bridge, 2)
     found = verify(bridge, **FAST)
-    assert "bd3lm.set_block_size(bridge, 4) turns it back" in found.message
+    assert "bd3lm.set_block_size(bridge, 4) sets it back" in found.message
     assert bridge.cfg.block_size == 2
     bd3lm.set_block_size(bridge, 4)
-    assert all(row.ok for row in settings(bridge, small.model()))
+    assert all(row.ok for row in compare_settings(bridge, small.model()))
 
 
 def test_a_mask_that_leaks_on_the_fast_path_alone_is_found(original, device, monkeypatch):
@@ -308,13 +308,13 @@ def test_logits_that_differ_only_while_nobody_looks_are_found(light, device, mon
     ],
 )
 def test_what_is_no_such_activation_is_found(original, device, monkeypatch, value, told):
-    seen_by_bridge = Pair.seen_by_bridge
+    activations = Pair.activations
 
     def changed(self, where, text):
-        seen = seen_by_bridge(self, where, text)
+        seen = activations(self, where, text)
         return seen | {"blocks.0.hook_resid_mid": value(seen["blocks.0.hook_resid_mid"])}
 
-    monkeypatch.setattr(Pair, "seen_by_bridge", changed)
+    monkeypatch.setattr(Pair, "activations", changed)
     found = verify(original, device=device, **FAST)
     assert found.first.name == "blocks.0.hook_resid_mid" and told in found.first.note
     assert math.isinf(found.first.difference)
@@ -488,7 +488,7 @@ def test_the_hosts_own_tests_are_rows_and_none_of_a_repositorys_code_runs(reposi
 
 def test_where_processing_is_refused_the_host_has_no_third_phase(golden):
     path = golden("time_conditioned").path
-    judged = list(judged_by_host(boot(path, torch.device("cpu")), str(path), False))
+    judged = list(run_benchmark(boot(path, torch.device("cpu")), str(path), False))
     assert all(row.ok for row in judged) and len(judged) == 2 + 14 + 1
     third = [row for row in judged if row.view == "phase 3"]
     assert [row.name for row in third] == ["weight processing"]
@@ -503,10 +503,12 @@ def test_a_failure_of_the_hosts_is_one_of_ours(golden, monkeypatch):
 
     monkeypatch.setattr(hook_registration, "bridge_self_target_loss", left_out)
     path = golden("autoregressive").path
-    judged = list(judged_by_host(boot(path, torch.device("cpu")), str(path), False))
+    judged = list(run_benchmark(boot(path, torch.device("cpu")), str(path), False))
     failed = [row for row in judged if not row.ok]
     assert [row.name for row in failed] == ["hook_functionality"] * 2
-    assert "hook_functionality (host): " in failed[0].told and "no such thing" in failed[0].told
+    assert (
+        "hook_functionality (host): " in failed[0].message and "no such thing" in failed[0].message
+    )
 
 
 # At the door
@@ -569,7 +571,7 @@ def test_where_there_is_no_checkpoint_is_told(original, tmp_path, place):
 
 def test_what_is_no_bridge_is_refused():
     for model in (None, 3, torch.nn.Linear(1, 1)):
-        with pytest.raises(InputError, match=f"model is {type(model).__name__}: give a path"):
+        with pytest.raises(InputError, match=f"model is {type(model).__name__}: give a bridge"):
             verify(model)
 
 
@@ -579,7 +581,7 @@ def test_what_cannot_be_compared_is_refused(original, golden, device):
         verify(bridge, golden("bd3lm").path)
     bridge.cfg.dropout = 0.1
     bridge.train()
-    with pytest.raises(InputError, match=r"dropout=0.1: call bridge.eval\(\)"):
+    with pytest.raises(NotExactError, match=r"dropout=0.1: call bridge.eval\(\)"):
         verify(bridge)
     bridge.eval().set_use_attn_result(True)
     with pytest.raises(InputError, match=r"bridge.set_use_attn_result\(False\)"):
@@ -668,6 +670,6 @@ def test_so_does_what_nobody_foresaw(original, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("transformer_lens_bd3lm.analysis.verify.compare.compared", full)
+    monkeypatch.setattr("transformer_lens_bd3lm.analysis.verify.compare.compare_passes", full)
     result = run(original)
     assert result.exit_code == 2 and "no memory left" in result.output

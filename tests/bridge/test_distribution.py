@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
-from transformer_lens_bd3lm.analysis.verify.compare import verify
+from transformer_lens_bd3lm.analysis.verify import verify
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere, warn_once
 from transformer_lens_bd3lm.model.inputs import View
 

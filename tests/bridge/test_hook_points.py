@@ -8,7 +8,7 @@ from transformer_lens.hook_points import HookPoint
 
 from tests.helpers import TOP, small
 from tests.helpers.passes import boot
-from transformer_lens_bd3lm.analysis.verify.reference import points
+from transformer_lens_bd3lm.analysis.verify.reference import counterparts
 from transformer_lens_bd3lm.bridge import hook_points
 from transformer_lens_bd3lm.bridge.hook_names import silent
 from transformer_lens_bd3lm.bridge.hook_points import (
@@ -143,7 +143,7 @@ def test_a_row_with_the_wrong_axes_or_rows_fails(device, tmp_path, monkeypatch):
 
 
 def test_what_verify_compares_is_in_the_table():
-    assert all(lookup(point.name) is not UNKNOWN for point in points(2, True))
+    assert all(lookup(point.name) is not UNKNOWN for point in counterparts(2, True))
 
 
 # The pages.

@@ -1,14 +1,14 @@
-"""What each layer would predict at masked positions: the logit lens, through the modulation.
+"""The logit lens: predictions at masked positions from the residual stream after each layer.
 
-The residual after layer l goes through the checkpoint's own read-out, as its forward does::
+The residual after layer l is read out as the checkpoint's forward reads out the last one::
 
     log p_l = SUBS(unembed(ln_final(resid_l) * (1 + scale) + shift))
 
-Only masked positions are trained to predict, so only they are read, and the mask token itself never
-competes. At the last layer this is the model's own prediction. On a processed bridge scale and
-shift are part of the weights, and the lens is the same, layer by layer.
+Only masked positions are read, since only they are trained to predict, and the mask token has
+probability 0. At the last layer this is the model's own prediction. On a processed bridge scale and
+shift are part of the weights, and the lens gives the same values.
 
-It translates nothing: a layer that writes in another basis than the last one's looks ignorant here.
+It translates no basis: a layer that writes in another basis than the last seems to predict nothing.
 """
 
 from typing import Any
@@ -31,31 +31,36 @@ MODULATION = ("final_adaln.hook_scale", "final_adaln.hook_shift")
 def logit_lens(
     bridge: Any, cache: Any, ids: Any, position: Any = None
 ) -> Float[Tensor, "depth token d_vocab"]:
-    """Log-probabilities in nats at masked positions, after the embedding and after each layer.
+    """Return log-probabilities in nats at masked positions, by depth.
 
-    Tokens are in the order of ``(x_t == mask).nonzero()``, so ``lens[-1]`` is
-    ``bd3lm.log_probs(logits, x_t, mask)[x_t == mask]``; with one ``position`` there is one a row of
-    the batch. Depth 0 is the embedding, depth i + 1 is after layer i.
+    Depth 0 is after the embedding, depth i + 1 is after layer i. Tokens are in the order of
+    ``(x_t == mask).nonzero()``, so ``lens[-1]`` equals
+    ``bd3lm.log_probs(logits, x_t, mask)[x_t == mask]``; with one ``position`` there is one token
+    for each row of the batch.
 
     Args:
         bridge: the bridge that made the cache, as booted or processed.
         cache: an ``ActivationCache`` of either view with the residuals (``blocks.0.hook_resid_pre``
             and each ``hook_resid_post``), and ``final_adaln.*`` where they are not folded. Of the
-            dual view the noisy half is read; of ``pad_block`` the text that was given.
-        ids: what it was made from: x_t as ids ``[batch, pos]`` or a string.
-        position: one that is masked in every row, or booleans ``[batch, pos]`` that are True at
-            masks alone; all masks by default.
+            dual view the noisy stream is read; with ``pad_block`` only the text that was given.
+        ids: the input that the cache was made from: x_t as ids ``[batch, pos]`` or a string.
+        position: one position that is masked in every row, or booleans ``[batch, pos]`` that are
+            True only at masks; all masks by default.
+
+    Returns:
+        Log-probabilities ``[depth, token, d_vocab]``; -inf for the mask token.
 
     Raises:
-        InputError: for clean positions, which are not trained to predict, and for a cache that is
-            not of these ids, not of this bridge as it is now, or lacks something.
+        InputError: for positions that are not masked, which are not trained to predict; for a cache
+            of other ids, of another bridge or of this one before its weights were processed, or
+            without an activation that is needed; and for the autoregressive baseline.
     """
-    x_t = read_masked(require_bridge(bridge), ids)
-    row, at = read_positions(x_t, position, bridge.cfg.mask_token_id)
+    x_t = _read_x_t(require_bridge(bridge), ids)
+    row, at = _read_positions(x_t, position, bridge.cfg.mask_token_id)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
     names = ["blocks.0.hook_resid_pre", *names]
     modulated = bridge.cfg.adaln and "scale" not in bridge.final_adaln.folded
-    check_cache(bridge, cache, x_t, [*names, *MODULATION] if modulated else names)
+    _check_cache(bridge, cache, x_t, [*names, *MODULATION] if modulated else names)
     device = bridge.embed.weight.device
     h = bridge.ln_final(torch.stack([cache[name][row, at] for name in names]).to(device))
     if modulated:
@@ -67,8 +72,8 @@ def logit_lens(
     return masked_log_probs(bridge.unembed(h), bridge.cfg.mask_token_id)
 
 
-def read_masked(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
-    """x_t, from ids, a string, or the checkpoint's own ``[x_t | x_0]``.
+def _read_x_t(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
+    """Return x_t from ids, a string, or ids of both streams ``[x_t | x_0]``.
 
     Raises:
         InputError: for anything else, and for the autoregressive baseline, which has no masks.
@@ -83,13 +88,13 @@ def read_masked(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
     return view.ids[:, : view.length].cpu()
 
 
-def read_positions(
+def _read_positions(
     x_t: Int[Tensor, "batch pos"], position: Any, mask_id: int
 ) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Rows of the batch and positions to read, one pair a token.
+    """Return the row and the position of each token to read.
 
     Raises:
-        InputError: if one of them is not masked, or there is none.
+        InputError: if a position is not masked, or none is left.
     """
     masked, n = x_t == mask_id, x_t.shape[1]
     if position is None:
@@ -121,16 +126,16 @@ def read_positions(
     return row, at
 
 
-def check_cache(bridge: Any, cache: Any, x_t: Int[Tensor, "batch pos"], names: list[str]) -> None:
-    """Refuse a cache that would be read wrongly.
+def _check_cache(bridge: Any, cache: Any, x_t: Int[Tensor, "batch pos"], names: list[str]) -> None:
+    """Check that a cache holds the activations of these ids in this bridge as it is now.
 
     Raises:
-        InputError: and says what to do.
+        InputError: naming what is missing or differs.
     """
     missing = [name for name in names if name not in cache]
     if missing:
         raise InputError(
-            f"the cache lacks {', '.join(missing)}: make it without names_filter, or keep these"
+            f"cache lacks {', '.join(missing)}: make it without names_filter, or keep these"
         )
     if getattr(cache, "model", None) not in (None, bridge):
         raise InputError("the cache is another bridge's: make it with the one that is given")

@@ -15,7 +15,7 @@ from transformer_lens_bd3lm.show.terminal import console
 
 
 class Dtype(str, Enum):
-    """What may be computed in, on the command line."""
+    """Dtypes to compute in, on the command line."""
 
     float32 = "float32"
     float64 = "float64"
@@ -28,7 +28,7 @@ def verify(
     model: ModelArgument,
     against: Annotated[
         str | None,
-        typer.Option(help="Hub id or folder that decides; by default the model's."),
+        typer.Option(help="Hub id or folder of the reference; by default the model's."),
     ] = None,
     host: Annotated[bool, typer.Option("--host", help="TransformerLens's benchmark, too.")] = False,
     json: Annotated[
@@ -45,11 +45,11 @@ def verify(
     Exit status: 0 if they agree, 1 if they differ, 2 if they could not be compared.
     """
     # A command of the same name is in this module.
-    from transformer_lens_bd3lm.analysis.verify import compare as library
+    from transformer_lens_bd3lm.analysis import verify as library
 
     try:
         with quiet():
-            found = library.verify(
+            result = library.verify(
                 path_of(model),
                 None if against is None else path_of(against),
                 host=host,
@@ -57,14 +57,14 @@ def verify(
                 device=device,
                 trust_remote_code=trust_remote_code,
             )
-    except Exception as error:  # 1 says that they differ, so nothing else may end with it
+    except Exception as error:  # exit status 1 is for models that differ
         why = str(error) if isinstance(error, BD3LMError) else f"{type(error).__name__}: {error}"
-        told = f"{model} could not be compared: {why.splitlines()[0]}"
-        raise typer.BadParameter(told) from error
+        message = f"{model} could not be compared: {why.splitlines()[0]}"
+        raise typer.BadParameter(message) from error
     if json:
-        write_json(found.to_dict(), Path("-"))
+        write_json(result.to_dict(), Path("-"))
     else:
-        console.print(found.table())
-        console.print(Text(found.message, f"bold {'green' if found.ok else 'red'}"))
-    if not found.ok:
+        console.print(result.table())
+        console.print(Text(result.message, f"bold {'green' if result.ok else 'red'}"))
+    if not result.ok:
         raise typer.Exit(1)

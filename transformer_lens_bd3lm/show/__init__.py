@@ -8,11 +8,13 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
+from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.compare import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
+from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
@@ -24,8 +26,10 @@ from transformer_lens_bd3lm.result import figure_of, table_of
 TABLES = {
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
+    DependencyDepths: "by_depth:by_depth_tables",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
+    HeadScores: "heads:head_table",
     Likelihood: "likelihood:likelihood_table",
     ModelComparison: "compare_models:models_table",
     Nats: "likelihood:nats_table",
@@ -33,12 +37,14 @@ TABLES = {
     Price: "sweep:price_table",
     Replay: "replay:replay_table",
     Sweep: "sweep:sweep_table",
+    Verification: "verification:verification_tables",
 }
 FIGURES = {
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
     DependencyDepths: "by_depth:by_depth_figure",
     Exact: "exact:exact_figure",
+    HeadScores: "heads:head_figure",
     ModelComparison: "compare_models:models_figure",
     Sweep: "sweep:sweep_figure",
 }

@@ -1,15 +1,76 @@
-"""Likelihood, reveal order and probe by dependency depth, as a figure."""
+"""Likelihood, reveal order and probe by dependency depth, as tables and as a figure."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.console import Group
+from rich.table import Table
 
-from transformer_lens_bd3lm.analysis.by_depth.measure import DependencyDepths
+from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
+from transformer_lens_bd3lm.analysis.by_depth.probe import Probe
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.tables import new_table
 
 _LINES = (INK, ORANGE, BLUE, QUIET)
+
+
+def by_depth_tables(result: DependencyDepths) -> Group:
+    """Lay out nats and order by depth, and the probe by layer and time."""
+    probed = [] if result.probe is None else [_probe_table(result.probe)]
+    return Group(_depth_table(result), *probed)
+
+
+def _depth_table(result: DependencyDepths) -> Table:
+    """Lay out a row a depth: tokens, nats and order, with intervals over sentences."""
+    left_out = result.straddling + result.outside
+    caption = (
+        f"{result.sentences} sentences; left out: {result.too_long} longer than the context, "
+        f"{left_out} tokens that belong to no one word. NELBO: {result.kind}. "
+        "[ ]: 95% over sentences like these."
+    )
+    means = [result.nats]
+    columns = ["depth", "tokens", "NELBO\nnats/token", "[95%]"]
+    if result.order is not None:
+        means.append(result.order)
+        columns += ["order", "[95%]"]
+        caption += f" Order by {result.order_by}, 0 first, 1 last; first hitting: 0.5."
+    table = new_table(result.title, columns, (), caption)
+    intervals = [each.interval() for each in means]
+    for depth, label in enumerate(result.labels):
+        if not int(result.nats.tokens[depth]):
+            continue
+        cells = [label, f"{int(result.nats.tokens[depth]):,}"]
+        for each, by_depth in zip(means, intervals, strict=True):
+            mean, interval = float(each.mean[depth]), by_depth[depth]
+            cells += ["–" if math.isnan(mean) else f"{mean:.3f}"]
+            cells += ["" if interval is None else "[{:.3f}, {:.3f}]".format(*interval)]
+        table.add_row(*cells)
+    return table
+
+
+def _probe_table(probe: Probe) -> Table:
+    """Lay out a row a layer: R² at each time, beside R² for shuffled depths."""
+    train, validation, test = probe.samples[0].tolist()
+    caption = (
+        f"At time {probe.times[0]:g}: {train:,} tokens to train, {validation:,} to choose the "
+        f"penalty, {test:,} to test. Shuffled: mean ± standard deviation of {len(probe.shuffled)}."
+    )
+    title = "linear probe for depth: R², held out by sentence, (shuffled labels)"
+    columns = ("after\nlayer", *(f"t = {time:g}" for time in probe.times))
+    table = new_table(title, columns, (), caption)
+    spread = probe.shuffled.std(0) if len(probe.shuffled) > 1 else torch.zeros_like(probe.r2)
+    mean = probe.shuffled.mean(0)
+    for layer in range(probe.r2.shape[1]):
+        cells = [
+            f"{float(r2[layer]):.2f} ({float(m[layer]):.2f} ± {float(s[layer]):.2f})"
+            for r2, m, s in zip(probe.r2, mean, spread, strict=True)
+        ]
+        table.add_row("embed" if layer == 0 else str(layer - 1), *cells)
+    return table
 
 
 def by_depth_figure(results: DependencyDepths | Sequence[DependencyDepths]) -> Figure:

@@ -1,12 +1,12 @@
-"""Can depth be read off a residual by a line? By layer, and by time of a first-hitting run.
+"""Linear probes for depth on the residual stream, by layer and by time of a first-hitting run.
 
-At time t of a run under ``Noise(seed)`` the positions whose own time is below t are masked. Probed
-are masked tokens, each by the residual that its prediction is made from: what is read there about
-depth is what the network knows before the word is written. Sentences are split in three: train,
+At time t of a run under ``Noise(seed)`` the positions whose reveal time is below t are masked. Each
+masked token is probed at the residual that its prediction is computed from, so a probe reads what
+the network knows about depth before the word is written. Sentences are split in three parts: train,
 validation (for the penalty) and test. For control the same probes are fit to depths that are
 shuffled among the tokens of each part.
 
-It keeps no activation; see ``ridge.py``.
+It keeps no activations; see ``ridge``.
 """
 
 from dataclasses import dataclass, field
@@ -17,14 +17,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.ridge import PARTS, Ridge
-from transformer_lens_bd3lm.analysis.by_depth.sums import Parsed
+from transformer_lens_bd3lm.analysis.by_depth.tokens import ParsedText
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText, residual_names
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import plain_values
 
-FEWEST = 5  # sentences of a probe, so that each part has one
-SHARES = (0.6, 0.2, 0.2)  # of the sentences: train, validation, test
+_FEWEST = 5  # sentences, so that each part has one
+_SHARES = (0.6, 0.2, 0.2)  # of the sentences: train, validation, test
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Probe:
     """Linear probes for depth, by time and by depth of the residual stream.
 
     Attributes:
-        times: of a first-hitting run: the share that is masked.
+        times: times of a first-hitting run, each the share of tokens that are masked.
         r2: R^2 on held-out sentences ``[time, layer]``; layer 0 is the embedding.
-        shuffled: the same of shuffled depths ``[shuffle, time, layer]``.
-        samples: masked tokens in train, validation and test at each time ``[time, 3]``.
+        shuffled: R^2 for shuffled depths ``[shuffle, time, layer]``.
+        samples: number of masked tokens in train, validation and test ``[time, part]``.
     """
 
     times: tuple[float, ...]
@@ -45,28 +46,41 @@ class Probe:
 
     @property
     def above(self) -> Float[Tensor, "time layer"]:
-        """R^2 less the mean of the shuffled ones."""
+        """R^2 less its mean over shuffled depths."""
         return self.r2 - self.shuffled.mean(0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return times, R^2 and sample counts as plain JSON values; None for NaN."""
+        return plain_values(
+            {
+                "times": self.times,
+                "r2": self.r2,
+                "samples": self.samples,
+                "shuffled_mean": self.shuffled.mean(0),
+            }
+        )
 
-def split_of(parsed: Parsed, seed: int) -> Int[Tensor, " sentence"]:
-    """Which part of a probe each sentence is in.
+
+def split_of(parsed: ParsedText, seed: int) -> Int[Tensor, " sentence"]:
+    """Draw the part that each sentence is in: 0 train, 1 validation, 2 test.
 
     Raises:
         InputError: for too few sentences.
     """
     number = len(parsed.tokens)
-    if number < FEWEST:
-        raise InputError(f"{number} sentences: a probe needs {FEWEST}, or drop it with shuffles=0")
-    bounds = torch.tensor(SHARES).cumsum(0)[:-1] * number
+    if number < _FEWEST:
+        raise InputError(
+            f"{number} sentences: a probe needs {_FEWEST}, or leave it out, shuffles=0"
+        )
+    bounds = torch.tensor(_SHARES).cumsum(0)[:-1] * number
     rank = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
     return torch.bucketize(rank.float() + 0.5, bounds)
 
 
 def shuffled_depths(
-    parsed: Parsed, split: Int[Tensor, " sentence"], shuffles: int, seed: int
+    parsed: ParsedText, split: Int[Tensor, " sentence"], shuffles: int, seed: int
 ) -> list[Float[Tensor, "pos label"]]:
-    """True and shuffled depths of every sentence's tokens; shuffled within each part."""
+    """Return true and shuffled depths of each sentence's tokens, shuffled within each part."""
     lengths = [len(each.depth) for each in parsed.tokens]
     depth = torch.cat([each.depth for each in parsed.tokens]).clamp(max=parsed.deepest)
     part = split.repeat_interleave(torch.tensor(lengths))
@@ -82,25 +96,25 @@ def shuffled_depths(
 
 
 @dataclass(frozen=True)
-class Probing:
-    """What is probed: labels of every sentence's tokens, and which part each sentence is in.
+class _Probing:
+    """Labels of each sentence's tokens, and the part that each sentence is in.
 
     Attributes:
         parsed: the sentences.
-        size: the dial.
-        split: train, validation or test ``[sentence]``.
-        labels: true and shuffled depths, a tensor ``[pos, label]`` a sentence.
-        seed: of the masks.
+        size: tokens a block.
+        split: part of each sentence ``[sentence]``: 0 train, 1 validation, 2 test.
+        labels: true and shuffled depths, a tensor ``[pos, label]`` for each sentence.
+        seed: random seed of the masks.
     """
 
-    parsed: Parsed
+    parsed: ParsedText
     size: int
     split: Int[Tensor, " sentence"]
     labels: list[Tensor]
     seed: int
 
     def at(self, time: float) -> tuple[Float[Tensor, "label layer"], list[int]]:
-        """R^2 at a time by label and layer, and how many samples each part has.
+        """Compute R^2 at a time by label and layer, and count the samples of each part.
 
         Raises:
             InputError: if some part has no masked token.
@@ -108,7 +122,7 @@ class Probing:
         names = residual_names(self.parsed.bridge)
         ridges = {name: Ridge() for name in names}
         for part, ids in self.parsed.groups():
-            self.add(ridges, part, ids, time)
+            self._add(ridges, part, ids, time)
         counts = [part.n for part in ridges[names[0]].parts]
         if min(counts) < 2:
             raise InputError(
@@ -117,47 +131,59 @@ class Probing:
             )
         return torch.stack([ridges[name].r2() for name in names], dim=-1), counts
 
-    def add(
+    def _add(
         self, ridges: dict[str, Ridge], part: list[int], ids: Int[Tensor, "batch pos"], time: float
     ) -> None:
-        """Count in the masked tokens of some sentences."""
+        """Add the masked tokens of some sentences to the probes."""
         bridge = self.parsed.bridge
         text = NoisedText(bridge, ids, masked_at(self.parsed, part, ids, time, self.seed))
-        wanted = text.masked.cpu() & (self.parsed.depth(part) >= 0)
-        labels = torch.stack([self.labels[i] for i in part])[wanted]
-        split = self.split[torch.tensor(part)][:, None].expand(wanted.shape)[wanted]
+        probed = text.masked.cpu() & (self.parsed.depth(part) >= 0)
+        labels = torch.stack([self.labels[i] for i in part])[probed]
+        split = self.split[torch.tensor(part)][:, None].expand(probed.shape)[probed]
         # An autoregressive model predicts a token one position before it.
-        at = (wanted.roll(-1, dims=1) if bridge.cfg.causal else wanted).to(ids.device)
+        at = (probed.roll(-1, dims=1) if bridge.cfg.causal else probed).to(ids.device)
 
         def see(name: str, x: Tensor) -> None:
             if name in ridges:
                 ridges[name].add(x[:, : at.shape[1]][at], labels, split)
 
         with torch.no_grad():
-            nobody = read_pass_hooks(bridge, None)
-            text.pass_at(self.size if bridge.cfg.cross_attn else None, None, nobody, see)
+            no_hooks = read_pass_hooks(bridge, None)
+            text.pass_at(self.size if bridge.cfg.cross_attn else None, None, no_hooks, see)
 
 
-def probes(
-    parsed: Parsed, size: int, times: tuple[float, ...], shuffles: int, seed: int, tick: Any
+def fit_probes(
+    parsed: ParsedText, size: int, times: tuple[float, ...], shuffles: int, seed: int, tick: Any
 ) -> Probe:
-    """Ridge probes at each time and layer, and on shuffled labels."""
+    """Fit ridge probes for true and shuffled depths at each time and layer.
+
+    Args:
+        parsed: the sentences.
+        size: tokens a block.
+        times: times of a first-hitting run.
+        shuffles: number of times that depths are shuffled.
+        seed: random seed of split, shuffles and masks.
+        tick: function that is called after each time.
+
+    Raises:
+        InputError: for too few sentences, or masked tokens at some time.
+    """
     split = split_of(parsed, seed)
-    probing = Probing(parsed, size, split, shuffled_depths(parsed, split, shuffles, seed), seed)
-    found, samples = [], []
+    probing = _Probing(parsed, size, split, shuffled_depths(parsed, split, shuffles, seed), seed)
+    r2_at, samples = [], []
     for time in times:
         r2, counts = probing.at(time)
-        found.append(r2)
+        r2_at.append(r2)
         samples.append(counts)
         tick()
-    r2 = torch.stack(found, dim=1)
+    r2 = torch.stack(r2_at, dim=1)
     return Probe(times, r2[0], r2[1:], torch.tensor(samples))
 
 
 def masked_at(
-    parsed: Parsed, part: list[int], ids: Int[Tensor, "batch pos"], time: float, seed: int
+    parsed: ParsedText, part: list[int], ids: Int[Tensor, "batch pos"], time: float, seed: int
 ) -> Bool[Tensor, "batch pos"]:
-    """What is masked at a time of a first-hitting run, each sentence with its own noise."""
+    """Return the positions that are masked at a time of a first-hitting run, by sentence."""
     if parsed.bridge.cfg.causal:
         masked = torch.ones(ids.shape, dtype=torch.bool)
     else:

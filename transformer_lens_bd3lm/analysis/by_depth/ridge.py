@@ -4,11 +4,11 @@ Ridge regression of y on x, both centred on the training part::
 
     w = (S_xx + a I)^-1 S_xy,     R^2 = 1 - sum (y - w x)^2 / sum (y - mean y)^2  on the test part
 
-All of it needs only the sums of 1, x, y, x x^T, x y and y^2 over each part, so batch after batch is
-added and let go. ``a`` is the one of ``PENALTIES`` (times the mean variance) that does best on a
-third part. Labels may have columns: the true ones, and shuffled ones for control.
+Both need only the sums of 1, x, y, x x^T, x y and y^2 over each part, so each batch is added and
+dropped. ``a`` is the one of ``PENALTIES`` (times the mean variance) that is best on the validation
+part. Labels may have several columns: the true ones, and shuffled ones for control.
 
-It does not say what a probe means: that a line can read depth is not that the model uses it.
+It does not say what a probe means: that a line can read depth does not show that the model does.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ PARTS = ("train", "validation", "test")
 
 @dataclass
 class Sums:
-    """Sums over a part's samples, float64 on the CPU; x, and labels y of several columns."""
+    """Sums over a part's samples x and their labels y, float64 on the CPU."""
 
     n: int = 0
     x: Float[Tensor, " d"] | None = None
@@ -33,7 +33,7 @@ class Sums:
     yy: Float[Tensor, " label"] | None = None
 
     def add(self, x: Float[Tensor, "sample d"], y: Float[Tensor, "sample label"]) -> None:
-        """Count some samples in."""
+        """Add samples."""
         parts = (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0))
         self.n += len(x)
         for name, part in zip(("x", "y", "xx", "xy", "yy"), parts, strict=True):
@@ -43,7 +43,7 @@ class Sums:
     def about(
         self, x0: Float[Tensor, " d"], y0: Float[Tensor, " label"]
     ) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d label"], Float[Tensor, " label"]]:
-        """``sum (x - x0)(x - x0)^T``, ``sum (x - x0)(y - y0)`` and ``sum (y - y0)^2``."""
+        """Compute ``sum (x - x0)(x - x0)^T``, ``sum (x - x0)(y - y0)`` and ``sum (y - y0)^2``."""
         assert self.x is not None and self.y is not None and self.xx is not None
         assert self.xy is not None and self.yy is not None
         cross = torch.outer(self.x, x0)
@@ -55,10 +55,10 @@ class Sums:
 
 @dataclass
 class Ridge:
-    """One probe in the making.
+    """A ridge regression for each column of labels, from samples that are added batch by batch.
 
     Attributes:
-        parts: the sums of train, validation and test.
+        parts: sums over the train, validation and test samples.
     """
 
     parts: list[Sums] = field(default_factory=lambda: [Sums() for _ in PARTS])
@@ -69,15 +69,15 @@ class Ridge:
         y: Float[Tensor, "sample label"],
         part: Int[Tensor, " sample"],
     ) -> None:
-        """Count samples in, each to its part."""
+        """Add samples, each to its part."""
         x, y = x.detach().cpu().double(), y.double()
         for number, sums in enumerate(self.parts):
-            here = part == number
-            if bool(here.any()):
-                sums.add(x[here], y[here])
+            own = part == number
+            if bool(own.any()):
+                sums.add(x[own], y[own])
 
     def r2(self) -> Float[Tensor, " label"]:
-        """R^2 on the test part of each column of labels, at its own best penalty."""
+        """Compute R^2 on the test part for each column of labels, at its own best penalty."""
         train, validation, test = self.parts
         assert train.x is not None and train.y is not None
         x0, y0 = train.x / train.n, train.y / train.n
@@ -88,20 +88,20 @@ class Ridge:
         weights = [
             vectors @ (turned / (values + penalty * scale)[:, None]) for penalty in PENALTIES
         ]
-        left = torch.stack([self.unexplained(validation, w, x0, y0) for w in weights])
-        best = torch.stack(weights)[left.argmin(0), :, torch.arange(left.shape[1])].T
+        errors = torch.stack([self._squared_error(validation, w, x0, y0) for w in weights])
+        best = torch.stack(weights)[errors.argmin(0), :, torch.arange(errors.shape[1])].T
         assert test.y is not None and test.yy is not None
         spread = test.yy - test.y.square() / test.n
-        spread = spread.masked_fill(spread <= 1e-12 * test.yy, torch.nan)  # all labels are one
-        return 1 - self.unexplained(test, best, x0, y0) / spread
+        spread = spread.masked_fill(spread <= 1e-12 * test.yy, torch.nan)  # all labels are the same
+        return 1 - self._squared_error(test, best, x0, y0) / spread
 
     @staticmethod
-    def unexplained(
+    def _squared_error(
         sums: Sums,
         w: Float[Tensor, "d label"],
         x0: Float[Tensor, " d"],
         y0: Float[Tensor, " label"],
     ) -> Float[Tensor, " label"]:
-        """``sum (y - prediction)^2`` of each column of labels."""
+        """Compute ``sum (y - prediction)^2`` for each column of labels."""
         xx, xy, yy = sums.about(x0, y0)
         return yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)
