@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.tokens import ROWS, ParsedText
-from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.denoise import denoise
+from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.samplers import Confidence
 from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
