@@ -6,12 +6,13 @@ from typing import Any
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.hook_points import FLAGS
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import InputError
 
 SHAPE = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "adaln", "cross_attn")
 
 
-def check_bridge(bridge: Any) -> None:
+def check_bridge(bridge: Bridge) -> None:
     """Check that a bridge computes what its weights say, at every hook point.
 
     Raises:

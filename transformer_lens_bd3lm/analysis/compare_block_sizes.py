@@ -27,6 +27,7 @@ from transformer_lens_bd3lm.analysis.noised_text import (
 from transformer_lens_bd3lm.analysis.similarity import prediction_change
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.model.inputs import read_block_size
 from transformer_lens_bd3lm.result import Result, plain_values
@@ -102,7 +103,7 @@ class BlockSizeComparison(Result):
 
 @torch.no_grad()
 def compare_block_sizes(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     a: Any,
     b: Any,

@@ -23,6 +23,7 @@ import torch
 
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.step_hooks import read_once
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
@@ -144,7 +145,7 @@ def _check_alike(bridges: Mapping[str, Any]) -> None:
             )
 
 
-def _vocabulary(bridge: Any) -> dict[str, int]:
+def _vocabulary(bridge: Bridge) -> dict[str, int]:
     """Return a bridge's vocabulary without the mask, which no text has."""
     vocabulary = dict(bridge.tokenizer.get_vocab())
     vocabulary.pop(bridge.tokenizer.mask_token, None)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import is_int
 from transformer_lens_bd3lm.errors import InputError
@@ -29,7 +30,7 @@ MODULATION = ("final_adaln.hook_scale", "final_adaln.hook_shift")
 
 @torch.no_grad()
 def logit_lens(
-    bridge: Any, cache: Any, ids: Any, position: Any = None
+    bridge: Bridge, cache: Any, ids: Any, position: Any = None
 ) -> Float[Tensor, "depth token d_vocab"]:
     """Return log-probabilities in nats at masked positions, by depth.
 
@@ -72,7 +73,7 @@ def logit_lens(
     return masked_log_probs(bridge.unembed(h), bridge.cfg.mask_token_id)
 
 
-def _read_x_t(bridge: Any, ids: Any) -> Int[Tensor, "batch pos"]:
+def _read_x_t(bridge: Bridge, ids: Any) -> Int[Tensor, "batch pos"]:
     """Return x_t from ids, a string, or ids of both streams ``[x_t | x_0]``.
 
     Raises:
@@ -126,7 +127,9 @@ def _read_positions(
     return row, at
 
 
-def _check_cache(bridge: Any, cache: Any, x_t: Int[Tensor, "batch pos"], names: list[str]) -> None:
+def _check_cache(
+    bridge: Bridge, cache: Any, x_t: Int[Tensor, "batch pos"], names: list[str]
+) -> None:
     """Check that a cache holds the activations of these ids in this bridge as it is now.
 
     Raises:

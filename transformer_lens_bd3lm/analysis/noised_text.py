@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.similarity import attention_change, residual_change
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.denoising.noise import Noise
@@ -57,7 +58,7 @@ class NoisedText:
             which masks nothing, those that are predicted.
     """
 
-    bridge: Any
+    bridge: Bridge
     tokens: Int[Tensor, "batch pos"]
     masked: Bool[Tensor, "batch pos"]
 
@@ -163,19 +164,19 @@ def compare_passes(
     return PassChange(streams, attention, logits)
 
 
-def residual_names(bridge: Any) -> list[str]:
+def residual_names(bridge: Bridge) -> list[str]:
     """Return the hook names of the residual stream, by depth."""
     layers = range(bridge.cfg.n_layers)
     return ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in layers)]
 
 
-def pattern_names(bridge: Any) -> list[str]:
+def pattern_names(bridge: Bridge) -> list[str]:
     """Return the hook names of the attention patterns, by layer."""
     return [f"blocks.{i}.attn.hook_pattern" for i in range(bridge.cfg.n_layers)]
 
 
 def read_noised_text(
-    bridge: Any, tokens: Any, x_t: Any, seed: int, name: str = "tokens"
+    bridge: Bridge, tokens: Any, x_t: Any, seed: int, name: str = "tokens"
 ) -> NoisedText:
     """Check texts and masks, before anything is run.
 

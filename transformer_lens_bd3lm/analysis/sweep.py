@@ -24,6 +24,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.noised_text import read_noised_text
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.hook_names import read_names, resolve
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.errors import InputError
@@ -170,7 +171,7 @@ class Sweep(Result):
 
 
 def _over_block_sizes(
-    bridge: Any,
+    bridge: Bridge,
     source: Any,
     block_sizes: Sequence[int | str] | None = None,
     *,
@@ -204,7 +205,7 @@ def _with_defaults(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.get(name, default) for name, default in defaults.items()}
 
 
-def _first_window(bridge: Any, source: Any, options: dict[str, Any]) -> Tensor:
+def _first_window(bridge: Bridge, source: Any, options: dict[str, Any]) -> Tensor:
     """Return the ids of the corpus's first window ``[1, pos]``.
 
     Raises:
@@ -220,7 +221,7 @@ def _first_window(bridge: Any, source: Any, options: dict[str, Any]) -> Tensor:
 
 
 def sweep_block_sizes(
-    bridge: Any,
+    bridge: Bridge,
     source: Any,
     block_sizes: Sequence[int | str] | None = None,
     *,
@@ -283,7 +284,7 @@ def sweep_block_sizes(
 
 
 @torch.no_grad()
-def _look(bridge: Any, noised: Any, block_size: int, look: Any, hooks: PassHooks) -> Any:
+def _look(bridge: Bridge, noised: Any, block_size: int, look: Any, hooks: PassHooks) -> Any:
     """Return activations of one dual pass by name, or what ``look`` returns of its cache."""
     names = None if callable(look) else list(look)
     with hooks.on():

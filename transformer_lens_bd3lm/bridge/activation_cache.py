@@ -25,11 +25,14 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
-def require_folded(bridge: Any, layer: int, mlp_input: bool = False, weight: bool = True) -> None:
+def require_folded(
+    bridge: Bridge, layer: int, mlp_input: bool = False, weight: bool = True
+) -> None:
     """Refuse a norm whose output is more than ``(x - mean(x)) / scale``.
 
     Args:
@@ -79,7 +82,7 @@ def _checking_layer(name: str) -> Any:
     original = getattr(ActivationCache, name)
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         _require_layer(self.model.cfg.n_layers, given.get("layer"), given.get("mlp_input", False))
         return original(self, *args, **kwargs)
@@ -111,6 +114,8 @@ class BD3LMActivationCache(ActivationCache):
         processed: whether the weights were processed when it was made.
         predicted: masked positions of the noisy stream; None if it was given as embeddings.
     """
+
+    model: Bridge
 
     def __init__(
         self,

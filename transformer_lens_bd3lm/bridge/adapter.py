@@ -34,6 +34,7 @@ from transformer_lens_bd3lm.bridge.conditioning import (
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
 from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
+from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.no_causal_loss import WithoutShiftedLoss
 from transformer_lens_bd3lm.bridge.run_with_cache import WithCache
@@ -79,6 +80,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
     # TransformerLens feeds components a residual in isolation: attention lives on the checkpoint's
     # block and needs its routing, adaLN reads the conditioning vector.
     component_test_skip_suffixes: tuple[str, ...] = (".attn", ".adaln")
+    cfg: Config
     denoising: ClassVar[tuple[type, ...]] = ()
     """Mixins for bridges that denoise; the denoising package, a floor above, puts its own here."""
 
@@ -168,7 +170,7 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
             self.native_sampler = None
             self.supports_causal_loss = self.supports_generation = True
 
-    def setup_hook_compatibility(self, bridge: Any) -> None:
+    def setup_hook_compatibility(self, bridge: Bridge) -> None:
         """Mount the conditioning, put this package's forward in front, and add the mask token."""
         model = bridge.original_model
         install(model, bridge.cfg)
@@ -211,12 +213,12 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         Raises:
             NotExactError: for a model that processing would change; nothing has been changed.
         """
-        bridge: Any = self.cfg._bridge_ref()
+        bridge: Bridge = self.cfg._bridge_ref()
         bridge._weights_processed = False
         self._folded = fold_modulation(bridge, state_dict, norms=self._fold_ln_requested)
         return state_dict
 
-    def postprocess_weights(self, bridge: Any) -> None:
+    def postprocess_weights(self, bridge: Bridge) -> None:
         """Put right what TransformerLens leaves out when it hands the processed weights over."""
         finish(bridge, self.__dict__.pop("_folded"))
         bridge._weights_processed = True
@@ -290,14 +292,14 @@ def _refuse_late_overrides(wanted: Any, config: Any) -> None:
             )
 
 
-def _mount_frequencies(bridge: Any, backbone: Any) -> None:
+def _mount_frequencies(bridge: Bridge, backbone: Any) -> None:
     """Give TransformerLens the rotary embedding itself; its own view would cast frequencies."""
-    views = bridge._modules.get("_container_state_owners")
+    views: Any = bridge._modules.get("_container_state_owners")
     if views is not None and "rotary_emb" in views.backbone._modules:
         views.backbone.rotary_emb = backbone.rotary_emb
 
 
-def _mount_conditioning(bridge: Any, backbone: Any) -> None:
+def _mount_conditioning(bridge: Bridge, backbone: Any) -> None:
     """Wrap ``sigma_map`` and the final modulation, as ``timestep_embed`` and ``final_adaln``.
 
     They stay out of ``component_mapping``, whose tools feed every component a residual. The plain

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.bridge.host import Bridge, Methods
 from transformer_lens_bd3lm.bridge.texts import is_ids, padding
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -30,7 +31,7 @@ _writing: ContextVar[Any] = ContextVar("bd3lm_writing", default=None)
 
 
 @contextmanager
-def _drawing_from(bridge: Any) -> Iterator[None]:
+def _drawing_from(bridge: Bridge) -> Iterator[None]:
     """Mark this bridge as the one whose logits TransformerLens draws tokens from."""
     token = _writing.set(bridge)
     try:
@@ -39,22 +40,22 @@ def _drawing_from(bridge: Any) -> Iterator[None]:
         _writing.reset(token)
 
 
-class WithNextToken:
+class WithNextToken(Methods):
     """Mixed in front of the bridge's class: causal loss and generation without the mask token."""
 
-    def cut(self: Any, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+    def cut(self, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
         """Return the logits with the mask token's at minus infinity, as a new tensor."""
         return without_mask(logits, self.cfg.mask_token_id)
 
     def forward(
-        self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
+        self, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
         """Run the forward; logits that tokens are drawn from have no mask token."""
         output = super().forward(input, return_type, *args, **kwargs)
         drawn = _writing.get() is self and return_type == "logits" and isinstance(output, Tensor)
         return self.cut(output) if drawn else output
 
-    def loss_fn(self: Any, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def loss_fn(self, logits: Any, tokens: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Compute TransformerLens's causal loss in nats a token, without the mask token.
 
         Raises:
@@ -71,16 +72,14 @@ class WithNextToken:
                 kwargs.setdefault("attention_mask", (~behind).long())
         return super().loss_fn(self.cut(logits), tokens, *args, **kwargs)
 
-    def _causal_labels_loss(
-        self: Any, logits: Any, labels: Any, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _causal_labels_loss(self, logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss of given labels, without the mask token."""
         self.check_finished(labels)
         behind = padding(torch.atleast_2d(labels), self.cfg.pad_token_id)
         labels = labels if behind is None else torch.atleast_2d(labels).masked_fill(behind, -100)
         return super()._causal_labels_loss(self.cut(logits), labels, *args, **kwargs)
 
-    def check_finished(self: Any, tokens: Tensor) -> None:
+    def check_finished(self, tokens: Tensor) -> None:
         """Refuse texts that hold the mask token, which is never predicted.
 
         Raises:
@@ -89,7 +88,7 @@ class WithNextToken:
         way_out = "it is never predicted, give finished texts"
         check_finished("tokens", tokens, self.cfg.mask_token_id, way_out)
 
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as TransformerLens does; the mask token is never written.
 
         Raises:
@@ -100,7 +99,7 @@ class WithNextToken:
         with _drawing_from(self):
             return super().generate(*args, **kwargs)
 
-    def check_prompt(self: Any, call: Any, *args: Any, **kwargs: Any) -> None:
+    def check_prompt(self, call: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse prompts of several lengths, and texts that would outgrow the context.
 
         Raises:
@@ -129,7 +128,7 @@ class WithNextToken:
                     f"{length + new - 1}, and the context is {self.cfg.n_ctx}"
                 )
 
-    def generate_stream(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Generate as a stream, as TransformerLens does; the mask token is never written.
 
         Raises:
@@ -145,7 +144,7 @@ class WithNextToken:
                 return
             yield part
 
-    def hf_generate(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def hf_generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse transformers' own loop, which would write the mask token.
 
         Raises:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 
+from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.bridge.routing import Routing, rotated
 from transformer_lens_bd3lm.bridge.watched import watched
 
 
 class BD3LMAttentionBridge(JointQKVAttentionBridge):
     """Block attention over rotated heads; its projections lie on the checkpoint's block."""
+
+    config: Config
 
     def __init__(self, config: Any, submodules: dict[str, Any]):
         super().__init__(
@@ -54,7 +57,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         Raises:
             NotExactError: where gates or dropout stand between; see the block.
         """
-        bridge: Any = self.config._bridge_ref()
+        bridge: Bridge = self.config._bridge_ref()
         return bridge.blocks[self._layer_idx].residual_contribution_scale
 
     def forward(

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from transformer_lens_bd3lm.bridge.attention import Fork
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION, modulate
+from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import NotExactError
@@ -30,7 +31,7 @@ _OFF_THE_PATH = (
 )
 
 
-def why_random(bridge: Any) -> str | None:
+def why_random(bridge: Bridge) -> str | None:
     """Return why a forward of the bridge is random, with the way out; None where it is not.
 
     Layers have training modes of their own, which ``bridge.training`` does not show:
@@ -46,7 +47,7 @@ def why_random(bridge: Any) -> str | None:
     )
 
 
-def require_eval(bridge: Any) -> None:
+def require_eval(bridge: Bridge) -> None:
     """Refuse a bridge that has a layer with active dropout.
 
     Raises:
@@ -71,6 +72,8 @@ def _add_write(
 
 class BD3LMBlockBridge(BlockBridge):
     """Transformer layer with this package's forward over the checkpoint's own weights."""
+
+    config: Config
 
     def __init__(self, name: str, config: Any, submodules: dict[str, Any]):
         super().__init__(name, config=config, submodules=submodules)

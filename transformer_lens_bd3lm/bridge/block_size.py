@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.model.inputs import read_block_size
 
 
@@ -25,7 +26,7 @@ class ConfigAtBlockSize:
         self.mask_id: int = cfg.mask_token_id
 
 
-def block_size_of(bridge: Any, block_size: Any = None) -> int:
+def block_size_of(bridge: Bridge, block_size: Any = None) -> int:
     """Return the block size of a call in tokens: the one given, else the bridge's.
 
     Without blocks it is the whole context, which full diffusion writes at once, or one token, where
@@ -44,7 +45,7 @@ def block_size_of(bridge: Any, block_size: Any = None) -> int:
     return size
 
 
-def set_block_size(bridge: Any, block_size: int | str) -> None:
+def set_block_size(bridge: Bridge, block_size: int | str) -> None:
     """Set the block size of a bridge for good.
 
     Args:
@@ -60,7 +61,7 @@ def set_block_size(bridge: Any, block_size: int | str) -> None:
 
 
 @contextmanager
-def block_size(bridge: Any, size: int | str) -> Iterator[Any]:
+def block_size(bridge: Bridge, size: int | str) -> Iterator[Any]:
     """Set the block size of a bridge for a while; the old one is restored, whatever happens.
 
     Args:

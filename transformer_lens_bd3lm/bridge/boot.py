@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import get_device
+from transformer_lens.utilities.devices import get_device
 
 from transformer_lens_bd3lm import checkpoint
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checkpoint.lightning import (
     find_checkpoint_file,
     read_lightning,
@@ -66,7 +67,7 @@ def read_bridge(model: Any, **kwargs: Any) -> Any:
         return require_bridge(boot_checkpoint(path, **kwargs))
 
 
-def require_bridge(bridge: Any) -> Any:
+def require_bridge(bridge: Any) -> Bridge:
     """Return the bridge that was given, where a checkpoint's name will not do.
 
     Raises:
@@ -119,7 +120,7 @@ def boot_lightning(
         # TransformerLens reloads a tokenizer from where it came from, so it comes from a folder.
         write_config_and_tokenizer(lightning, tokenizer, Path(folder))
         with torch.device("meta"):
-            model = BD3LM(lightning.config)
+            model: Any = BD3LM(lightning.config)
         model.load_state_dict(lightning.state(), assign=True)
         model.eval().to(device=device, dtype=dtype)
         bridge = TransformerBridge.boot_transformers(

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.model.modules import KeptFrequencies, Rotary
 
 
-class FollowsCasts:
+class FollowsCasts(nn.Module):
     """Mixed in front of the classes of a bridge and its model: ``cfg.dtype`` follows every cast."""
 
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        cfg = self.__dict__.get("tl_cfg") or self.cfg
+        cfg: Any = self.__dict__.get("tl_cfg") or self.cfg
         cfg.dtype = next(self.parameters()).dtype
         return self
 

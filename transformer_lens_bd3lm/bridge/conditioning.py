@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from transformer_lens_bd3lm.bridge.host import Config
 from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.modules import at_least_float32, timestep_features
@@ -135,6 +136,8 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
 class BD3LMNormBridge(NormalizationBridge):
     """Layer norm in float32 or wider, times a weight; one kernel unless its inside is hooked."""
 
+    config: Config
+
     def forward(
         self, hidden_states: Float[Tensor, "batch row d_model"], **kwargs: Any
     ) -> Float[Tensor, "batch row d_model"]:
@@ -190,9 +193,9 @@ class TimestepEmbedBridge(GeneralizedComponent):
 
     def forward(self, sigma: Float[Tensor, " batch"]) -> Float[Tensor, "batch *row cond"]:
         """Compute features of sigma, and the checkpoint's two linear layers of them."""
-        mlp = self.original_component.mlp
+        sigma_map: Any = self.original_component
         features = timestep_features(_fire(self.hook_in, sigma, self.folded))
-        c = mlp(features.to(next(mlp.parameters()).dtype))
+        c = sigma_map.mlp(features.to(next(sigma_map.mlp.parameters()).dtype))
         return _fire(self.hook_out, c, self.folded)
 
 
@@ -216,7 +219,8 @@ class AdaLNBridge(GeneralizedComponent):
     ) -> tuple[Float[Tensor, "batch row_or_1 d_model"], ...]:
         """Compute the vectors, in the checkpoint's order; one a row if ``c`` is edited by row."""
         folded = bool(self.folded)
-        joint = self.neutral(self.original_component(_fire(self.hook_in, c, folded)))
+        modulation: Any = self.original_component
+        joint = self.neutral(modulation(_fire(self.hook_in, c, folded)))
         joint = _fire(self.hook_out, joint[:, None] if joint.ndim == 2 else joint, folded)
         parts = joint.chunk(len(self._vectors), dim=-1)
         return tuple(

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import OffDistributionWarning
 from transformer_lens_bd3lm.model.ids import has_values
 from transformer_lens_bd3lm.model.inputs import View
@@ -57,7 +58,7 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
 
 
 @contextmanager
-def masks_anywhere(bridge: Any) -> Iterator[None]:
+def masks_anywhere(bridge: Bridge) -> Iterator[None]:
     """Run passes without the warning, whose results say themselves what is off-distribution."""
     model = bridge.original_model
     before, model.warned_off_distribution = model.warned_off_distribution, True

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.conditioning import GATES, MODULATION
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.modules import timestep_features
 
@@ -111,7 +112,7 @@ def refuse_refactoring(processing: Any, *args: Any, **kwargs: Any) -> None:
         )
 
 
-def fold_modulation(bridge: Any, state: State, norms: bool) -> Folded:
+def fold_modulation(bridge: Bridge, state: State, norms: bool) -> Folded:
     """Put every gate, and with ``norms`` every shift and scale, into the weights.
 
     Args:
@@ -215,7 +216,7 @@ def _set_mask_aside(state: State, mask_id: int, norms: bool) -> State:
 
 
 @torch.no_grad()
-def finish(bridge: Any, folded: Folded) -> None:
+def finish(bridge: Bridge, folded: Folded) -> None:
     """Put right what TransformerLens leaves out when it hands the processed weights over.
 
     Weights are still wide, and none is frozen; the token table is a bare parameter of another name,
@@ -243,7 +244,7 @@ def finish(bridge: Any, folded: Folded) -> None:
         _mark_folded(bridge, folded.norms)
 
 
-def _mark_folded(bridge: Any, norms: bool) -> None:
+def _mark_folded(bridge: Bridge, norms: bool) -> None:
     """Mark folded vectors as neutral for good, and freeze what is folded as a whole."""
     for block in bridge.blocks:
         block.adaln.folded = MODULATION if norms else GATES

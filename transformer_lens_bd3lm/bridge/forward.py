@@ -26,12 +26,14 @@ from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.save import SavesAsCheckpoint
 from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.config import BD3LMConfig
 from transformer_lens_bd3lm.model.inputs import (
     check_keywords,
     read_input,
     read_padding,
     read_sigma,
 )
+from transformer_lens_bd3lm.model.modules import Backbone
 
 
 def run(
@@ -129,8 +131,11 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
 
     warned_off_distribution = False
 
+    backbone: Backbone
+    config: BD3LMConfig
+
     def forward(
-        self: Any,
+        self,
         input_ids: Any = None,
         timesteps: Any = None,
         sample_mode: bool | None = None,

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.bridge.host import Methods
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 _STORED = ("past_key_values", "past_kv_cache", "use_cache", "use_past_kv_cache")
 
 
-class WithForwardKeywords:
+class WithForwardKeywords(Methods):
     """Mixed in front of the bridge's class: checks of the forward's keywords."""
 
     @functools.wraps(TransformerBridge.forward)
     def forward(
-        self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
+        self, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
         """Run the forward, with every keyword honored or refused.
 
@@ -61,7 +62,7 @@ class WithForwardKeywords:
         return super().forward(input, return_type, *args, **kwargs)
 
     def _finalize_return(
-        self: Any, return_type: str | None, logits: Any, input_ids: Any, **kwargs: Any
+        self, return_type: str | None, logits: Any, input_ids: Any, **kwargs: Any
     ) -> Any:
         """Return what the caller asked for; ``"predictions"`` are words at the masks of the input.
 

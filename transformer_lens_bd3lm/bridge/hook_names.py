@@ -11,6 +11,7 @@ from typing import Any, cast
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import HookNameError, InputError
 
 NameFilter = Callable[[str], bool]
@@ -34,7 +35,7 @@ def read_names(names: Any, argument: str = "names") -> list[str] | NameFilter:
     return several
 
 
-def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
+def resolve(bridge: Bridge, names: Iterable[str]) -> dict[str, HookPoint]:
     """Return the hook points behind names, each checked.
 
     Raises:
@@ -51,7 +52,7 @@ def resolve(bridge: Any, names: Iterable[str]) -> dict[str, HookPoint]:
     return points
 
 
-def known_point(bridge: Any, name: str) -> HookPoint:
+def known_point(bridge: Bridge, name: str) -> HookPoint:
     """Return the hook point of a name.
 
     Raises:
@@ -65,7 +66,7 @@ def known_point(bridge: Any, name: str) -> HookPoint:
     return known[name]
 
 
-def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
+def matching(bridge: Bridge, names: NameFilter) -> dict[str, HookPoint]:
     """Return the hook points that fire and whose name passes a filter, by every name that passes.
 
     Raises:
@@ -83,7 +84,7 @@ def matching(bridge: Any, names: NameFilter) -> dict[str, HookPoint]:
     return points
 
 
-def silent(bridge: Any, name: str) -> str | None:
+def silent(bridge: Bridge, name: str) -> str | None:
     """Return why a hook point never fires as the bridge's flags are; None where it fires."""
     spec, cfg = lookup(name), bridge.cfg
     if spec.flag and not getattr(cfg, spec.flag):

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.bridge.host import Methods
 from transformer_lens_bd3lm.errors import LossError
 
 
@@ -29,12 +30,12 @@ def _refuse(asked: str) -> NoReturn:
     )
 
 
-class WithoutShiftedLoss:
+class WithoutShiftedLoss(Methods):
     """Mixed in front of the bridge's class: no shifted loss."""
 
     @functools.wraps(TransformerBridge.forward)
     def forward(
-        self: Any, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
+        self, input: Any, return_type: str | None = "logits", *args: Any, **kwargs: Any
     ) -> Any:
         """Run the forward; refuse a return type that asks for the loss."""
         if return_type in ("loss", "both"):

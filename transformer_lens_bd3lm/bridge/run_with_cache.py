@@ -5,21 +5,22 @@ from typing import Any
 
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
 from transformer_lens_bd3lm.bridge.hook_names import known_point, read_names, silent
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge, Methods
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.errors import InputError
 
 
-class WithCache:
+class WithCache(Methods):
     """Mixed in front of the bridge's class: ``run_with_cache``."""
 
     @functools.wraps(TransformerBridge.run_with_cache)
     def run_with_cache(
-        self: Any,
+        self,
         input: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
@@ -44,7 +45,7 @@ class WithCache:
             names_filter = _with_positions(self, input, names_filter, **kwargs)
         seen: list[Tensor] = []
         with self.hooks(fwd_hooks=[("embed.hook_in", lambda ids, hook: seen.append(ids))]):
-            output, cache = super().run_with_cache(
+            result: Any = super().run_with_cache(
                 input,
                 return_cache_object,
                 remove_batch_dim,
@@ -54,6 +55,7 @@ class WithCache:
                 pos_slice=pos_slice,
                 **kwargs,
             )
+        output, cache = result
         if return_cache_object:
             predicted = None
             if seen:
@@ -63,7 +65,7 @@ class WithCache:
         return output, cache
 
 
-def _with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -> Any:
+def _with_positions(bridge: Bridge, input: Any, names_filter: Any, **kwargs: Any) -> Any:
     """Return the filter of names for a ``pos_slice``: hook points that have positions.
 
     Raises:
@@ -86,7 +88,7 @@ def _with_positions(bridge: Any, input: Any, names_filter: Any, **kwargs: Any) -
 
 
 def _is_dual(
-    bridge: Any, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
+    bridge: Bridge, input: Any, clean: Any = None, sample_mode: bool | None = None, **kwargs: Any
 ) -> bool:
     """Whether a call asks for the dual view, by keywords or by ids of twice the context."""
     if clean is not None or sample_mode is not None:

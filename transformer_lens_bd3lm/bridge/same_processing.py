@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import NotExactError
 
 _MODULATION_BIAS = re.compile(r"blocks\.(\d+)\.(?:adaln|adaLN_modulation)\.(?:.*\.)?bias$")
 _ADDED = re.compile(r"(?P<owner>.*attn(\.[qkvo]|_out))\.bias$|(?P<table>.*)\.mask\.(weight|bias)$")
 
 
-def require_same_processing(bridge: Any, state_dict: Any) -> None:
+def require_same_processing(bridge: Bridge, state_dict: Any) -> None:
     """Refuse weights whose processing differs from the bridge's.
 
     Raises:
@@ -31,7 +32,7 @@ def require_same_processing(bridge: Any, state_dict: Any) -> None:
     _require_same_tensors(bridge, state_dict)
 
 
-def _require_same_gates(bridge: Any, state_dict: Any) -> None:
+def _require_same_gates(bridge: Bridge, state_dict: Any) -> None:
     """Refuse weights with gates folded in where the bridge's are not, or the reverse.
 
     Raises:
@@ -54,7 +55,7 @@ def _require_same_gates(bridge: Any, state_dict: Any) -> None:
             )
 
 
-def _require_same_tensors(bridge: Any, state_dict: Any) -> None:
+def _require_same_tensors(bridge: Bridge, state_dict: Any) -> None:
     """Refuse weights that lack a tensor that processing added here, or have one that is not here.
 
     Raises:

@@ -19,6 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.checkpoint.new_folder import new_folder
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import CheckpointError, NotExactError
@@ -30,7 +31,7 @@ _FREQUENCIES = "backbone.rotary_emb.inv_freq"
 _NOT_KEPT = ("model_type", "transformers_version", "auto_map", "_name_or_path", "output_attentions")
 
 
-def save(bridge: Any, folder: str | Path) -> None:
+def save(bridge: Bridge, folder: str | Path) -> None:
     """Write a bridge as a checkpoint that ``boot_transformers(folder)`` boots.
 
     Weights are written in the bridge's dtype, beside the config, with the bridge's block size, and
@@ -63,12 +64,14 @@ def save(bridge: Any, folder: str | Path) -> None:
 class SavesAsCheckpoint:
     """Mixed in front of the wrapped model's class: ``save_pretrained`` writes a checkpoint."""
 
-    def save_pretrained(self: Any, save_directory: Any) -> None:
+    tl_cfg: Config
+
+    def save_pretrained(self, save_directory: Any) -> None:
         """Save as ``bd3lm.save``; transformers' own would write the names of wrapped modules."""
         save(self.tl_cfg._bridge_ref(), save_directory)
 
 
-def config_of(bridge: Any) -> BD3LMConfig:
+def config_of(bridge: Bridge) -> BD3LMConfig:
     """Return the checkpoint's config, with the bridge's block size and dtype.
 
     The block sizes that it was trained at stay as they were booted.

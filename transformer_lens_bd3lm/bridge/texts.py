@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from transformer_lens_bd3lm.bridge.host import Bridge, Methods
 from transformer_lens_bd3lm.checks import check_choice, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.ids import check_ids, fill_hidden, has_values
@@ -30,7 +31,7 @@ from transformer_lens_bd3lm.model.ids import check_ids, fill_hidden, has_values
 _TEXT_FILES = (".txt", ".text", ".md", ".json", ".jsonl", ".csv", ".tsv", ".gz", ".parquet")
 
 
-def _words_of(tokenizer: Any, texts: Sequence[str], pad_id: int) -> list[list[int]]:
+def _words_of(tokenizer: Any, texts: Sequence[str], pad_id: int | None) -> list[list[int]]:
     """Return the tokens of each text, without BOS.
 
     Raises:
@@ -60,7 +61,7 @@ def _shown(texts: Sequence[str]) -> str:
     return beginnings + (", ..." if len(texts) > 2 else "")
 
 
-def bos_of(bridge: Any) -> int:
+def bos_of(bridge: Bridge) -> int:
     """Return the id of BOS.
 
     Raises:
@@ -77,7 +78,7 @@ def bos_of(bridge: Any) -> int:
 
 
 def tokens_of(
-    bridge: Any, texts: Any, prepend_bos: bool | None = None
+    bridge: Bridge, texts: Any, prepend_bos: bool | None = None
 ) -> list[Int[Tensor, " pos"]]:
     """Return the ids of each text ``[pos]``, on the CPU, at any length.
 
@@ -104,7 +105,7 @@ def tokens_of(
 
 
 def read_ids(
-    bridge: Any, given: Any, name: str = "tokens", prepend_bos: bool | None = None
+    bridge: Bridge, given: Any, name: str = "tokens", prepend_bos: bool | None = None
 ) -> Int[Tensor, "batch pos"]:
     """Return ids of texts of one length, on the bridge's device, from strings or ids.
 
@@ -184,7 +185,7 @@ def without_padding(ids: Tensor, pad_id: int | None) -> Tensor:
 
 
 def _hide_padding(
-    bridge: Any, ids: Tensor, clean: Any, attention_mask: Any, sample_mode: bool | None
+    bridge: Bridge, ids: Tensor, clean: Any, attention_mask: Any, sample_mode: bool | None
 ) -> tuple[Tensor, Any, Any]:
     """Return the ids of a pass as the network takes them, and the mask that hides their padding.
 
@@ -250,11 +251,11 @@ def _refuse_early_end(noisy: Tensor | None, clean: Tensor | None) -> None:
         )
 
 
-class WithTexts:
+class WithTexts(Methods):
     """Mixed in front of the bridge's class: texts and padding become ids and a mask."""
 
     def to_tokens(
-        self: Any,
+        self,
         input: Any,
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
@@ -283,7 +284,8 @@ class WithTexts:
         side = padding_side or self.tokenizer.padding_side
         check_choice("padding_side", side, ("right", "left"))
         width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.cfg.pad_token_id)
+        pad_id: Any = self.cfg.pad_token_id  # there is one wherever there is a tokenizer
+        ids = torch.full((len(rows), width), pad_id)
         for place, row in zip(ids, rows, strict=True):
             if len(row):
                 place[slice(None, len(row)) if side == "right" else slice(-len(row), None)] = row
@@ -291,7 +293,7 @@ class WithTexts:
 
     @functools.wraps(TransformerBridge.forward)
     def forward(
-        self: Any,
+        self,
         input: Any,
         return_type: str | None = "logits",
         loss_per_token: bool = False,

@@ -35,10 +35,12 @@ from transformer_lens_bd3lm.model.modules import Backbone, Embedding, LayerNorm,
 class BD3LM(PreTrainedModel):
     """BD3LM checkpoint as plain modules, loadable by ``AutoModelForMaskedLM``."""
 
-    config_class = BD3LMConfig
+    config_class: type[BD3LMConfig] = BD3LMConfig
     config: BD3LMConfig
     base_model_prefix = "bd3lm"
     _supports_sdpa = True
+    sampling_eps_min: Tensor
+    sampling_eps_max: Tensor
     _no_split_modules = ["Block"]
 
     def __init__(self, config: BD3LMConfig):

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.hub import cached_file
 
 from transformer_lens_bd3lm.checkpoint.files import location_of
@@ -231,7 +230,8 @@ def teach_mask(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     if tokenizer.mask_token_id is None:
         # lstrip: "to [MASK]" is one token after "to", without a stray space token between.
         mask = AddedToken(MASK_TOKEN, lstrip=True, special=True, normalized=False)
-        tokenizer.add_special_tokens({"mask_token": mask})
+        special: dict[str, Any] = {"mask_token": mask}
+        tokenizer.add_special_tokens(special)
     mask_id = int(cast(Any, tokenizer).mask_token_id)
     if len(tokenizer) > vocab_size or mask_id >= vocab_size:
         raise TokenizerError(

@@ -4,6 +4,7 @@ Every command calls the public surface and prints the result's table; nothing is
 """
 
 import contextlib
+import io
 import os
 import sys
 import warnings
@@ -40,7 +41,7 @@ def main() -> None:
     """Run the command line; an error is one message and exit status 1, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
         # Characters that an encoding does not have are printed as escape sequences, not lost.
-        with contextlib.suppress(AttributeError):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():

@@ -84,8 +84,8 @@ def train(
 ) -> None:
     """Train on a text with the embedded default's recipe; a stopped run is resumed."""
     recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
-    texts = [read_file(file) for file in (train_file, valid_file)]
+    train_text, valid_text = read_file(train_file), read_file(valid_file)
     with progress_bar("training", recipe.steps, console=console) as update:
-        for report in run(recipe, *texts, out):
+        for report in run(recipe, train_text, valid_text, out):
             update(completed=report["step"])
             console.print("  ".join(f"{key} {value:.4g}" for key, value in report.items()))

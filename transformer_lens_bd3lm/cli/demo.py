@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 import transformer_lens_bd3lm as bd3lm
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.cli.app import app, boot
 from transformer_lens_bd3lm.cli.options import MOST, ModelOption
 from transformer_lens_bd3lm.show.hook_tree import hook_tree
@@ -39,7 +40,7 @@ def demo(
     _show_denoising(bridge, prompt, tokens, layer, toward, seed)
 
 
-def _show_model(bridge: Any) -> None:
+def _show_model(bridge: Bridge) -> None:
     """Print a line about the model and its adapter."""
     cfg = bridge.cfg
     console.print(
@@ -52,7 +53,7 @@ def _show_model(bridge: Any) -> None:
     )
 
 
-def _show_pass(bridge: Any, text: str) -> None:
+def _show_pass(bridge: Bridge, text: str) -> None:
     """Print the hook tree of a cached pass, a pattern's shape, and a lens on the masked token."""
     ids = bridge.to_tokens(text)
     masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
@@ -94,7 +95,7 @@ def _show_pass(bridge: Any, text: str) -> None:
 
 
 def _show_denoising(
-    bridge: Any, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
+    bridge: Bridge, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
 ) -> None:
     """Write without an edit, and with one at the first step of each block, under the same noise."""
     layer = bridge.cfg.n_layers // 2 if layer is None else layer

@@ -53,12 +53,13 @@ def diff(
     """Compare two checkpoints: weights, and with a text predictions and activations."""
     check_texts(text or [])
     check_files(plot, json)
-    bridges = [
+    first, second = (
         boot(name, device, weights=weights.value, dtype=getattr(torch, dtype.value))
         for name in (a, b)
-    ]
+    )
     result = bd3lm.compare_checkpoints(
-        *bridges,
+        first,
+        second,
         [*(text or []), *(file or [])] or None,
         block_size=typed_block_size(block_size),
         rows=windows,

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
@@ -100,7 +101,7 @@ class Canvas:
         return [(start, end) for start, end in grid if bool(written[start:end].any())]
 
 
-def read_prompts(bridge: Any, prompt: Any) -> list[Int[Tensor, " pos"]]:
+def read_prompts(bridge: Bridge, prompt: Any) -> list[Int[Tensor, " pos"]]:
     """Return ids of each row, from a string, strings, ids ``[batch, pos]``, rows of ids, or None.
 
     None is BOS alone. Padding at a row's end is left out.
@@ -138,7 +139,7 @@ def _canvas_length(length: int, size: int, context: int, pad_block: bool) -> int
 
 
 def read_canvas(
-    bridge: Any, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
+    bridge: Bridge, prompt: Any, max_new_tokens: int, block_size: int | str | None, pad_block: bool
 ) -> Canvas:
     """Return the canvas of one or more prompts; see :func:`read_prompts`.
 

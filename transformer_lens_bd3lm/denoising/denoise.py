@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
@@ -29,7 +30,7 @@ LONG_RUN = 32
 
 
 def denoise_steps(
-    bridge: Any,
+    bridge: Bridge,
     prompt: Any = None,
     *,
     max_new_tokens: int = 64,
@@ -85,7 +86,7 @@ def denoise_steps(
 
 
 def denoise(
-    bridge: Any,
+    bridge: Bridge,
     prompt: Any = None,
     *,
     max_new_tokens: int = 64,
@@ -154,7 +155,7 @@ def denoise(
 
 
 def finish(
-    bridge: Any,
+    bridge: Bridge,
     canvas: Canvas,
     request: Request,
     progress: bool | None = None,

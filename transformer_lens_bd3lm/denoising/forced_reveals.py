@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_tokenizer, is_int
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.errors import InputError
@@ -51,7 +52,7 @@ class Plan:
     order: Int[Tensor, "batch pos"]
 
     @classmethod
-    def of(cls, bridge: Any, canvas: Canvas, force: ForcedReveals | None) -> "Plan":
+    def of(cls, bridge: Bridge, canvas: Canvas, force: ForcedReveals | None) -> "Plan":
         """Return the plan of a run; without ``force`` nothing is planned.
 
         Raises:
@@ -75,7 +76,7 @@ class Plan:
 
     @classmethod
     def _entries(
-        cls, bridge: Any, canvas: Canvas, name: str, given: Any
+        cls, bridge: Bridge, canvas: Canvas, name: str, given: Any
     ) -> Int[Tensor, "batch pos"]:
         """Return forced ids or step indices over the whole canvas, from a tensor, a dict or None.
 
@@ -115,7 +116,7 @@ class Plan:
         return entries
 
     @staticmethod
-    def _pairs(bridge: Any, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
+    def _pairs(bridge: Bridge, name: str, given: Mapping[int, Any]) -> list[tuple[int, int]]:
         """Return pairs of a position and its token id or step index.
 
         Raises:
@@ -159,7 +160,7 @@ class Plan:
         return forced[:, slice(*window)]
 
 
-def _single_token(bridge: Any, text: str) -> int:
+def _single_token(bridge: Bridge, text: str) -> int:
     """Return the id of a string of one token.
 
     Raises:

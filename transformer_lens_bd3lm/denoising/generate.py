@@ -11,14 +11,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
+from transformer_lens_bd3lm.bridge.host import Methods
 from transformer_lens_bd3lm.denoising.denoise import denoise
 
 
-class WithDenoising:
+class WithDenoising(Methods):
     """Mixin of the bridge's class: ``diffusion_generate`` by the denoising loop."""
 
     def diffusion_generate(
-        self: Any,
+        self,
         input: Any = None,
         max_new_tokens: int = 32,
         prepend_bos: bool | None = None,

@@ -24,6 +24,7 @@ from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_hooks import StepFn, StepHook, StepHooks
 from transformer_lens_bd3lm.errors import HookReturnError, InputError
@@ -46,7 +47,7 @@ def row_axis(name: str) -> int | None:
     return None if point.streams == ("noisy",) else point.row_axis
 
 
-def on_bridge(bridge: Any, hooks: Any) -> StepHooks:
+def on_bridge(bridge: Bridge, hooks: Any) -> StepHooks:
     """Return a copy of step hooks, with the hook points of a bridge in place of filters of names.
 
     Raises:

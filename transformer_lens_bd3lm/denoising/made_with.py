@@ -26,6 +26,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from xxhash import xxh3_64_intdigest
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.hook_rows import is_step_hook
 from transformer_lens_bd3lm.errors import NotExactError
 
@@ -35,7 +36,7 @@ def checksum(x: Tensor) -> tuple[torch.dtype, torch.Size, int]:
     return x.dtype, x.shape, 0 if x.is_meta else xxh3_64_intdigest(_bytes_of(x))
 
 
-def weights_hash(bridge: Any) -> str:
+def weights_hash(bridge: Bridge) -> str:
     """Return the SHA-256 of the bridge's weights: names, dtypes, shapes and bytes."""
     sha256 = hashlib.sha256()
     for name, x in sorted(_weights(bridge)):
@@ -48,7 +49,7 @@ def _bytes_of(x: Tensor) -> Any:
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _weights(bridge: Any) -> Iterator[tuple[str, Tensor]]:
+def _weights(bridge: Bridge) -> Iterator[tuple[str, Tensor]]:
     """Yield a bridge's tensors by name; rotary frequencies in float32 where that is exact.
 
     A bridge that is cast to float64 widens its frequencies, and their values stay the same.
@@ -59,13 +60,13 @@ def _weights(bridge: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, x
 
 
-def _autocast_on(bridge: Any) -> str | None:
+def _autocast_on(bridge: Bridge) -> str | None:
     """Return the dtype that torch.autocast computes in on the bridge's device; None without it."""
     kind = bridge.embed.weight.device.type
     return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
-def hooks_on(bridge: Any) -> tuple[tuple[str, Any], ...]:
+def hooks_on(bridge: Bridge) -> tuple[tuple[str, Any], ...]:
     """Return names and functions of the forward hooks set on a bridge itself, not by a run."""
     hooks = []
     for name, module in bridge.named_modules():
@@ -101,12 +102,12 @@ class MadeWith:
     autocast: str | None
 
     @classmethod
-    def of(cls, bridge: Any) -> "MadeWith":
+    def of(cls, bridge: Bridge) -> "MadeWith":
         """Return the state of a bridge now."""
         weights = {name: checksum(x) for name, x in _weights(bridge)}
         return cls(weights, bridge._weights_processed, hooks_on(bridge), _autocast_on(bridge))
 
-    def require(self, bridge: Any) -> None:
+    def require(self, bridge: Bridge) -> None:
         """Refuse to run a run again on a bridge that would write something else.
 
         Raises:
@@ -140,7 +141,7 @@ class MadeWith:
                 "put the bridge's own hooks back"
             )
 
-    def require_weights(self, bridge: Any) -> None:
+    def require_weights(self, bridge: Bridge) -> None:
         """Refuse weights that are not those of the run, to the bit.
 
         Raises:
@@ -166,7 +167,7 @@ class MadeWith:
 class Unchanged:
     """Weights of a bridge between two steps of a run, compared without hashing them."""
 
-    def __init__(self, bridge: Any, made_with: MadeWith):
+    def __init__(self, bridge: Bridge, made_with: MadeWith):
         self.bridge, self.made_with = bridge, made_with
         self.tensors = _live(bridge)
 
@@ -192,7 +193,7 @@ class Unchanged:
         self.tensors = now
 
 
-def _live(bridge: Any) -> list[tuple[Tensor, int, int]]:
+def _live(bridge: Bridge) -> list[tuple[Tensor, int, int]]:
     """Return every tensor of a bridge, with its version counter and address."""
     tensors = [
         x

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.bridge.hook_names import resolve
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.hook_rows import attached, check_return, on_bridge
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks, WithoutStep
@@ -44,7 +45,7 @@ class PassHooks:
         return attached(self.points, fns)
 
 
-def read_pass_hooks(bridge: Any, hooks: Any, scope: str | None = None) -> PassHooks:
+def read_pass_hooks(bridge: Bridge, hooks: Any, scope: str | None = None) -> PassHooks:
     """Read hooks of passes that have no steps, and check their names.
 
     Args:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.hook_names import matching, read_names
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.step import Step
@@ -75,7 +76,7 @@ class Record:
         object.__setattr__(self, "selectors", selectors)
 
     @classmethod
-    def of(cls, record: Any, bridge: Any) -> "Record | None":
+    def of(cls, record: Any, bridge: Bridge) -> "Record | None":
         """Return the record of a run, given as a ``Record``, as names, or as None to keep nothing.
 
         Raises:
@@ -88,7 +89,7 @@ class Record:
             record = cls(read_names(record, "record"))
         return record.on(bridge)
 
-    def on(self, bridge: Any) -> "Record":
+    def on(self, bridge: Bridge) -> "Record":
         """Return the record with hook names of a bridge in place of a function of names.
 
         Raises:
@@ -118,7 +119,7 @@ class Record:
 
     def bytes_needed(
         self,
-        bridge: Any,
+        bridge: Bridge,
         canvas: Canvas,
         one_row_at_a_time: bool = False,
         order: Int[Tensor, "batch pos"] | None = None,
@@ -152,7 +153,7 @@ class Record:
         names = dict.fromkeys(self.on(bridge).names)
         return total * sum(batch * self.width(bridge, name, rows, keys) for name in names)
 
-    def width(self, bridge: Any, name: str, rows: int, keys: int) -> int:
+    def width(self, bridge: Bridge, name: str, rows: int, keys: int) -> int:
         """Return the bytes of one activation of one batch row."""
         spec, cfg = lookup(name), bridge.cfg
         dtype = self.dtype or bridge.embed.weight.dtype
@@ -166,7 +167,7 @@ class Record:
 
     def check_budget(
         self,
-        bridge: Any,
+        bridge: Bridge,
         canvas: Canvas,
         one_row_at_a_time: bool = False,
         order: Int[Tensor, "batch pos"] | None = None,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals, Plan
 from transformer_lens_bd3lm.denoising.loop import Loop, Start
@@ -58,11 +59,11 @@ class Request:
                 f"load it with Run.load(path, bridge, {', '.join(f'{name}=...' for name in lost)})"
             )
 
-    def network(self, bridge: Any, canvas: Canvas) -> Network:
+    def network(self, bridge: Bridge, canvas: Canvas) -> Network:
         """Return the network of the run, with its hooks and records."""
         return make_network(bridge, canvas, self.kv_cache, self.hooks, self.record, self.finished)
 
-    def loop(self, bridge: Any, canvas: Canvas) -> Loop:
+    def loop(self, bridge: Bridge, canvas: Canvas) -> Loop:
         """Check everything, and return the loop of the run, at its beginning.
 
         Raises:

@@ -17,6 +17,7 @@ from transformer_lens import ActivationCache
 
 from transformer_lens_bd3lm.bridge.activation_cache import BD3LMActivationCache
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.masked_positions import Predicted
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.made_with import MadeWith
@@ -52,7 +53,7 @@ class Run(Result):
         made_with: state of the bridge when the run was made; see :mod:`.made_with`.
     """
 
-    bridge: Any = field(repr=False)
+    bridge: Bridge = field(repr=False)
     canvas: Canvas = field(repr=False)
     final: Int[Tensor, "batch total"] = field(repr=False)
     ends: Int[Tensor, " batch"]
@@ -229,7 +230,12 @@ class Run(Result):
 
     @staticmethod
     def load(
-        path: str | Path, bridge: Any, *, hooks: Any = None, stop: Any = None, sampler: Any = None
+        path: str | Path,
+        bridge: Bridge,
+        *,
+        hooks: Any = None,
+        stop: Any = None,
+        sampler: Any = None,
     ) -> "Run":
         """Read a saved run back, over the weights that wrote it.
 

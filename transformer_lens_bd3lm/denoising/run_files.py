@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals, Plan
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
@@ -101,7 +102,7 @@ def tensors_of(run: Any) -> dict[str, Tensor]:
     return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
 
 
-def read_run(path: Path, bridge: Any, hooks: Any, stop: Any, sampler: Any) -> dict[str, Any]:
+def read_run(path: Path, bridge: Bridge, hooks: Any, stop: Any, sampler: Any) -> dict[str, Any]:
     """Return the fields of the run in a folder; see ``Run.load`` for the arguments.
 
     Raises:
@@ -153,7 +154,7 @@ def read_run(path: Path, bridge: Any, hooks: Any, stop: Any, sampler: Any) -> di
 
 def _request(
     path: Path,
-    bridge: Any,
+    bridge: Bridge,
     manifest: Manifest,
     x: dict[str, Tensor],
     hooks: Any,
@@ -210,7 +211,7 @@ def _request(
     )
 
 
-def _made_with(bridge: Any, manifest: Manifest) -> MadeWith:
+def _made_with(bridge: Bridge, manifest: Manifest) -> MadeWith:
     """Return what a loaded run was made with: this bridge, whose weights are the run's.
 
     Functions of hooks that were set on the bridge are not in the file. Those that are set now are

@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.bridge.casts import frequencies
 from transformer_lens_bd3lm.bridge.forward import run
 from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.watched import watched
@@ -56,7 +57,7 @@ class Network:
         points: hook points by name.
     """
 
-    bridge: Any
+    bridge: Bridge
     canvas: Canvas
     hooks: StepHooks
     record: Record | None
@@ -187,7 +188,7 @@ class Network:
 
 
 def make_network(
-    bridge: Any,
+    bridge: Bridge,
     canvas: Canvas,
     kv_cache: bool | None,
     hooks: Any,

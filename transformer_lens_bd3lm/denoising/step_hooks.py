@@ -68,7 +68,8 @@ class StepHooks:
             if isinstance(each, StepHook):
                 self.hooks.append(each)
             elif isinstance(each, tuple | list) and len(each) == 2:
-                self._add(*each, StepSelectors(), "active", unclear=False)
+                name, fn = each
+                self._add(name, fn, StepSelectors(), "active", unclear=False)
             else:
                 raise InputError(f"hooks holds {each!r}: give (name, fn) pairs, or StepHooks")
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_int, check_number
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.step import RevealedStep
@@ -96,7 +97,7 @@ class Stop:
         self._begun = self._written & self.canvas.within_lengths()
 
     @classmethod
-    def of(cls, bridge: Any, canvas: Canvas, stop: Any) -> "Stop":
+    def of(cls, bridge: Bridge, canvas: Canvas, stop: Any) -> "Stop":
         """Return the stop rules of a run, given as one rule, several, or None.
 
         Raises:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
@@ -182,7 +183,7 @@ def cut_windows(
 
 
 def text_windows(
-    text: CorpusText, number: int, bridge: Any, stride: int | None = None
+    text: CorpusText, number: int, bridge: Bridge, stride: int | None = None
 ) -> Iterator[Window]:
     """Tokenize a text and cut it into windows.
 

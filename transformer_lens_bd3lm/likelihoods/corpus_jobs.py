@@ -7,8 +7,8 @@ nor on where a stopped run was resumed.
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.likelihoods.corpus import CorpusText, Window, text_windows
 
 JOB = 32  # windows
@@ -26,7 +26,7 @@ class CorpusReader:
         tokens: number of tokens counted in each.
     """
 
-    bridge: Any
+    bridge: Bridge
     stride: int | None
     names: list[str] = field(default_factory=list)
     characters: list[int | None] = field(default_factory=list)

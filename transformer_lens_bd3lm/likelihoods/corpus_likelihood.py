@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.made_with import hooks_on
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
@@ -127,7 +128,7 @@ def processes() -> PartialState:
 
 
 def likelihood(
-    bridge: Any,
+    bridge: Bridge,
     source: Any,
     block_size: int | str | None = None,
     method: str | None = None,
@@ -226,7 +227,7 @@ def likelihood(
 
 
 def _measure(
-    bridge: Any,
+    bridge: Bridge,
     windows: list[Window],
     number: int,
     mark: str,
@@ -259,7 +260,7 @@ def _measure(
 
 
 def _assemble(
-    bridge: Any,
+    bridge: Bridge,
     settings: LikelihoodSettings,
     reader: CorpusReader,
     by_number: dict[int, Job],

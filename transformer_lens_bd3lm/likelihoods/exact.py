@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.likelihoods.mask_patterns import MaskPatterns, read_mask_patterns
 from transformer_lens_bd3lm.likelihoods.statistics import PerToken, of_tokens
 from transformer_lens_bd3lm.result import Result, plain_values
@@ -132,7 +133,7 @@ class Exact(PerToken, Result):
 
 @torch.no_grad()
 def exact(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     block_size: int | str | None = None,
     hooks: Any = None,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge, require_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import Exact, exact, sum_patterns
@@ -62,7 +63,7 @@ class ExactEffect(Result):
         return plain_values(values)
 
 
-def exact_effect(bridge: Any, tokens: Any, hooks: Any, **options: Any) -> ExactEffect:
+def exact_effect(bridge: Bridge, tokens: Any, hooks: Any, **options: Any) -> ExactEffect:
     """Compute the causal effect of an edit on log p(text), over every reveal order.
 
     Args:
@@ -87,7 +88,7 @@ def exact_effect(bridge: Any, tokens: Any, hooks: Any, **options: Any) -> ExactE
 
 
 def exact_backward(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     block_size: int | str | None = None,
     hooks: Any = None,

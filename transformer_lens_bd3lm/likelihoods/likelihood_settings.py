@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.mask_patterns import too_many_patterns
@@ -34,7 +35,7 @@ class LikelihoodSettings:
 
 
 def read_settings(
-    bridge: Any, block_size: Any, method: str | None, **options: Any
+    bridge: Bridge, block_size: Any, method: str | None, **options: Any
 ) -> LikelihoodSettings:
     """Check the settings; the method is exact for few mask patterns, else Monte Carlo, by default.
 

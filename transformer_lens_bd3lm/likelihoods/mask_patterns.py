@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting
 from transformer_lens_bd3lm.errors import InputError, NotExactError
@@ -90,7 +91,7 @@ def too_many_patterns(block_size: int, max_states: int) -> str:
 
 
 def read_mask_patterns(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     block_size: int | str | None,
     hooks: Any,

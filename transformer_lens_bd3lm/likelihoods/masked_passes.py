@@ -22,6 +22,7 @@ from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.casts import frequencies
 from transformer_lens_bd3lm.bridge.forward import run, through_layers
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
@@ -53,7 +54,7 @@ class MaskedPasses:
         characters: characters of each text, if they were given as strings and count whole.
     """
 
-    bridge: Any
+    bridge: Bridge
     tokens: Int[Tensor, "batch pos"]
     block_size: int
     trained_at: tuple[int, ...]
@@ -72,8 +73,9 @@ class MaskedPasses:
     def words(self) -> dict[int, str]:
         """Tokens of the texts as text, by id; empty without a tokenizer."""
         tokenizer = self.bridge.tokenizer
-        ids = [] if tokenizer is None else self.tokens.unique().tolist()
-        return {i: tokenizer.decode([i]) for i in ids}
+        if tokenizer is None:
+            return {}
+        return {i: tokenizer.decode([i]) for i in self.tokens.unique().tolist()}
 
     @property
     def patterns_per_pass(self) -> int:
@@ -178,7 +180,7 @@ class _AutoregressivePasses(_FullDiffusionPasses):
 
 
 def read_masked_passes(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     block_size: int | str | None,
     hooks: Any = None,

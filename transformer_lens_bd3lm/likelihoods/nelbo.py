@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import sum_patterns
@@ -79,7 +80,7 @@ def check_choices(method: str, strata: str, clip: Clip | None, replicates: int, 
 
 @torch.no_grad()
 def nelbo(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     block_size: int | str | None = None,
     method: str = "exact",

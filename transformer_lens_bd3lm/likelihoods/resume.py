@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import Window
@@ -60,7 +61,7 @@ class Ledger:
         self.path, self.jobs = path, jobs or {}
 
     @classmethod
-    def open(cls, out: str | Path | None, bridge: Any, settings: Any, state: Any) -> "Ledger":
+    def open(cls, out: str | Path | None, bridge: Bridge, settings: Any, state: Any) -> "Ledger":
         """Read the jobs of a folder, or begin one; every process of the run calls this.
 
         Raises:

@@ -73,7 +73,7 @@ def has_values(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or isinstance(x, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
     )
 
 
@@ -83,4 +83,4 @@ def require_later(condition: Tensor, message: str) -> None:
     The graph raises a RuntimeError with the message.
     """
     if torch.compiler.is_compiling():
-        torch._assert_async(condition.all(), message)
+        torch._assert_async(condition.all(), message)  # pyright: ignore

@@ -91,7 +91,7 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(features.to(next((p.dtype for p in self.mlp.parameters()), features.dtype)))
 
 
-class KeptFrequencies:
+class KeptFrequencies(nn.Module):
     """Mixin that keeps ``inv_freq`` in float32 or wider when the model is cast.
 
     It is also put in front of a repository's own rotary embedding. The buffer stays the one that is
@@ -108,7 +108,7 @@ class KeptFrequencies:
         return self
 
 
-class Rotary(KeptFrequencies, nn.Module):
+class Rotary(KeptFrequencies):
     """Buffer of rotary frequencies; :func:`rotary_tables` computes with it."""
 
     def __init__(self, d_head: int):

@@ -5,8 +5,10 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 
-def hook_tree(bridge: Any, cache: Any) -> Tree:
+
+def hook_tree(bridge: Bridge, cache: Any) -> Tree:
     """Lay out the cached hook points of layer 0 and outside the layers, with their shapes."""
     tree = Tree("hook points, and what the cache holds")
     names = [

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from jaxtyping import Float
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
@@ -48,13 +50,12 @@ def replay_table(replay: Replay, n: int = 10) -> Group:
     first = f"they part at step {min(steps)}" if steps else "no token changed"
     parts.append(Text(f"{differ} of {written} written tokens differ; {first}"))
     if replay.kl is not None:
-        parts.append(_kl_table(replay, n))
+        parts.append(_kl_table(replay, replay.kl.flatten(1), n))
     return Group(*parts)
 
 
-def _kl_table(replay: Replay, n: int) -> Table:
+def _kl_table(replay: Replay, kl: Float[Tensor, "step place"], n: int) -> Table:
     """Return a table of the steps of a pinned replay whose distributions changed most."""
-    kl = replay.kl if replay.kl is None else replay.kl.flatten(1)
     columns = ("step", "block", "mean KL (nats)", "largest KL (nats)")
     table = new_table("KL(base || replay) at masked positions, by step", columns, ("step",), "")
     largest = kl.nan_to_num().amax(-1)

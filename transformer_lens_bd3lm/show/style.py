@@ -55,7 +55,7 @@ def heat_map(
         extent=(-0.5, columns - 0.5, first_row + rows - 0.5, first_row - 0.5),
     )
     plain(axes)
-    bar = axes.get_figure().colorbar(image, cax=scale, orientation="horizontal", ticklocation="top")
+    bar = axes.figure.colorbar(image, cax=scale, orientation="horizontal", ticklocation="top")
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(5, steps=[1, 2, 5, 10])
     bar.update_ticks()

@@ -7,13 +7,15 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from transformer_lens_bd3lm.bridge.host import Bridge
+
 # Text of models and users is printed as it is: no markup in brackets, no :emoji: between colons.
 # What has a style is a Text.
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
-def _canvas_text(bridge: Any, step: Any, row: int = 0) -> Text:
+def _canvas_text(bridge: Bridge, step: Any, row: int = 0) -> Text:
     """Return a row of the canvas after a step: masks as boxes, tokens of the step in color.
 
     It is cut at the front so that the block that is being denoised fits on the screen.
@@ -36,7 +38,7 @@ def _canvas_text(bridge: Any, step: Any, row: int = 0) -> Text:
 class LiveCanvas:
     """Canvas of a run as it fills in, a panel a row: live on a terminal, a few frames elsewhere."""
 
-    def __init__(self, bridge: Any, title: str, total: int):
+    def __init__(self, bridge: Bridge, title: str, total: int):
         self.bridge, self.title = bridge, title
         self.live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
         self.frames = {0, total // 3, 2 * total // 3, total - 1}

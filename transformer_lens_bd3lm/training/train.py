@@ -45,10 +45,10 @@ def train(
     begun = read_begun(out, made_of)
     tokenizer = train_tokenizer(train_text, recipe.vocab_size) if begun is None else begun
     ids = (torch.tensor(tokenizer(text)["input_ids"]) for text in texts.values())
-    draws = [text_windows(each, recipe.context) for each in ids]
+    train, valid = (text_windows(each, recipe.context) for each in ids)
     if begun is None:
         begin_folder(out, made_of, tokenizer)
-    yield from continue_run(recipe, *draws, out)
+    yield from continue_run(recipe, train, valid, out)
 
 
 def train_grammar(out: Path, recipe: Recipe = GRAMMAR_RECIPE) -> Iterator[dict[str, float]]:

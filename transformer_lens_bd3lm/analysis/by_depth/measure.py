@@ -31,6 +31,7 @@ from transformer_lens_bd3lm.analysis.by_depth.probe import Probe, fit_probes, sp
 from transformer_lens_bd3lm.analysis.by_depth.tokens import read_parsed
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
@@ -99,7 +100,7 @@ class DependencyDepths(Result):
 
 
 def by_dependency_depth(
-    bridge: Any,
+    bridge: Bridge,
     parses: Any,
     *,
     block_size: int | str | None = None,

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.by_depth.parses import Sentence, read_conllu
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_finished, check_int, check_tokenizer
 from transformer_lens_bd3lm.errors import InputError
 
@@ -49,7 +50,7 @@ class ParsedText:
         too_long: number of sentences that do not fit.
     """
 
-    bridge: Any
+    bridge: Bridge
     tokens: list[SentenceTokens]
     deepest: int
     too_long: int
@@ -76,7 +77,7 @@ class ParsedText:
         return hashlib.sha256(json.dumps([rows, self.deepest]).encode()).hexdigest()
 
 
-def read_parsed(bridge: Any, parses: Any, deepest: int) -> ParsedText:
+def read_parsed(bridge: Bridge, parses: Any, deepest: int) -> ParsedText:
     """Read parses and align them with the bridge's tokens; run nothing.
 
     Args:

@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change
 from transformer_lens_bd3lm.analysis.noised_text import pattern_names
 from transformer_lens_bd3lm.analysis.similarity import cka, wide
 from transformer_lens_bd3lm.bridge.hook_points import split_layer
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import HookNameError, NotExactError
 from transformer_lens_bd3lm.result import plain_values
 
@@ -139,7 +140,7 @@ class ActivationComparison:
 class PairedActivations:
     """Sums over two checkpoints' activations, collected pass by pass."""
 
-    def __init__(self, bridge: Any):
+    def __init__(self, bridge: Bridge):
         layers = range(bridge.cfg.n_layers)
         self.names = [f"blocks.{i}.{point}" for i in layers for point in POINTS]
         self.patterns = pattern_names(bridge)

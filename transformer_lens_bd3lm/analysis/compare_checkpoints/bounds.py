@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import paired_interval
 from transformer_lens_bd3lm.analysis.compare_checkpoints.texts import NoisedRows
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import plain_values
@@ -103,7 +104,7 @@ def compare_bounds(
 
 
 def _bounds(
-    bridge: Any, rows: NoisedRows, size: int | None, method: str, replicates: int, seed: int
+    bridge: Bridge, rows: NoisedRows, size: int | None, method: str, replicates: int, seed: int
 ) -> Iterator[tuple[Tensor, Nats]]:
     """Yield the rows of each batch and their NELBO."""
     for number, batch in enumerate(rows.batches):

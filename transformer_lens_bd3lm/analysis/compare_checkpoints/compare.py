@@ -172,7 +172,7 @@ def compare_checkpoints(
         except NotExactError as error:
             parts["left_out"] += (f"the bound, since {error}",)
     dtype_name = str(models[0].embed.weight.dtype).removeprefix("torch.")
-    return CheckpointComparison(*names, dtype_name, compare_weights(*models), **parts)
+    return CheckpointComparison(names[0], names[1], dtype_name, compare_weights(*models), **parts)
 
 
 def _run_side_by_side(
@@ -189,7 +189,7 @@ def _run_side_by_side(
             text.pass_at(size, timesteps, [], see, gathered.stream_names)
             for text, see in zip(texts, (gathered.keep, gathered.compare), strict=True)
         ]
-        each = compare_predictions(*logits, texts[0])
+        each = compare_predictions(logits[0], logits[1], texts[0])
         compared.append(each | {"row": batch.rows[each["row"]]})
     joined = {name: torch.cat([each[name] for each in compared], dim=-1) for name in compared[0]}
     order = joined["row"].argsort(stable=True)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText, read_noised_text
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
@@ -39,7 +40,7 @@ class Batch:
     ids: Int[Tensor, "batch pos"]
     masked: Bool[Tensor, "batch pos"]
 
-    def on(self, bridge: Any) -> NoisedText:
+    def on(self, bridge: Bridge) -> NoisedText:
         """Return the texts on a bridge's device, ready for its pass."""
         device = bridge.cfg.device
         return NoisedText(bridge, self.ids.to(device), self.masked.to(device))
@@ -61,7 +62,7 @@ class NoisedRows:
 
 
 def read_rows(
-    bridge: Any, source: Any, x_t: Any, seed: int, rows: Any, split: str | None = None
+    bridge: Bridge, source: Any, x_t: Any, seed: int, rows: Any, split: str | None = None
 ) -> NoisedRows:
     """Check texts and masks, and return them in batches, before anything is run.
 

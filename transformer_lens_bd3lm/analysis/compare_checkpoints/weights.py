@@ -26,6 +26,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.similarity import wide
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
 from transformer_lens_bd3lm.result import plain_values
 
@@ -81,10 +82,14 @@ class Change:
         for x, y in zip(*parts, strict=True):
             x, y = wide(x), wide(y)
             difference = y - x
-            sums = (
-                float((p * q).sum()) for p, q in ((x, x), (y, y), (x, y), (difference, difference))
+            change += cls(
+                x.numel(),
+                float((x * x).sum()),
+                float((y * y).sum()),
+                float((x * y).sum()),
+                float((difference * difference).sum()),
+                float(difference.abs().max()),
             )
-            change += cls(x.numel(), *sums, float(difference.abs().max()))
         return change
 
     def __add__(self, other: "Change") -> "Change":
@@ -230,13 +235,13 @@ def _largest_first(components: Iterable[Component]) -> tuple[Component, ...]:
     return tuple(sorted(components, key=lambda each: -each.change.relative))
 
 
-def parameters_of(bridge: Any) -> dict[str, Tensor]:
+def parameters_of(bridge: Bridge) -> dict[str, Tensor]:
     """Return a bridge's parameters by the checkpoint's names, with q, k and v apart."""
     named = bridge.original_model.named_parameters()
     return {name.replace("._original_component", ""): x.detach() for name, x in named}
 
 
-def check_finite(bridge: Any, name: str) -> None:
+def check_finite(bridge: Bridge, name: str) -> None:
     """Check that every weight is finite.
 
     Raises:

@@ -31,12 +31,13 @@ from transformer_lens_bd3lm.analysis.heads.scores import HeadScores
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 
 
 @torch.no_grad()
 def detect_heads(
-    bridge: Any,
+    bridge: Bridge,
     tokens: Any,
     pattern: Any,
     *,

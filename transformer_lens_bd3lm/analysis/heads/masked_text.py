@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
 from transformer_lens_bd3lm.errors import InputError
@@ -82,7 +83,7 @@ class MaskedText:
         return (rows * readable[:, None]).unflatten(-1, (-1, n)).sum(-2)
 
 
-def read_masked_text(bridge: Any, tokens: Any, clean: Any, block_size: Any) -> MaskedText:
+def read_masked_text(bridge: Bridge, tokens: Any, clean: Any, block_size: Any) -> MaskedText:
     """Read the texts and the block size that are given to ``detect_heads``; run nothing.
 
     Raises:

@@ -1,13 +1,13 @@
 """Random tokens that repeat themselves: texts on which copying heads are found."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import InputError
 
 
@@ -27,7 +27,13 @@ class RepeatedTokens:
 
 
 def repeated_tokens(
-    bridge: Any, rows: int = 32, length: int = 24, *, gap: int = 8, rate: float = 0.5, seed: int = 0
+    bridge: Bridge,
+    rows: int = 32,
+    length: int = 24,
+    *,
+    gap: int = 8,
+    rate: float = 0.5,
+    seed: int = 0,
 ) -> RepeatedTokens:
     """Draw texts in which a head that copies has something to copy, and nothing else helps.
 

@@ -45,6 +45,7 @@ from transformer_lens_bd3lm.analysis.verify.transformer_lens import run_benchmar
 from transformer_lens_bd3lm.bridge.boot import loading, path_of
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
 
@@ -142,7 +143,7 @@ def _short_name(path: str) -> str:
 
 
 def _pair(
-    bridge: Any, path: str, names: tuple[str, str], allowed: Any, seed: int, revision: str | None
+    bridge: Bridge, path: str, names: tuple[str, str], allowed: Any, seed: int, revision: str | None
 ) -> Pair:
     """Put a checkpoint's plain modules beside a bridge, on its device and in its dtype.
 
@@ -160,7 +161,7 @@ def _pair(
     return Pair(bridge, plain, compared, share, seed)
 
 
-def compare_settings(bridge: Any, plain: Any) -> Iterator[Row]:
+def compare_settings(bridge: Bridge, plain: Any) -> Iterator[Row]:
     """Compare the config's keys that decide mask and conditioning with the reference's."""
     config = bridge.original_model.config
     for key in _SETTINGS:

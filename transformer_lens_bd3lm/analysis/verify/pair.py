@@ -15,6 +15,7 @@ from transformer_lens_bd3lm.analysis.verify.passes import Pass, RandomText
 from transformer_lens_bd3lm.analysis.verify.reference import Counterpart, PlainPass, run_plain
 from transformer_lens_bd3lm.analysis.verify.report import GRADIENT_FACTOR, Row
 from transformer_lens_bd3lm.bridge.hook_points import lookup
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
@@ -35,7 +36,7 @@ class Pair:
         seed: random seed of gradients' weights and of edits.
     """
 
-    bridge: Any
+    bridge: Bridge
     plain: Any
     counterparts: list[Counterpart]
     allowed: float

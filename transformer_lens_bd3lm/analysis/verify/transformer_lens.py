@@ -6,10 +6,10 @@ What the suite asks of every model and a block-diffusion model cannot do is excu
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import Any
 
 from transformer_lens_bd3lm.analysis.verify.report import Row
 from transformer_lens_bd3lm.bridge.folding import require_foldable
+from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import NotExactError
 
 # The test, a word of the message with which it fails as expected, and the reason.
@@ -20,7 +20,7 @@ _EXCUSES = (
 )
 
 
-def run_benchmark(bridge: Any, path: str, trust_remote_code: bool) -> Iterator[Row]:
+def run_benchmark(bridge: Bridge, path: str, trust_remote_code: bool) -> Iterator[Row]:
     """Run TransformerLens's benchmark on a checkpoint, and yield a row a test that was run.
 
     Args:

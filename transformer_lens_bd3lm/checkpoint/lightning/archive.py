@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ class Archive:
         return flat.reshape(tensor.shape)
 
 
-def _is_tuple(x: Any, count: int) -> bool:
+def _is_tuple(x: Any, count: int) -> TypeGuard[tuple[Any, ...]]:
     """Return whether a value is a tuple of this length."""
     return isinstance(x, tuple) and len(x) == count
 

@@ -78,8 +78,8 @@ def _json_of(x: Any) -> str:
     """Return the JSON that is the state of a pickled ``tokenizers.Tokenizer``."""
     raw = x.state
     # Protocol 2 has no bytes, and writes them as encode(text, "latin1").
-    if isinstance(raw, StandIn) and raw.name == "_codecs.encode":
-        raw = raw.args[0].encode("latin1")
+    if getattr(raw, "name", None) == "_codecs.encode":
+        return raw.args[0].encode("latin1").decode()
     return raw.decode()
 
 

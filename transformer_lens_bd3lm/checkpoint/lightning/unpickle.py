@@ -143,8 +143,9 @@ class _Machine:
         """Append items to the list or set on the top of the stack."""
         top = self.stack[-1]
         if isinstance(top, StandIn):
-            top.items = top.items or []
-        (top.items if isinstance(top, StandIn) else top).extend(items)
+            top.items = [*(top.items or []), *items]
+        else:
+            top.extend(items)
 
     def put(self, items: list[Any]) -> None:
         """Set alternating keys and values in the dict on the top of the stack."""
@@ -206,7 +207,7 @@ class _Machine:
                 case "SETITEMS":
                     self.put(self.marked())
                 case "GLOBAL":
-                    self.stack.append(_harmless(arg.replace(" ", ".")))
+                    self.stack.append(_harmless(str(arg).replace(" ", ".")))
                 case "STACK_GLOBAL":
                     self.stack.append(_harmless(".".join(self.last(2))))
                 case "REDUCE" | "NEWOBJ":
@@ -218,7 +219,7 @@ class _Machine:
                     self.stack.append(StandIn(what, tuple(args)))
                 case "INST":
                     args = self.marked()
-                    self.stack.append(StandIn(_harmless(arg.replace(" ", ".")), tuple(args)))
+                    self.stack.append(StandIn(_harmless(str(arg).replace(" ", ".")), tuple(args)))
                 case "BUILD":
                     state = self.stack.pop()
                     self.stack[-1].state = state
