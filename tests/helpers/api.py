@@ -23,9 +23,10 @@ SECTIONS = {
     "analysis": "Analyses",
     "checkpoint": "Checkpoints",
     "": "Embedded models and errors",
+    "results": "Result types, in `bd3lm.results`",
 }
 # Classes that functions return and callers do not make, besides results.
-RETURNED = {"MaskedText", "RepeatedTokens", "Run", "Step"}
+RETURNED = {"MaskedText", "RepeatedTokens", "Run", "Sampler", "Step"}
 HEAD = """# API
 
 Every public name of `transformer_lens_bd3lm`, with the first line of its docstring.
@@ -37,10 +38,11 @@ This page is written by `python -m tests.helpers.api`, and a test compares it wi
 def reference() -> str:
     """Return the page's text."""
     rows: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    for name in sorted(bd3lm.__all__, key=str.lower):
-        value = getattr(bd3lm, name)
-        row = f"| `{name}{_signature(value)}` | {_first_line(name, value)} |"
-        rows[_section(value)].append(row)
+    for module in (bd3lm, bd3lm.results):
+        for name in sorted(module.__all__, key=str.lower):
+            value = getattr(module, name)
+            row = f"| `{name}{_signature(value)}` | {_first_line(name, value)} |"
+            rows["results" if module is bd3lm.results else _section(value)].append(row)
     lines = [HEAD]
     for section, title in SECTIONS.items():
         lines += [f"## {title}", "", "| name | what |", "|---|---|", *rows[section], ""]

@@ -1,0 +1,41 @@
+"""Types of the results that the public functions return, for annotations and ``isinstance``.
+
+Each has ``table()``, ``to_dict()`` and, where a picture says more, ``plot()``.
+"""
+
+from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
+from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
+from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
+from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
+from transformer_lens_bd3lm.analysis.verify import Verification
+from transformer_lens_bd3lm.denoising.mediate import Mediation
+from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
+from transformer_lens_bd3lm.likelihoods.exact import Exact
+from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
+from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
+from transformer_lens_bd3lm.likelihoods.statistics import Nats
+from transformer_lens_bd3lm.result import Result
+
+__all__ = [
+    "BlockSizeComparison",
+    "CheckpointComparison",
+    "DependencyDepths",
+    "Exact",
+    "ExactEffect",
+    "HeadScores",
+    "Likelihood",
+    "Mediation",
+    "ModelComparison",
+    "Nats",
+    "Nelbo",
+    "Price",
+    "Replay",
+    "Result",
+    "Run",
+    "Sweep",
+    "Verification",
+]
