@@ -107,7 +107,7 @@ def agreed(original, device):
 def test_a_bridge_is_its_checkpoint(golden, device, name, dtype, how):
     found = verify(golden(name).path, dtype=dtype, device=device, **how)
     assert found.ok, found.message
-    assert kinds(found) == set(KINDS) - {"host"} and not found.left_out
+    assert kinds(found) == set(KINDS) - {"benchmark"} and not found.left_out
     assert all(math.isfinite(row.difference) for row in found.rows)
     views = {row.view for row in found.rows} - {""}
     sizes = {row.block_size for row in found.rows} - {None}
@@ -470,10 +470,10 @@ def test_with_trust_a_repositorys_own_modules_are_compared_with_ours(repository)
 
 def test_the_hosts_own_tests_are_rows_and_none_of_a_repositorys_code_runs(repository, capfd):
     folder, canary = repository
-    found = verify(folder, host=True)
+    found = verify(folder, benchmark=True)
     assert not canary.exists()
     assert found.ok, found.message
-    judged = [row for row in found.rows if row.kind == "host"]
+    judged = [row for row in found.rows if row.kind == "benchmark"]
     phases = [row.view for row in judged]
     assert [phases.count(f"phase {i}") for i in (1, 2, 3)] == [2, 14, 19]
     told = [(row.view, row.name) for row in judged if row.note]
@@ -522,7 +522,7 @@ def test_a_failure_of_the_hosts_is_one_of_ours(golden, monkeypatch):
         ({"allowed": 2.0}, "allowed=2.0"),
         ({"allowed": "much"}, "allowed='much'"),
         ({"dtype": torch.float32}, "give its folder or Hub id"),
-        ({"host": True}, "give its folder or Hub id"),
+        ({"benchmark": True}, "give its folder or Hub id"),
         ({"trust_remote_code": True}, "give its folder or Hub id"),
     ],
 )

@@ -30,7 +30,9 @@ def verify(
         str | None,
         typer.Option(help="Hub id or folder of the reference; by default the model's."),
     ] = None,
-    host: Annotated[bool, typer.Option("--host", help="TransformerLens's benchmark, too.")] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="TransformerLens's benchmark, too.")
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Every comparison, to standard output.")
     ] = False,
@@ -52,7 +54,7 @@ def verify(
             result = library.verify(
                 path_of(model),
                 None if against is None else path_of(against),
-                host=host,
+                benchmark=benchmark,
                 dtype=getattr(torch, dtype.value),
                 device=device,
                 trust_remote_code=trust_remote_code,

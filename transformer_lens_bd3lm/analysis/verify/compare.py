@@ -57,7 +57,7 @@ def verify(
     model: Any,
     against: Any = None,
     *,
-    host: bool = False,
+    benchmark: bool = False,
     block_sizes: Any = (1, "full"),
     length: Any = None,
     seed: Any = 0,
@@ -73,7 +73,7 @@ def verify(
         model: a folder or Hub id to boot, or a bridge as it is now.
         against: the folder or Hub id whose plain modules are the reference; the model's own by
             default.
-        host: also run TransformerLens's own benchmark on the model's checkpoint.
+        benchmark: also run TransformerLens's own benchmark on the model's checkpoint.
         block_sizes: block sizes beside the checkpoint's own, in tokens or ``"full"``.
         length: tokens of the texts that are read; up to 160 by default. Gradients and edits see the
             first 24.
@@ -101,9 +101,9 @@ def verify(
                 path_of(str(model)), device=device, dtype=dtype or torch.float32,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
-    elif dtype is not None or device is not None or trust_remote_code or host:
+    elif dtype is not None or device is not None or trust_remote_code or benchmark:
         raise InputError(
-            "dtype, device, trust_remote_code and host are for a checkpoint that is booted here: "
+            "dtype, device, trust_remote_code and benchmark are for a checkpoint that is booted here: "
             "give its folder or Hub id, or the bridge alone"
         )
     else:
@@ -129,7 +129,7 @@ def verify(
     order = {each.name: i for i, each in enumerate(pair.counterparts)}
     order["logits"] = len(order)
     rows.sort(key=lambda row: order.get(row.name, -1))
-    if host:
+    if benchmark:
         rows += run_benchmark(bridge, path, trust_remote_code)
     return Verification(
         *names, pair.dtype, str(pair.plain.device), bridge._weights_processed, pair.allowed,

@@ -12,7 +12,7 @@ from transformer_lens_bd3lm.bridge.hook_points import lookup, split_layer
 from transformer_lens_bd3lm.result import Result, plain_values
 
 # Causes before what follows from them.
-KINDS = ("config", "read", "logits", "gradient", "edit", "host")
+KINDS = ("config", "read", "logits", "gradient", "edit", "benchmark")
 GRADIENT_FACTOR = 10  # by which a gradient's tolerance is larger: its sums cancel
 PARTS = ("attention", "MLP", "modulation")
 
@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         name: the hook point, the key of the config, or the test of TransformerLens's benchmark.
-        kind: ``"config"``, ``"read"``, ``"logits"``, ``"gradient"``, ``"edit"`` or ``"host"`` (a
+        kind: ``"config"``, ``"read"``, ``"logits"``, ``"gradient"``, ``"edit"`` or ``"benchmark"`` (a
             test of TransformerLens's benchmark).
         ok: whether the two agree.
         view: ``"sampling"``, ``"dual"``, ``"single"`` (a checkpoint without blocks), or the phase
@@ -58,7 +58,7 @@ class Row:
     @property
     def measured(self) -> bool:
         """Whether the row compares tensors, not a config key or a test's outcome."""
-        return self.kind not in ("config", "host")
+        return self.kind not in ("config", "benchmark")
 
     @property
     def place(self) -> str:

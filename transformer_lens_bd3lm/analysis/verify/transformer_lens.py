@@ -55,7 +55,7 @@ def run_benchmark(bridge: Bridge, path: str, trust_remote_code: bool) -> Iterato
                 excuse = reason
         note = excuse if result.passed or excuse else result.message.splitlines()[0]
         ok = bool(result.passed or excuse)
-        yield Row(result.name, "host", ok, f"phase {result.phase}", note=note)
+        yield Row(result.name, "benchmark", ok, f"phase {result.phase}", note=note)
     if refusal:
         note = f"refused, as it must be: {refusal}"
-        yield Row("weight processing", "host", True, "phase 3", note=note)
+        yield Row("weight processing", "benchmark", True, "phase 3", note=note)
