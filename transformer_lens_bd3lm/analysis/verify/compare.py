@@ -103,8 +103,8 @@ def verify(
             )  # fmt: skip
     elif dtype is not None or device is not None or trust_remote_code or benchmark:
         raise InputError(
-            "dtype, device, trust_remote_code and benchmark are for a checkpoint that is booted here: "
-            "give its folder or Hub id, or the bridge alone"
+            "dtype, device, trust_remote_code and benchmark are for a checkpoint that is booted "
+            "here: give its folder or Hub id, or the bridge alone"
         )
     else:
         check_arguments(against, block_sizes, seed)

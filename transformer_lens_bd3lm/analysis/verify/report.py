@@ -23,8 +23,8 @@ class Row:
 
     Attributes:
         name: the hook point, the key of the config, or the test of TransformerLens's benchmark.
-        kind: ``"config"``, ``"read"``, ``"logits"``, ``"gradient"``, ``"edit"`` or ``"benchmark"`` (a
-            test of TransformerLens's benchmark).
+        kind: ``"config"``, ``"read"``, ``"logits"``, ``"gradient"``, ``"edit"`` or ``"benchmark"``
+            (a test of TransformerLens's benchmark).
         ok: whether the two agree.
         view: ``"sampling"``, ``"dual"``, ``"single"`` (a checkpoint without blocks), or the phase
             of TransformerLens's benchmark.
