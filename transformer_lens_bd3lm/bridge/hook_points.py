@@ -199,7 +199,7 @@ HOOK_POINTS: tuple[HookPointSpec, ...] = (
 
     HookPointSpec(
         "blocks.{i}.hook_mlp_in", _STREAM, "residual copy", "MLP",
-        "the residual stream as ln2 reads it; editing it leaves the skip path",
+        "the residual stream as ln2 reads it; an edit does not reach the skip path",
         flag="use_hook_mlp_in"),
     HookPointSpec(
         "blocks.{i}.ln2.hook_in", _STREAM, "norm", "MLP", "what ln2 reads"),
