@@ -142,8 +142,8 @@ def replay(
     prefix = any(hook.scope == "prefix" for hook in laid.hooks)
     if prefix and run.kv_cache and run.slid:
         raise NotExactError(
-            'scope="prefix" needs a run without the cache, and this one slid past its context with '
-            "it: the two are not equal there"
+            'scope="prefix" needs a run with kv_cache=False, and this run slid past its context '
+            "with kv_cache=True, where the two differ: make the run with kv_cache=False"
         )
     kv_cache = run.kv_cache and not prefix
     base, run = run, run.beside_bridge()
@@ -252,9 +252,9 @@ def check_same(run: Run, again: Float[Tensor, "batch total"]) -> None:
     off = (again - run.log_p_all).abs() > within * (1 + run.log_p_all.abs())
     if bool(off.any()):
         raise NotExactError(
-            "this run does not come out again under its own hooks: one of them returns something "
-            "else than it did (it is random, or keeps a state). Make the run anew, with hooks "
-            "that depend on nothing but their arguments"
+            "this run cannot be reproduced under its own hooks: one of them now returns other "
+            "values (it is random, or keeps a state). Make the run anew, with hooks that depend on "
+            "nothing but their arguments"
         )
 
 

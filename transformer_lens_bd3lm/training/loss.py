@@ -189,6 +189,6 @@ def _check_times(t: Float[Tensor, "batch pos"]) -> None:
     inside = (t > 0) & (t <= 1)
     if not bool(inside.all()):
         raise InputError(
-            f"t holds {t[~inside][0].item()}: a time is in (0, 1], and its tokens weigh 1/t; "
-            "1 - torch.rand(...) is never 0"
+            f"t holds {t[~inside][0].item()}: a time is in (0, 1], since its losses weigh 1/t; "
+            "draw it as 1 - torch.rand(...), which is never 0"
         )
