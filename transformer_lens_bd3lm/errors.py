@@ -13,7 +13,7 @@
     └── NotExactError (RuntimeError)     a result that cannot be exact, and so is refused
 
 Each message names the argument and its value, the rule, and the way out. ``OffDistributionWarning``
-is a warning, for the input may be meant: the model never saw its like in training.
+is a warning and no error, for such input may be intended.
 """
 
 
@@ -50,11 +50,11 @@ class HookNameError(BD3LMError, KeyError):
 
 
 class HookReturnError(BD3LMError, ValueError):
-    """Hook that returned neither None nor a tensor of the shape that it was given."""
+    """Hook that returned neither None nor a tensor of the shape, dtype and device it was given."""
 
 
 class NotExactError(BD3LMError, RuntimeError):
-    """Request that cannot be answered exactly; an approximation would be silent."""
+    """Request that could be answered only approximately, and is refused instead."""
 
 
 class OffDistributionWarning(UserWarning):

@@ -1,6 +1,6 @@
 """Types of the results that the public functions return, for annotations and ``isinstance``.
 
-Each has ``table()``, ``to_dict()`` and, where a picture says more, ``plot()``.
+Each has ``table()`` and ``to_dict()``; those with a figure have ``plot()`` as well.
 """
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths

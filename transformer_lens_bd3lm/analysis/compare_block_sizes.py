@@ -130,12 +130,12 @@ def compare_block_sizes(
         seed: random seed of those masks.
         hooks: TransformerLens's ``[(name or filter, fn), ...]``, in both passes; they see
             ``[noisy | clean]``. Hooks that are set on the bridge fire too.
-        timesteps: sigma of the forward, for checkpoints that see it.
+        timesteps: sigma of the passes, for checkpoints with time conditioning.
 
     Raises:
         InputError: for arguments that do not fit.
-        BlockSizeError: for a block size that does not fit, and for any without blocks
-            (``cross_attn=False``).
+        BlockSizeError: for a block size that does not fit; for a checkpoint without blocks
+            (``cross_attn=False``), every one.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         HookNameError: for a hook name that the bridge does not have.
         HookReturnError: for a hook that returns another shape, dtype or device.

@@ -165,10 +165,10 @@ def compare_models(bridges: Any, source: Any, **options: Any) -> ModelComparison
     Args:
         bridges: models by name: autoregressive, block diffusion (at the bridge's block size) or
             full diffusion; each a bridge, or a checkpoint's name, which is booted.
-        source: the corpus, as in :func:`likelihood`; it is read once a model.
+        source: the corpus, as in :func:`likelihood`; it is read once per model.
         options: options of :func:`likelihood` (method, replicates, stride, split, seed, ...). The
-            autoregressive model is always exact, whatever the method. ``out`` gets a folder a
-            model.
+            autoregressive model is always exact, whatever the method. ``out`` gets one folder
+            per model.
 
     Raises:
         InputError: for several vocabularies or contexts, and as :func:`likelihood`.

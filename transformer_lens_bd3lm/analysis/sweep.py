@@ -237,7 +237,7 @@ def sweep_block_sizes(
 
     Args:
         bridge: a BD3LM bridge with a tokenizer, or a checkpoint's name, which is booted.
-        source: the corpus, as in :func:`likelihood`; it is read once a block size.
+        source: the corpus, as in :func:`likelihood`; it is read once per block size.
         block_sizes: block sizes in tokens, or ``"full"``; by default the powers of 2, and
             ``"full"``.
         look: hook names to cache, or a function of the ``ActivationCache``, in a dual pass
@@ -246,7 +246,7 @@ def sweep_block_sizes(
         x_t: the window's ids with masks ``[1, pos]``; by default each position but BOS is masked
             with probability 1/2.
         seed: random seed of all mask draws.
-        out: a folder that keeps finished jobs, with a folder a block size.
+        out: a folder that keeps finished jobs, with one folder per block size.
         options: further options of :func:`likelihood` (method, replicates, stride, split, hooks,
             ...).
 

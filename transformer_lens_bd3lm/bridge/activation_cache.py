@@ -73,7 +73,8 @@ def require_folded(
     else:
         way_out = "Call bridge.enable_compatibility_mode() and run again"
     raise NotExactError(
-        f"{name}: {' and '.join(left_out)} would be left out, and the result be off. {way_out}"
+        f"{name}: {' and '.join(left_out)} would be left out, and the result would be wrong. "
+        f"{way_out}"
     )
 
 

@@ -263,7 +263,7 @@ def _refuse_tl_settings(config: Any, cfg: Any) -> None:
             raise CheckpointError(
                 f"{name}={quoted(vars(config)[name])} in the checkpoint's config or in "
                 "hf_config_overrides: it is a setting of TransformerLens, not of a checkpoint, and "
-                f"{getattr(plain, name)!r} here; remove it, and set on the bridge what can be set"
+                f"must be {getattr(plain, name)!r} here; remove it (some can be set on the bridge)"
             )
     own_keys = config.unknown_overrides() if isinstance(config, BD3LMConfig) else []
     for key in own_keys:

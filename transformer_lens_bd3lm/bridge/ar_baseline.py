@@ -124,8 +124,8 @@ class WithNextToken(Methods):
             length = prompt.shape[1]
             if length + new - 1 > self.cfg.n_ctx:
                 raise InputError(
-                    f"a prompt of {length} and {new} new tokens: the last would be predicted from "
-                    f"{length + new - 1}, and the context is {self.cfg.n_ctx}"
+                    f"prompt of {length} tokens and max_new_tokens={new}: the last token would be "
+                    f"predicted from {length + new - 1}, and the context is {self.cfg.n_ctx}"
                 )
 
     def generate_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -151,6 +151,6 @@ class WithNextToken(Methods):
             NotExactError: always.
         """
         raise NotExactError(
-            "hf_generate draws from raw logits, the untrained one of the mask token included: call "
-            "bridge.generate"
+            "hf_generate draws from raw logits, and could draw the mask token, whose logit is "
+            "untrained: call bridge.generate"
         )

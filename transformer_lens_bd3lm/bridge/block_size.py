@@ -46,14 +46,14 @@ def block_size_of(bridge: Bridge, block_size: Any = None) -> int:
 
 
 def set_block_size(bridge: Bridge, block_size: int | str) -> None:
-    """Set the block size of a bridge for good.
+    """Set the block size of a bridge until it is set again.
 
     Args:
         bridge: a BD3LM bridge.
-        block_size: tokens a block, 1 to the context, or ``"full"``.
+        block_size: tokens per block, from 1 to the context's length, or ``"full"``.
 
     Raises:
-        BlockSizeError: if it is not a block size; the bridge keeps the one that it has.
+        BlockSizeError: if it is not a block size; the bridge keeps its old one.
         InputError: if ``bridge`` is not a BD3LM bridge.
     """
     config = require_bridge(bridge).original_model.config
@@ -62,11 +62,11 @@ def set_block_size(bridge: Bridge, block_size: int | str) -> None:
 
 @contextmanager
 def block_size(bridge: Bridge, size: int | str) -> Iterator[Any]:
-    """Set the block size of a bridge for a while; the old one is restored, whatever happens.
+    """Set the block size of a bridge within a ``with`` block, and restore the old one after it.
 
     Args:
         bridge: a BD3LM bridge.
-        size: tokens a block, 1 to the context, or ``"full"``.
+        size: tokens per block, from 1 to the context's length, or ``"full"``.
 
     Yields:
         The bridge.

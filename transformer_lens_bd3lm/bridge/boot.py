@@ -98,21 +98,22 @@ def boot_lightning(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TransformerBridge:
-    """Boot a bridge of a training checkpoint, as ``boot_transformers`` does of a published one.
+    """Boot a bridge from a PyTorch Lightning training checkpoint (``.ckpt``).
 
     Args:
         path_or_repo: a ``.ckpt`` file, or the folder or Hub id that has it.
-        filename: its name in the folder or repository.
+        filename: name of the file in the folder or repository.
         weights: ``"ema"``, the moving average, which is what gets published; or ``"raw"``.
         revision: branch, tag or commit of the repository.
-        tokenizer: the checkpoint's tokenizer, where its settings do not lead to one.
+        tokenizer: tokenizer of the checkpoint; found as in :func:`convert_lightning` by default.
         device: TransformerLens's choice by default.
         dtype: of the weights and of all that is computed.
 
     Raises:
-        CheckpointError: if the file is not a BD3LM training checkpoint, is damaged, or is hostile.
+        CheckpointError: if the file is not a BD3LM training checkpoint, is damaged, or names
+            something that would run code.
         TokenizerError: if its tokenizer cannot be found.
-        InputError: if ``weights`` is neither of the two.
+        InputError: if ``weights`` is neither ``"ema"`` nor ``"raw"``.
     """
     device = get_device() if device is None else device
     path = find_checkpoint_file(path_or_repo, filename, revision)

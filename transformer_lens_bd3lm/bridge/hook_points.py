@@ -147,7 +147,7 @@ HOOK_POINTS: tuple[HookPointSpec, ...] = (
         "output of ln1 after its weight, before adaLN"),
     HookPointSpec(
         "blocks.{i}.hook_modulated_msa", _STREAM, "modulated", "attention",
-        "h * (1 + scale_msa) + shift_msa, the input of attention"),
+        "ln1.hook_out * (1 + scale_msa) + shift_msa, the input of attention"),
     HookPointSpec(
         "blocks.{i}.attn.hook_in", _STREAM, "modulated", "attention",
         "the input of attention, once for q, k and v"),
@@ -199,7 +199,7 @@ HOOK_POINTS: tuple[HookPointSpec, ...] = (
 
     HookPointSpec(
         "blocks.{i}.hook_mlp_in", _STREAM, "residual copy", "MLP",
-        "the residual stream as ln2 reads it; editing it leaves the skip path",
+        "the residual stream as ln2 reads it; an edit does not reach the skip path",
         flag="use_hook_mlp_in"),
     HookPointSpec(
         "blocks.{i}.ln2.hook_in", _STREAM, "norm", "MLP", "what ln2 reads"),
@@ -215,7 +215,7 @@ HOOK_POINTS: tuple[HookPointSpec, ...] = (
         "output of ln2 after its weight, before adaLN"),
     HookPointSpec(
         "blocks.{i}.hook_modulated_mlp", _STREAM, "modulated", "MLP",
-        "h * (1 + scale_mlp) + shift_mlp, the input of the MLP"),
+        "ln2.hook_out * (1 + scale_mlp) + shift_mlp, the input of the MLP"),
     HookPointSpec(
         "blocks.{i}.mlp.hook_in", _STREAM, "modulated", "MLP", "the input of the MLP",),
     HookPointSpec(

@@ -50,8 +50,8 @@ def _require_same_gates(bridge: Bridge, state_dict: Any) -> None:
         if neutral != folded[int(layer[1])]:
             came, here = ("processed", "as booted") if neutral else ("as booted", "processed")
             raise NotExactError(
-                f"{key} is of weights {came}, and this bridge's are {here}: its gates would be "
-                "counted wrongly. Load it into a bridge of the same processing"
+                f"{key} comes from weights {came}, and this bridge's are {here}: gates would be "
+                "applied twice or not at all. Load it into a bridge of the same processing"
             )
 
 

@@ -25,7 +25,8 @@ def noisy_stream(cache: Any, length: int | None = None) -> ActivationCache:
 
     Args:
         cache: the ``ActivationCache`` of a dual pass, without ``pos_slice``.
-        length: n, the length of the text; needed only if the cache has no entry of the read-out.
+        length: n, the length of the text; needed only if the cache has no entry of ``ln_final`` or
+            ``unembed``.
 
     Returns:
         Views of the same tensors, positions ``[noisy]``; keys of patterns stay ``[noisy | clean]``.
@@ -37,7 +38,7 @@ def noisy_stream(cache: Any, length: int | None = None) -> ActivationCache:
 
 
 def clean_stream(cache: Any, length: int | None = None) -> ActivationCache:
-    """Return the clean stream of a dual pass, which has no read-out.
+    """Return the clean stream of a dual pass, for which no logits are computed.
 
     Args:
         cache: as for :func:`noisy_stream`.

@@ -170,8 +170,8 @@ def read_canvas(
         size = length
     if length > config.model_length and (not config.cross_attn or size > config.model_length // 2):
         raise InputError(
-            f"prompt and {max_new_tokens} new tokens make {length}: the context is "
-            f"{config.model_length}, and sliding past it takes blocks of at most half of it"
+            f"prompt and {max_new_tokens} new tokens make {length}, and the context is "
+            f"{config.model_length}: longer texts need blocks of at most half the context"
         )
     total = _canvas_length(length, size, config.model_length, pad_block)
     for each in lengths.tolist():
@@ -185,8 +185,8 @@ def read_canvas(
                 else "its last block would be longer than alone"
             )
             raise InputError(
-                f"the text of the row of {each} positions would depend on the longest, of {length}:"
-                f" {why}. Give rows of one length, or run them one by one"
+                f"the text of the row of {each} positions would depend on the longest row, of "
+                f"{length}: {why}. Give rows of one length, or run them one by one"
             )
     tokens = torch.full((len(rows), total), cfg.mask_token_id, device=cfg.device)
     for row, ids in zip(tokens, rows, strict=True):

@@ -54,19 +54,19 @@ def denoise_steps(
 
     Args:
         bridge: as in :func:`denoise`, and so are the other arguments.
-        prompt: what the text begins with, or has masks to fill in.
+        prompt: beginning of the text; masks in it are filled in.
         max_new_tokens: masks appended to each row.
         block_size: tokens a block; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
-        kv_cache: store finished blocks; by default wherever that is exact.
+        kv_cache: whether to store the keys and values of finished blocks.
         hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``.
         stop: rules that end a row.
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length.
-        temperature: of first hitting, in place of ``sampler``.
-        nucleus_p: of first hitting, in place of ``sampler``.
-        seed: of the noise, in place of ``noise``.
+        temperature: short for ``sampler=FirstHitting(temperature=...)``.
+        nucleus_p: short for ``sampler=FirstHitting(nucleus_p=...)``.
+        seed: short for ``noise=Noise(seed)``.
 
     Returns:
         An iterator of the steps, each with its logits and what it revealed.
@@ -115,9 +115,9 @@ def denoise(
         block_size: tokens a block in this run, or "full"; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
-        kv_cache: store finished blocks; by default wherever that is exact. Within the context it
-            changes nothing; past it (``run.slid``) what is stored still encodes what slid out of
-            view, and False reads the last context alone.
+        kv_cache: whether to store the keys and values of finished blocks; by default wherever
+            that is exact. Within the context it changes nothing. Past it (``run.slid``) stored keys
+            and values still depend on text that slid out of view, recomputed ones do not.
         hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``, which fire at
             every step. Both see the active block's rows; hooks set on the bridge itself see every
             row of a pass.
@@ -126,12 +126,12 @@ def denoise(
             after every block, or several of them.
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length, as it was trained, and cut off what
-            exceeds ``max_new_tokens``; False leaves it ragged.
+            exceeds ``max_new_tokens``; False denoises a shorter last block.
         progress: show a bar; by default for long runs on a terminal.
         on_step: called with every finished step, logits included.
-        temperature: of first hitting, in place of ``sampler``; 0 is the argmax.
-        nucleus_p: of first hitting, in place of ``sampler``: the (usual) nucleus's mass.
-        seed: of the noise, in place of ``noise``.
+        temperature: short for ``sampler=FirstHitting(temperature=...)``; 0 is the argmax.
+        nucleus_p: short for ``sampler=FirstHitting(nucleus_p=...)``.
+        seed: short for ``noise=Noise(seed)``.
 
     Returns:
         The finished run: text, tokens, steps and recorded activations.

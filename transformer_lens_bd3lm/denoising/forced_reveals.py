@@ -23,15 +23,15 @@ class ForcedReveals:
 
     Attributes:
         tokens: ``{position: id or string of one token}`` for all rows, or ids ``[batch, pos]``, as
-            ``run.tokens`` are, with -1 or the canvas's own id where nothing is forced. A position
-            becomes its token when it is revealed.
+            ``run.tokens`` are, with -1 or the id that is there already where nothing is forced. A
+            position becomes its token when it is revealed.
         order: ``{step index: position or positions}`` for all rows, or step indices ``[batch,
             pos]``, as ``run.commit_step`` are, with -1 where the sampler decides. At each of these
             steps a row reveals these positions and no others; they are not revealed before.
 
     Raises:
         InputError: from :func:`denoise`, for positions that are given already or outside the
-            canvas, ids outside the vocabulary or of the mask, strings of several tokens, and steps
+            text, ids outside the vocabulary or of the mask, strings of several tokens, and steps
             at which another block is denoised.
     """
 

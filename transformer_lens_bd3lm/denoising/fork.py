@@ -43,23 +43,23 @@ def fork(
     force: ForcedReveals | None = None,
     progress: bool | None = None,
 ) -> Run:
-    """Write another future of a run, or many, from the canvas before one of its steps.
+    """Continue a run anew from the partial text before one of its steps, once or many times.
 
-    Steps, blocks and hooks' selectors go on counting as in the run; what was written before the
-    step is given (``commit_step`` -1). Stored keys and values are those of the run, edits of scope
-    "commit" included. Stop rules apply again from this step on: a row that one of them ended later
-    may go on, and one that had ended before stays as it was.
+    Steps and blocks are counted on from those of the run, also by hooks' selectors; tokens revealed
+    before the step are given (``commit_step`` -1). Stored keys and values are those of the run,
+    edits of scope "commit" included. Stop rules apply again from this step on: a row that one of
+    them ended later may go on, and one that had ended before stays as it was.
 
     Args:
         run: a finished run.
         step: index of the step to fork before.
         n: how many futures of each row; rows of the result are r0, r0, ..., r1, r1, ...
-        noise: ``Noise(seed + 1)`` by default. A row whose noise row is the run's own goes on as
-            the run did.
-        hooks: as in :func:`denoise`, for the future; by default the run's own go on. None for no
+        noise: ``Noise(seed + 1)`` by default, ``seed`` being the run's. A row that has the seed and
+            noise row that it had in the run goes on as the run did.
+        hooks: as in :func:`denoise`, from this step on; by default those of the run. None for no
             hooks.
         record: which activations to keep, as in :func:`denoise`.
-        force: tokens or an order decided beforehand; what is left of the run's own by default.
+        force: forced reveals from this step on; by default the run's own that are not done yet.
         progress: show a bar, as in :func:`denoise`.
 
     Returns:

@@ -145,8 +145,8 @@ def _one_vector(name: str, activation: Tensor, part: slice) -> Tensor:
     vectors = activation[:, part]
     if not torch.equal(vectors, vectors[:, :1].expand_as(vectors)):
         raise InputError(
-            f"the rows of this hook's scope have several vectors at {name}, from edits of "
-            "narrower scope upstream: hook them one scope at a time"
+            f"the hook at {name} is shown one vector for all rows of its scope, but a hook of "
+            "narrower scope before it edited some of them only: give both hooks the same scope"
         )
     as_booted = lookup(name).axes.split()
     return vectors[:, 0].clone() if len(as_booted) == 2 else vectors[:, :1].clone()
@@ -160,8 +160,8 @@ def _spread(name: str, vector: Tensor, edited: Tensor, part: slice, width: int) 
     """
     if vector.ndim == 1:
         raise HookReturnError(
-            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number a "
-            "batch row. Edit timestep_embed.hook_out, or the layers' adaln hooks"
+            f"an edit at {name} would reach rows outside the hook's scope: sigma is one number per "
+            "text of the batch. Edit timestep_embed.hook_out, or the layers' adaln hooks"
         )
     if vector.ndim == 2:
         vector = vector[:, None]

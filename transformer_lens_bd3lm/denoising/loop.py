@@ -137,7 +137,8 @@ class Loop:
             later = self.plan.order[:, slice(*step.window)] > step.index
             if not bool((step.masked & later).any()):
                 raise InputError(
-                    f"step {step.index}: the sampler revealed nothing, so no step would end it"
+                    f"step {step.index}: the sampler revealed nothing, so the loop would not end. "
+                    "Its method reveal must choose at least one masked position"
                 )
         return chosen
 

@@ -121,24 +121,24 @@ class MadeWith:
                 for dtype in (self.autocast, autocast)
             )
             raise NotExactError(
-                f"this run does not come out again: it was made under {was}, and now there is "
+                f"this run cannot be reproduced: it was made under {was}, and now there is "
                 f"{is_now}. Call this under the run's autocast, or make the run anew"
             )
         now = hooks_on(bridge)
         if self.hooks is None:
             raise NotExactError(
-                "this run does not come out again: hooks set on the bridge itself changed while it "
+                "this run cannot be reproduced: hooks set on the bridge itself changed while it "
                 "was made. Set them before the run, or give them as hooks="
             )
         if now != self.hooks:
             was, is_now = (sorted({name for name, _ in hooks}) for hooks in (self.hooks, now))
             raise NotExactError(
-                "this run does not come out again: it was made with hooks set on the bridge itself "
+                "this run cannot be reproduced: it was made with hooks set on the bridge itself "
                 f"at {was or 'no hook point'}, and now there are some at "
                 f"{is_now or 'no hook point'}"
                 f"{', with other functions' if was == is_now else ''}. "
-                "A hook that is meant for a replay or a fork is given to it, as hooks=; otherwise "
-                "put the bridge's own hooks back"
+                "Pass a hook that is meant for a replay or a fork as hooks= of it; otherwise put "
+                "the bridge's own hooks back"
             )
 
     def require_weights(self, bridge: Bridge) -> None:
@@ -152,14 +152,14 @@ class MadeWith:
             return
         if bridge._weights_processed != self.processed:
             raise NotExactError(
-                "this run does not come out again: the weights have been processed since it began "
+                "this run cannot be reproduced: the weights have been processed since it began "
                 "(enable_compatibility_mode, process_weights). Process them first, and make the "
                 "run anew"
             )
         names = [n for n in {**self.weights, **now} if now.get(n) != self.weights.get(n)]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise NotExactError(
-            f"this run does not come out again: the weights have changed since it began, "
+            f"this run cannot be reproduced: the weights have changed since it began, "
             f"{names[0]}{more}. Put them back, or make the run anew"
         )
 

@@ -35,7 +35,8 @@ class Record:
     """Activations that a run keeps, of the active block's rows.
 
     Attributes:
-        names: a hook name, several of them, or a function of names, for all that fire and pass.
+        names: a hook name, several of them, or a function of names that returns True for those to
+            keep.
         block: which blocks (int, slice, ints); all by default.
         step: which steps within a block; all by default.
         index: which steps of the whole run.
@@ -43,9 +44,10 @@ class Record:
         masks_left: steps before which some row has this many masks left (int, slice, ints).
         when: a predicate on the step, beside the others.
         positions: which positions of the block, counted from its start; all by default.
-        device: where they are kept.
-        dtype: kept in this dtype; as they come by default.
-        max_bytes: a run that could need more is refused before it starts.
+        device: device that activations are kept on.
+        dtype: dtype that activations are kept in; their own by default.
+        max_bytes: most bytes that may be kept; a run that could need more is refused before it
+            starts.
 
     Raises:
         InputError: for names, selectors or ``max_bytes`` of another type or range; and from

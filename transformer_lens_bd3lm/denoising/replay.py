@@ -40,9 +40,9 @@ class Replay(Run):
         base: the run that was replayed.
         mode: ``"pinned"``, ``"coupled"`` or ``"fresh"``.
         kl: KL(base || replay) in nats of every step's distribution at every masked position
-            ``[step, batch, block]``, NaN where clean. For ``"pinned"``; None otherwise, where the
-            contexts differ. ``log_p`` is then that of the recorded tokens, and ``lead`` is NaN:
-            nothing is drawn.
+            ``[step, batch, block]``, NaN where clean. None unless ``mode`` is ``"pinned"``, since
+            otherwise the contexts differ. With ``"pinned"``, ``log_p`` is that of the recorded
+            tokens, and ``lead`` is NaN: nothing is drawn.
     """
 
     base: Run = field(repr=False)
@@ -51,7 +51,7 @@ class Replay(Run):
 
     @property
     def agreement(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that ended as the same token, up to the longest row of both."""
+        """True at positions with the same final token in both runs, up to the longest row."""
         ids = []
         for run in (self, self.base):
             behind = torch.arange(run.final.shape[1]) >= run.ends[:, None]
@@ -110,7 +110,7 @@ def replay(
     record: Any = None,
     progress: bool | None = None,
 ) -> Replay:
-    """Make a run again under other hooks: counterfactuals with common random numbers.
+    """Repeat a run under other hooks: counterfactuals with common random numbers.
 
     Args:
         run: a finished run.
@@ -142,8 +142,8 @@ def replay(
     prefix = any(hook.scope == "prefix" for hook in laid.hooks)
     if prefix and run.kv_cache and run.slid:
         raise NotExactError(
-            'scope="prefix" needs a run without the cache, and this one slid past its context with '
-            "it: the two are not equal there"
+            'scope="prefix" needs a run with kv_cache=False, and this run slid past its context '
+            "with kv_cache=True, where the two differ: make the run with kv_cache=False"
         )
     kv_cache = run.kv_cache and not prefix
     base, run = run, run.beside_bridge()
@@ -252,9 +252,9 @@ def check_same(run: Run, again: Float[Tensor, "batch total"]) -> None:
     off = (again - run.log_p_all).abs() > within * (1 + run.log_p_all.abs())
     if bool(off.any()):
         raise NotExactError(
-            "this run does not come out again under its own hooks: one of them returns something "
-            "else than it did (it is random, or keeps a state). Make the run anew, with hooks "
-            "that depend on nothing but their arguments"
+            "this run cannot be reproduced under its own hooks: one of them now returns other "
+            "values (it is random, or keeps a state). Make the run anew, with hooks that depend on "
+            "nothing but their arguments"
         )
 
 

@@ -46,7 +46,7 @@ class Run(Result):
             in the record. Keys of a pattern that a step did not have yet are 0 (scores: -inf); keys
             count from the first position in view, which moves where text outgrows the context.
         recorded_steps: index of the step of each slice of ``activations``.
-        sampler: what chose the positions to reveal, and their tokens.
+        sampler: the sampler, which chose the positions to reveal and drew their tokens.
         noise: the randomness of the run.
         kv_cache: whether finished blocks were stored; exact either way unless ``slid``.
         request: settings of the run; see :mod:`.request`.
@@ -214,8 +214,8 @@ class Run(Result):
     def save(self, path: str | Path) -> None:
         """Write the run into a new folder, whole or not at all.
 
-        Functions are not stored: hooks, and stop rules or samplers of the user's own. Of a replay,
-        the run that it is is written, without its base.
+        Functions are not stored: hooks, and stop rules or samplers of the user's own. A replay
+        is written as a run, without its base.
 
         Args:
             path: the folder, which must not exist yet.
@@ -237,7 +237,7 @@ class Run(Result):
         stop: Any = None,
         sampler: Any = None,
     ) -> "Run":
-        """Read a saved run back, over the weights that wrote it.
+        """Read a saved run back, for a bridge with the weights that wrote it.
 
         Args:
             path: the folder.

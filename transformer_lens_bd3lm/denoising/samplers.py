@@ -288,7 +288,7 @@ class Ancestral(Drawing):
         return masked & (self._slot(times) == self._slot(latest))
 
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """Return t less one step of the grid."""
+        """Return t - 1/T, the time at which the step ends."""
         return (t - 1 / self.steps).clamp(min=0.0)
 
 
@@ -302,7 +302,7 @@ class Confidence(Drawing):
     Attributes:
         by: ``"probability"`` of the likeliest token, ``"margin"`` between the two likeliest (in
             probability), or ``"entropy"``: its negative, in nats.
-        k: tokens a step a row.
+        k: tokens revealed per step in each row.
         threshold: instead of k, every token at least this confident, and always the most confident.
         temperature: as in :class:`FirstHitting`, and so are ``nucleus_p`` and ``nucleus``.
 

@@ -26,16 +26,17 @@ class Step:
 
     Attributes:
         index: counts all steps of the run from 0.
-        block: the block being denoised, counted from 0 at the first one that holds a mask.
+        block: the block being denoised, counted from 0 at the first block of the run that holds a
+            mask; not ``position // block_size``.
         step: counts the steps within the block from 0.
-        window: absolute positions ``start, end`` of the block.
+        window: absolute positions ``start, end`` of the block, ``end`` excluded.
         t: time of this step, per row ``[batch]``, from 1 down to 0; 0 in a row that has no mask.
         masked: positions of the block to be denoised and still masked before the step
             ``[batch, block]``, on the CPU.
-        tokens: the canvas before the step ``[batch, pos]``.
+        tokens: token ids of prompt, revealed tokens and masks before the step ``[batch, pos]``.
         mask_id: the mask token's id.
         scope: which rows a hook is being shown; ``"active"`` outside hooks.
-        after: the canvas after the step ``[batch, pos]``.
+        after: the same after the step ``[batch, pos]``.
         revealed: positions of the block that the step revealed ``[batch, block]``.
         log_p: log-probability in nats, under the network, of each token that it revealed
             ``[batch, block]``, NaN elsewhere.

@@ -89,22 +89,27 @@ class StepHooks:
         """Add ``fn(activation, hook, step)``, or ``fn(activation, hook)``, at hook points.
 
         Args:
-            name: a hook name of the bridge, an alias or canonical; several of them; or a function
-                of names, for all hook points whose name passes.
-            fn: None keeps, a tensor like the one it is shown replaces.
+            name: a hook name of the bridge or an alias; several of them; or a function of names
+                that returns True for those to hook.
+            fn: the hook. It returns None to keep the activation, or a tensor of the same shape,
+                dtype and device to replace it.
             block: which blocks (int, slice, ints); all by default. Block 0 is the first denoised.
-            step: which steps within a block; all by default. It does not select when a finished
-                block is stored (scope "commit"), which is no step.
+            step: which steps within a block; all by default. Scope "commit" also sees the storing
+                of finished blocks, which is no step: there only ``block``, ``index`` and ``when``
+                select.
             index: which steps of the whole run.
             t: ``(low, high)``, ends included. Rows of a batch have times of their own: the hook
                 is shown all rows, and its edit is taken in those that match.
-            masks_left: so many masks left in the block before the step; row by row, like ``t``.
-            when: a predicate on the step, beside the others.
-            scope: how far it reaches; see the module.
+            masks_left: number of masks left in the block before the step (int, slice, ints); row by
+                row, like ``t``.
+            when: a function of the step that returns True to select it; all selectors must match.
+            scope: which rows the hook sees and edits: ``"active"``, the active block's;
+                ``"commit"``, also a finished block's when its keys and values are stored;
+                ``"prefix"``, also every earlier position, only without the key-value cache.
 
         Raises:
             InputError: for an unknown scope, a selector of another type, negative numbers, or
-                what is no function of these arguments.
+                a ``fn`` that does not take these arguments.
             HookNameError: for an empty list of names.
         """
         check_choice("scope", scope, ("active", "commit", "prefix"))

@@ -31,8 +31,8 @@ def check_which(name: str, which: Which) -> None:
         numbers = list(which)
     if any(not is_int(n) or n < 0 for n in numbers):
         raise InputError(
-            f"{name}={which!r}: give an int, a slice or ints that count from 0; nothing counts "
-            "from the end"
+            f"{name}={which!r}: give an int, a slice or ints that count from 0, none of them "
+            "negative"
         )
 
 

@@ -154,16 +154,16 @@ def likelihood(
     Args:
         bridge: a BD3LM bridge with a tokenizer, or a checkpoint's name, which is booted.
         source: the corpus: a string, a ``Path``, ids ``[batch, pos]`` with BOS first, or an
-            iterable of texts; see ``corpus``. Strings get BOS whatever ``cfg.default_prepend_bos``
-            is.
+            iterable of texts. Strings get BOS whatever ``cfg.default_prepend_bos`` is.
         block_size: tokens a block, or ``"full"``; the bridge's by default.
         method: ``"exact"`` (NLL and NELBO), ``"stratified"`` or ``"monte_carlo"`` (NELBO); by
             default exact where a block has at most ``max_states`` mask patterns, else Monte Carlo.
-        replicates: number of independent estimates, for the two estimates.
+        replicates: number of independent estimates, where the method is not exact.
         seed: random seed of the mask draws.
         strata: as in :func:`nelbo`.
         clip: as in :func:`nelbo`.
-        stride: number of tokens that windows slide by; texts are wrapped by default.
+        stride: number of tokens by which overlapping windows of a text move on; by default windows
+            do not overlap.
         field: key of the text in mappings and ``.jsonl`` lines.
         split: a regular expression; plain files are cut before each match.
         hooks: TransformerLens's ``[(name or filter, fn), ...]`` or ``StepHooks``, as in
@@ -172,12 +172,13 @@ def likelihood(
         max_states: largest number of mask patterns of the exact sum, as in :func:`exact`.
         rows: largest number of positions in one pass; memory grows with it.
         out: a folder that keeps finished jobs, so that a stopped run can be resumed; all processes
-            must have access to it. It is refused for other settings, weights or autocast.
+            must have access to it. It can be resumed only with the same settings, weights and
+            autocast.
         progress: show a bar; by default on a terminal.
 
     Raises:
-        InputError: for arguments that do not fit, for a folder of another run, and for a corpus
-            that changed.
+        InputError: for arguments that do not fit, for a folder that was begun with other settings
+            or weights, and for a corpus that changed.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         HookNameError: for a hook name that the bridge does not have.
         HookReturnError: for a hook that returns another shape, dtype or device.

@@ -29,7 +29,7 @@ from transformer_lens_bd3lm.result import Result, plain_values
 class Exact(PerToken, Result):
     """Exact likelihoods of texts: sums over every mask pattern of every block, in nats.
 
-    Figures a token and a character are those of the NLL.
+    ``nats_per_token``, ``bits_per_character`` and ``perplexity`` are computed from the NLL.
 
     Attributes:
         tokens: the texts ``[batch, pos]``.
@@ -42,7 +42,8 @@ class Exact(PerToken, Result):
             its block ``[batch, pos, rank]``, nats; sums over ranks and a block's tokens to the
             NELBO.
         order_posterior: probability, given the text, that the token was revealed as number
-            ``rank`` of its block ``[batch, pos, rank]``; over a block's tokens each rank sums to 1.
+            ``rank`` of its block, 0 first ``[batch, pos, rank]``; over a block's tokens each rank
+            sums to 1.
         characters: number of characters of all texts; None where ids were given.
         words: tokens as text, by id; empty without a tokenizer.
         trained_at: block sizes that the checkpoint was trained at, if the one asked for is none of

@@ -100,9 +100,9 @@ def exact_backward(
 ) -> Exact:
     """Add the gradient of the texts' exact NLL to every parameter's ``.grad``.
 
-    The weights gamma of the module's equation come from one enumeration without gradients; then
-    each pass is run again and its graph is freed, so memory does not grow with the number of mask
-    patterns. Gradients also flow into tensors that the hooks close over.
+    One enumeration without gradients gives each mask pattern's posterior weight; then each pass is
+    run again with gradients and its graph is freed, so memory does not grow with the number of
+    mask patterns. Gradients also flow into tensors that the hooks close over.
 
     Args:
         bridge: a BD3LM bridge, booted before, since the gradients stay in it.

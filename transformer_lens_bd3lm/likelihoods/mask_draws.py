@@ -32,12 +32,18 @@ from transformer_lens_bd3lm.likelihoods.masked_passes import MaskedPasses
 
 @dataclass(frozen=True)
 class Clip:
-    """A named way to leave out extreme masks; each makes the estimate differ from the bound.
+    """Restriction of the NELBO's draws to times or masked fractions in [low, high]: biased.
 
     Attributes:
-        kind: which way, see the module.
-        low: a, the lower end.
-        high: b, the upper end.
+        kind: ``"t"`` draws t from [low, high]; ``"unweighted"`` does so with weight 1 in place of
+            1/t; ``"resample"`` does so and redraws the mask until the block's masked fraction is
+            in [low, high]; ``"fraction"`` draws t from [0, 1], and redraws t and mask until the
+            masked fraction is in [low, high].
+        low: lower end of the interval.
+        high: upper end of the interval.
+
+    Raises:
+        InputError: for another kind, or ends outside 0 <= low < high <= 1.
     """
 
     kind: Literal["t", "unweighted", "resample", "fraction"]

@@ -102,12 +102,14 @@ def nelbo(
         tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``, as in
             :func:`exact`; position 0 is BOS, given and not counted.
         block_size: tokens a block, or ``"full"``; the bridge's by default.
-        method: ``"exact"``, ``"stratified"`` or ``"monte_carlo"``; see the module.
-        replicates: number of independent estimates, at least 2.
+        method: ``"exact"`` sums over all mask patterns; ``"stratified"`` draws one pattern of m
+            masks for every number m; ``"monte_carlo"`` draws one time t and one mask per block.
+        replicates: number of independent estimates, at least 2; without effect if exact.
         seed: random seed of the mask draws.
-        strata: of t, for Monte Carlo: ``"permuted"`` over blocks, ``"none"``, or ``"public"``,
-            which is biased.
-        clip: a named clipping, for Monte Carlo; biased.
+        strata: how Monte Carlo draws t. [0, 1] is cut into one stratum per block, and each block
+            draws from one: ``"permuted"`` assigns them at random; ``"public"`` gives the j-th block
+            the j-th, as the public code does, which is biased. ``"none"`` draws from [0, 1].
+        clip: restriction of Monte Carlo's draws, a :class:`Clip`; biased.
         hooks: TransformerLens's ``[(name or filter, fn), ...]`` or ``StepHooks``, as in
             :func:`exact`.
         scope: how far they reach, as in :func:`exact`.

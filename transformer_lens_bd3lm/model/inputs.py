@@ -171,7 +171,7 @@ def read_sigma(
         sigma = torch.as_tensor(timesteps, device=ids.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"timesteps={timesteps!r}: give sigma as a number, or one a row"
+            f"timesteps={timesteps!r}: give sigma as one number, or one per row"
         ) from error
     if sigma.ndim == 2 and sigma.shape[1] == 1:
         sigma = sigma[:, 0]
@@ -180,7 +180,7 @@ def read_sigma(
     if sigma.shape != (batch,) or sigma.dtype == torch.bool or sigma.is_complex():
         raise InputError(
             f"timesteps has shape {tuple(sigma.shape)} ({sigma.dtype}): give sigma as one number, "
-            f"or one a row [{batch}]"
+            f"or one per row [{batch}]"
         )
     valid = sigma.isfinite() & (sigma >= 0)
     if not has_values(valid):

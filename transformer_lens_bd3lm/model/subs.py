@@ -29,8 +29,8 @@ def log_probs(
 ) -> Float[Tensor, "*dims d_vocab"]:
     """Compute the SUBS log-probabilities ``log p(x_0 | x_t)``, in nats.
 
-    Both rules hold: see Arriola et al., section 3. The result is a new tensor of the logits' shape,
-    dtype and device.
+    The mask token gets probability 0, and at a revealed token all probability is on that token
+    (Arriola et al., section 3). The result is a new tensor of the logits' shape, dtype and device.
 
     Args:
         logits: raw logits ``[batch, pos, d_vocab]``.

@@ -81,7 +81,8 @@ def text_windows(ids: Int[Tensor, " text"], context: int) -> Rows:
     """
     if len(ids) < context - 1:
         raise InputError(
-            f"a text of {len(ids)} tokens: a row is BOS and {context - 1} more, give a longer text"
+            f"the text has {len(ids)} tokens, fewer than the {context - 1} after BOS in a row: "
+            "give a longer text"
         )
 
     def draw(rows: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:

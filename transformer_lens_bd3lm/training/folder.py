@@ -72,7 +72,7 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
         begun = json.loads(path.read_text(encoding="utf-8"))
         before, files = dict(begun["made of"]), dict(begun["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not as it was written: give another folder") from error
+        raise InputError(f"{path} is damaged, not as it was written: use another folder") from error
     now = json.loads(json.dumps(made_of))
     changed = " and another ".join(name for name in now if before.get(name) != now[name])
     if changed:

@@ -45,7 +45,7 @@ def diffusion_loss(
     mask_id: Any = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos"]:
-    """Compute one draw of the NELBO, in nats a token; differentiable in ``logits``.
+    """Estimate the NELBO from one draw of masks, in nats per token; differentiable in ``logits``.
 
     It is the loss of Arriola et al., equation 8, under the log-linear schedule: the cross-entropy
     of each masked token, weighted by 1/t of its block.
@@ -54,10 +54,10 @@ def diffusion_loss(
         logits: raw logits of the noisy stream ``[batch, pos, d_vocab]``.
         x_t: noisy ids that they were computed from ``[batch, pos]``.
         x_0: clean ids ``[batch, pos]``. Position 0 is BOS, which is never masked and not counted.
-        t: probability with which each token was masked, in (0, 1]: one number, one a row
-            ``[batch]``, one a position ``[batch, pos]``, or with ``block_size`` one a block
+        t: probability with which each token was masked, in (0, 1]: one number, one per row
+            ``[batch]``, one per position ``[batch, pos]``, or with ``block_size`` one per block
             ``[batch, block]``.
-        block_size: tokens a block, or ``"full"``; needed only for a ``t`` of one a block.
+        block_size: tokens per block, or ``"full"``; needed only for ``t`` of ``[batch, block]``.
         attention_mask: True at real tokens ``[batch, pos]``, padded on the right. Padding is not
             counted, and may have any ids.
         mask_id: id of the mask token; by default the last id. Where ``x_t`` and ``x_0`` differ,
@@ -189,6 +189,6 @@ def _check_times(t: Float[Tensor, "batch pos"]) -> None:
     inside = (t > 0) & (t <= 1)
     if not bool(inside.all()):
         raise InputError(
-            f"t holds {t[~inside][0].item()}: a time is in (0, 1], and its tokens weigh 1/t; "
-            "1 - torch.rand(...) is never 0"
+            f"t holds {t[~inside][0].item()}: a time is in (0, 1], since its losses weigh 1/t; "
+            "draw it as 1 - torch.rand(...), which is never 0"
         )

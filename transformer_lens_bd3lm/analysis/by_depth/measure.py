@@ -42,7 +42,7 @@ _TIMES = (1.0, 0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class DependencyDepths(Result):
-    """Likelihood, order of reveal and a linear probe of parsed sentences by dependency depth.
+    """Likelihood, reveal order and a linear probe of parsed sentences by dependency depth.
 
     Attributes:
         model: the checkpoint's name.
@@ -54,7 +54,7 @@ class DependencyDepths(Result):
             model.
         probe: linear probes for depth; None if left out.
         sentences: number of sentences that were read.
-        too_long: number of sentences that were left out, as longer than the context.
+        too_long: number of sentences that were left out because they exceed the context.
         straddling: number of tokens that were left out, with characters of several words.
         outside: number of tokens that were left out, with characters of no word.
     """
@@ -115,19 +115,20 @@ def by_dependency_depth(
     name: str | None = None,
     progress: bool | None = None,
 ) -> DependencyDepths:
-    """Measure likelihood, order of reveal and a linear probe by dependency depth.
+    """Measure likelihood, reveal order and a linear probe by dependency depth.
 
     Args:
         bridge: a BD3LM bridge with a fast tokenizer, or a checkpoint's name.
-        parses: a CoNLL-U file as a ``Path``, its text, or sentences of ``read_conllu``.
+        parses: a CoNLL-U file as a ``Path``, its text, or the list of sentences that
+            ``analysis.by_depth.read_conllu`` returns.
         block_size: tokens a block, or ``"full"``; the bridge's by default.
         method: how the NELBO is computed, as in :func:`nelbo`; by default ``"exact"`` where a block
             has at most ``max_states`` mask patterns, else ``"stratified"``.
         order_by: ``"posterior"``, or ``"confidence"``: the order of the sampler ``Confidence``; by
             default the posterior where it can be summed exactly.
         times: times of a first-hitting run, in (0, 1], at which masked tokens are probed.
-        shuffles: number of shuffled copies of the depths, for control; 0 leaves the probe out.
-        deepest: depths from here on are counted as one.
+        shuffles: number of control probes, each for shuffled depths; 0 fits no probe at all.
+        deepest: greatest depth; deeper tokens are counted with it.
         max_states: the most mask patterns of a block that are summed exactly, as in :func:`exact`.
         replicates: number of independent estimates of the NELBO, where it is not exact.
         seed: random seed of estimates, masks, split and shuffles.

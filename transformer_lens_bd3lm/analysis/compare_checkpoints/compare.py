@@ -129,7 +129,7 @@ def compare_checkpoints(
         method: method of the bound, as in :func:`nelbo`; by default exact where a block has few
             mask patterns, else Monte Carlo.
         replicates: number of estimates of the bound.
-        timesteps: sigma of the passes, for checkpoints that see it.
+        timesteps: sigma of the passes, for checkpoints with time conditioning.
         weights: ``"ema"`` or ``"raw"``, for training checkpoints that are booted here.
         device: device to boot on.
         dtype: dtype to boot in, float32 by default.

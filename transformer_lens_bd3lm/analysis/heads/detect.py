@@ -1,4 +1,4 @@
-"""Score every head by how much attention of masked queries goes where a rule says.
+"""Score every head by the share of masked queries' attention on the keys that a rule names.
 
 A mask at position q predicts the token *at* q. In a model of next tokens the query holds the
 current token; here it holds none, and its neighbors are the cue. So a head that looks at the token
@@ -46,7 +46,7 @@ def detect_heads(
     hooks: Any = None,
     timesteps: Any = None,
 ) -> HeadScores:
-    """Score every head by how much attention of masked queries goes where a rule says.
+    """Score every head by the share of masked queries' attention on the keys that a rule names.
 
     Runs one forward; each layer's pattern is reduced to its scores as it passes, and none is kept.
 

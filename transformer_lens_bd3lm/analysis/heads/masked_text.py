@@ -23,7 +23,7 @@ from transformer_lens_bd3lm.model.modules import at_least_float32
 
 @dataclass(frozen=True)
 class MaskedText:
-    """Texts with masks, as their masked queries read them; the argument of a rule.
+    """Texts with masks, and what their masked queries may read; the argument of a rule function.
 
     Attributes:
         x_t: token ids with masks ``[batch, pos]``.
@@ -50,7 +50,7 @@ class MaskedText:
 
     @cached_property
     def read(self) -> Int[Tensor, "batch query key"]:
-        """The id at a key as the query reads it: a token's, the mask's, or -1 out of reach."""
+        """The id that the query reads at a key, a token's or the mask's; -1 where it reads none."""
         noisy = self.x_t[:, None].expand(-1, len(self.columns), -1)
         if self.clean is not None:
             past = self.columns.chunk(2, dim=-1)[1]
@@ -59,20 +59,20 @@ class MaskedText:
 
     @cached_property
     def legal(self) -> Bool[Tensor, "batch query key"]:
-        """The keys that a rule may name: of masked queries, where they read a token."""
+        """The keys that a rule may name: those where a masked query reads a token, not a mask."""
         return self.masked[:, :, None] & self.readable & (self.read != self.mask_id)
 
     def at(self, offset: int | Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
-        """Return the key at an offset from its query, where it is legal.
+        """Return booleans, True at the key at an offset from its query, if that key is legal.
 
         Args:
-            offset: positions to the right; negative to the left.
+            offset: number of positions to the right of the query; negative to the left.
         """
         place = torch.arange(len(self.columns), device=self.x_t.device)
         return self.legal & (place == (place + offset)[..., None])
 
     def attention(self, pattern: Float[Tensor, "batch head row column"]) -> Float[Tensor, "..."]:
-        """Return a pattern's masked queries over positions ``[masked query, head, key]``.
+        """Return the attention of masked queries by position ``[masked query, head, key]``.
 
         Args:
             pattern: a layer's ``attn.hook_pattern``; returned in float32 or wider.

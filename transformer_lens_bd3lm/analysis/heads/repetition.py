@@ -35,20 +35,20 @@ def repeated_tokens(
     rate: float = 0.5,
     seed: int = 0,
 ) -> RepeatedTokens:
-    """Draw texts in which a head that copies has something to copy, and nothing else helps.
+    """Draw texts of random tokens that repeat under masks, to find heads that copy.
 
-    A text is BOS, ``length`` random tokens, 0 to ``gap`` others, the first ``length`` tokens once
-    more, and the rest of the others. No token stands in a text three times, so each mask has one
-    place to be copied from. The lag is drawn by row: under a single lag a head that always looks so
-    far back would copy as well, and its content would be NaN.
+    A text is BOS, ``length`` random tokens, 0 to ``gap`` filler tokens, the first ``length`` tokens
+    once more, and the rest of the ``gap`` filler tokens. No token is in a text three times, so each
+    mask can be copied from one position only. The lag is drawn by row: under a single lag a head
+    that always attends that far back would copy as well, and ``HeadScores.content`` would be NaN.
 
     Args:
         bridge: a BD3LM bridge, or a checkpoint's name.
         rows: number of texts.
         length: tokens of a copy.
-        gap: tokens that stand in a text once.
-        rate: probability with which each position of the second copy is masked; at 1 all of it is,
-            and with it the cues inside a query's own block.
+        gap: number of filler tokens, each of which is in a text once.
+        rate: probability with which each position of the second copy is masked; at 1 all of
+            them are, and with them most of a query's neighbors in its own block.
         seed: random seed of tokens, lags and masks.
 
     Raises:

@@ -13,7 +13,7 @@ from transformer_lens_bd3lm.result import Result, plain_values
 
 @dataclass(frozen=True)
 class HeadScores(Result):
-    """How much attention of masked queries goes where a rule says, by head; float64 on the CPU.
+    """Share of masked queries' attention on the keys that a rule names, by head; float64, CPU.
 
     Attributes:
         model: the checkpoint's name.
@@ -25,9 +25,10 @@ class HeadScores(Result):
             head]``.
         uniform: share of attention on them if it were spread evenly over all that a query may read,
             summed over the queries of a text ``[text]``.
-        beyond: share of attention on them less what the same places get in other texts (see
-            ``detect``), summed over the queries that can be compared ``[text, layer, head]``.
-        compared: number of queries that can be compared ``[text]``.
+        beyond: share of attention on them minus the head's mean attention from the same query to
+            the same positions in the other texts in which the rule does not name them, summed over
+            the queries that can be compared ``[text, layer, head]``.
+        compared: number of queries for which there are such other texts ``[text]``.
         off_distribution: number of queries that read a mask in an earlier block, as no block does
             in training.
     """
@@ -59,14 +60,14 @@ class HeadScores(Result):
 
     @property
     def excess(self) -> Float[Tensor, "layer head"]:
-        """Scores less the base rate; below 0 the head looks away."""
+        """Scores minus the base rate; below 0 the head attends less than uniform attention does."""
         return self.scores - self.base_rate
 
     @property
     def content(self) -> Float[Tensor, "layer head"]:
-        """Scores less what the same places get in other texts, -1 to 1.
+        """Scores minus the attention that the same positions get in other texts, -1 to 1.
 
-        NaN where no query can be compared: where the rule depends on the place alone.
+        NaN where no query can be compared: where the rule depends on positions alone.
         """
         return self.beyond.sum(0) / self.compared.sum()
 

@@ -67,8 +67,9 @@ def convert_lightning(
         filename: name of the file in the folder or repository.
         weights: ``"ema"``, the moving average, which is what gets published; or ``"raw"``.
         revision: revision of the repository; the newest by default.
-        tokenizer: tokenizer of the checkpoint. By default it is the one that the vocabulary's size
-            names, from the Hub cache, or the pickled one, if that is a fast tokenizer.
+        tokenizer: tokenizer of the checkpoint. By default it is the public one with a vocabulary of
+            the checkpoint's size, from the Hub cache; or the one pickled in the file, if that is a
+            fast tokenizer and has another vocabulary, or no public one is found.
         progress: function that is called with the bytes read so far and the bytes in all.
 
     Raises:
