@@ -59,7 +59,7 @@ from transformer_lens_bd3lm.model.subs import log_probs
 from transformer_lens_bd3lm.training.loss import diffusion_loss
 
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
-"""Path of the embedded default: a BD3LM of 3.3 M parameters, trained at every block size."""
+"""Path of the embedded default: a BD3LM of 3.3 M parameters, trained at eight block sizes."""
 
 GRAMMAR = str(Path(__file__).parent / "checkpoint" / "grammar")
 """Path of the embedded model of ``bd3lm.grammar``, a language whose probabilities are known."""

@@ -10,7 +10,7 @@ often at position 3 or 4. After its first mark, at position s, a text repeats wi
 
 So ``a b = a b = a`` and ``c d e = c d e`` are likely. Which position is copied depends on where the
 mark stands: to fill in a word, a model must find the mark first. Every text has some probability,
-so every conditional is defined. All are sums over the table of all texts, in float64.
+so every conditional is defined: each is a sum over the table of all texts, in float64.
 
 Texts are token ids ``[batch, pos]``, as the model takes them: 0 is BOS, at position 0 alone; 1 to 6
 are the words; 7 is the mask. No model is run here.
@@ -177,8 +177,8 @@ def conditional(
     blocks (Arriola et al., section 3.2). At a revealed word all probability is on that word.
 
     Args:
-        x_t: token ids with masks ``[batch, pos]``. After the end of a text shorter than eight
-            positions, nothing is known.
+        x_t: token ids with masks ``[batch, pos]``. A text shorter than eight
+            positions is the beginning of one whose other words are unknown.
         clean: ids that earlier blocks are read from, as in the dual view; by default ``x_t``.
         block_size: tokens a block, or ``"full"``.
 
@@ -209,8 +209,8 @@ def mutual_information(ids: Any) -> Float[Tensor, "batch pos pos"]:
     """Compute the mutual information of each two masked words, given the revealed ones, in nats.
 
     Args:
-        ids: token ids with masks ``[batch, pos]``. After the end of a text shorter than eight
-            positions, nothing is known.
+        ids: token ids with masks ``[batch, pos]``. A text shorter than eight
+            positions is the beginning of one whose other words are unknown.
 
     Returns:
         Symmetric matrices ``[batch, pos, pos]``, float64; 0 at revealed words and on the diagonal.

@@ -49,9 +49,9 @@ def warn_once(model: Any, view: View, mask_id: int, real: Bool[Tensor, "batch po
     warnings.warn(
         f"row {row} has a mask at position {position}, and later blocks (block size "
         f"{view.block_size}) that read it; in training earlier blocks are clean, so activations "
-        f"and predictions from position {end} on are off-distribution. Mask the last block alone "
-        "(pad_block=True completes it), give the finished text as clean=, or set a larger "
-        "block_size. This warning comes once a bridge",
+        f"and predictions from position {end} on are off-distribution. Put masks into the last "
+        "block only (pad_block=True completes it), give the finished text as clean=, or set a "
+        "larger block_size. This warning is given once per bridge",
         OffDistributionWarning,
         stacklevel=2,
     )

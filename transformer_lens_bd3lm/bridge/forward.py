@@ -155,7 +155,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
         Args:
             input_ids: ids ``[batch, pos]`` at any length up to the context, or the checkpoint's own
                 ``[x_t | x_0]`` of exactly twice the context.
-            timesteps: sigma, one number or one a row; 0 by default.
+            timesteps: sigma, one number or one per row; 0 by default.
             sample_mode: the checkpoint's own keyword: False is the dual view over joined streams.
             clean: x_0 as ids, a string or strings; makes the view dual. Activations then have 2n
                 positions ``[noisy | clean]``, but ``ln_final`` and ``unembed`` have n.
@@ -175,7 +175,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
             InputError: for an argument that does not fit; nothing has been run then.
 
         Warns:
-            OffDistributionWarning: once a bridge, where a block reads masks in an earlier one.
+            OffDistributionWarning: once per bridge, where a block reads masks in an earlier one.
         """
         if reduce is not None and not callable(reduce):
             raise InputError(f"reduce={reduce!r}: give a function of the logits")

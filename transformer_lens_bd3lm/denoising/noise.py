@@ -63,7 +63,7 @@ class Noise:
         if isinstance(self.rows, Iterator):
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows is not None and not isinstance(self.rows, Sequence):
-            raise InputError(f"rows={self.rows!r}: give a list of noise rows, one a batch row")
+            raise InputError(f"rows={self.rows!r}: give a list of noise rows, one per batch row")
         rows = () if self.rows is None else self.rows
         if any(type(row) is not int or not 0 <= row < 2**64 for row in rows):
             raise InputError(f"rows={list(rows)}: noise rows are ints that count from 0")

@@ -156,12 +156,12 @@ def read_sigma(
 
     Args:
         config: config of the checkpoint.
-        timesteps: sigma as one number or one a row; 0 by default. At time t it is -log(1 - t).
+        timesteps: sigma as one number or one per row; 0 by default. At time t it is -log(1 - t).
         ids: token ids of the pass.
         dtype: dtype of the model.
 
     Raises:
-        InputError: if ``timesteps`` is not one finite number >= 0, or one a row.
+        InputError: if ``timesteps`` is not one finite number >= 0, or one per row.
     """
     batch = ids.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
