@@ -7,7 +7,7 @@ reference. Everything in float64, so that agreement is to 1e-10 and cannot be lu
 import pytest
 import torch
 
-from tests.helpers.hook_points import LAYERS, names_of
+from tests.helpers.hook_points import LAYERS, PLUMBING, names_of
 from tests.helpers.passes import CachedPasses, boot, cached_step, relative, shared
 from tests.helpers.reference import reference
 
@@ -40,8 +40,6 @@ SAME = {
     "hook_k_input": "attn.hook_k_input",
     "hook_v_input": "attn.hook_v_input",
 }
-# The host's linears fire where another hook of the list has just fired, on the same tensor.
-PLUMBING = ("mlp.in.hook_in", "mlp.out.hook_out")
 # Token ids: nothing can be added to them.
 IDS = "embed.hook_in"
 

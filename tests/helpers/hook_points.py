@@ -1,49 +1,22 @@
-"""Names of the hook points that tests read and edit."""
+"""Names of the hook points that tests read and edit, from the table of hook points."""
 
-VECTORS = ("shift_msa", "scale_msa", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+from transformer_lens_bd3lm.bridge.hook_points import HOOK_POINTS, expand
+
 LAYERS = range(2)
-BLOCK = (
-    "hook_resid_pre",
-    "hook_resid_mid",
-    "hook_resid_post",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "hook_modulated_msa",
-    "hook_modulated_mlp",
-    *(f"ln{i}.hook_{what}" for i in (1, 2) for what in ("in", "scale", "normalized", "out")),
-    *(f"attn.hook_{what}" for what in ("in", "q", "k", "v", "rot_q", "rot_k", "z", "out")),
-    "attn.hook_attn_scores",
-    "attn.hook_pattern",
-    "attn.q.hook_in",
-    "attn.k.hook_in",
-    "attn.v.hook_in",
-    "attn.o.hook_out",
-    "mlp.hook_in",
-    "mlp.hook_pre",
-    "mlp.hook_post",
-    "mlp.hook_out",
-)
-BLOCK_ADALN = ("adaln.hook_in", "adaln.hook_out", *(f"adaln.hook_{name}" for name in VECTORS))
-ENDS = (
-    "hook_embed",
-    "ln_final.hook_in",
-    "ln_final.hook_scale",
-    "ln_final.hook_normalized",
-    "ln_final.hook_out",
-    "unembed.hook_in",
-    "unembed.hook_out",
-)
-ENDS_ADALN = (
-    "timestep_embed.hook_in",
-    "timestep_embed.hook_out",
-    "final_adaln.hook_in",
-    "final_adaln.hook_out",
-    "final_adaln.hook_shift",
-    "final_adaln.hook_scale",
-)
+# TransformerLens's linears fire where another hook point has just fired, on the same tensor.
+PLUMBING = ("mlp.in.hook_in", "mlp.out.hook_out")
 
 
 def names_of(has_adaln):
-    per_block = BLOCK + (BLOCK_ADALN if has_adaln else ())
-    ends = ENDS + (ENDS_ADALN if has_adaln else ())
-    return [f"blocks.{i}.{name}" for i in LAYERS for name in per_block] + list(ends)
+    """List the main name of each hook point that always fires and holds numbers to edit."""
+    names = []
+    for spec in HOOK_POINTS:
+        only_adaln = spec.kind in ("conditioning", "modulation")
+        if spec.kind == "ids" or spec.flag is not None or (only_adaln and not has_adaln):
+            continue
+        for name in expand(spec.pattern):
+            if name.removeprefix("blocks.{i}.") in PLUMBING:
+                continue
+            layers = LAYERS if "{i}" in name else (0,)
+            names += [name.replace("{i}", str(i)) for i in layers]
+    return names

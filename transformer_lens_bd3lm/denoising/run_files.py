@@ -25,13 +25,12 @@ from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.request import Request
 from transformer_lens_bd3lm.denoising.run_folder import Manifest, read_manifest, read_tensors
-from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting
+from transformer_lens_bd3lm.denoising.samplers import SAMPLERS
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.stop import EndOfText, LowEntropy
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
 
-SAMPLERS = {kind.__name__: kind for kind in (FirstHitting, Ancestral, Confidence)}
 RULES = {kind.__name__: kind for kind in (EndOfText, LowEntropy)}
 
 

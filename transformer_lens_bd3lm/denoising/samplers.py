@@ -360,3 +360,7 @@ class Confidence(Drawing):
     def end_of(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """Return t itself: the order does not come from the reveal times."""
         return t
+
+
+# Samplers that a saved run holds by name and fields.
+SAMPLERS = {kind.__name__: kind for kind in (FirstHitting, Ancestral, Confidence)}
