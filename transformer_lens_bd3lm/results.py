@@ -13,6 +13,7 @@ from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
@@ -35,6 +36,7 @@ __all__ = [
     "Price",
     "Replay",
     "Result",
+    "RevealedStep",
     "Run",
     "Sweep",
     "Verification",

@@ -121,7 +121,7 @@ def test_a_move_the_block_size_and_a_flag_leave_every_door_open(bridge, device, 
 def test_a_hook_set_on_the_bridge_since_shuts_what_runs_again(bridge, tmp_path, door):
     run = written(bridge)
     with bridge.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", double)]):
-        with pytest.raises(NotExactError, match=r"blocks\.1\..*given to it, as hooks="):
+        with pytest.raises(NotExactError, match=r"blocks\.1\..*pass hooks="):
             REPLAYS[door](run, tmp_path)
         run.cache(2)
         run.save(tmp_path / "run")

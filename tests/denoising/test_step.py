@@ -559,7 +559,7 @@ def test_edits_of_two_scopes_upstream_are_refused_where_one_vector_is_asked_for(
     mixed = StepHooks()
     mixed.add("timestep_embed.hook_out", lambda x, *_: x + 1, block=1, scope="commit")
     mixed.add("blocks.0.adaln.hook_shift_msa", lambda x, *_: x * 2, scope="prefix")
-    with pytest.raises(InputError, match="one scope at a time"):
+    with pytest.raises(InputError, match="give both hooks the same scope"):
         run(bridge, mixed, kv_cache=False)
 
 

@@ -137,8 +137,8 @@ class MadeWith:
                 f"at {was or 'no hook point'}, and now there are some at "
                 f"{is_now or 'no hook point'}"
                 f"{', with other functions' if was == is_now else ''}. "
-                "Pass a hook that is meant for a replay or a fork as hooks= of it; otherwise put "
-                "the bridge's own hooks back"
+                "To hook a replay or a fork, pass hooks= to it; otherwise put the bridge's own "
+                "hooks back"
             )
 
     def require_weights(self, bridge: Bridge) -> None:
