@@ -495,7 +495,7 @@ def test_where_processing_is_refused_the_host_has_no_third_phase(golden):
     assert "refused, as it must be: time_conditioning=true" in third[0].note
 
 
-def test_a_failure_of_the_hosts_is_one_of_ours(golden, monkeypatch):
+def test_a_failure_of_the_benchmark_is_one_of_verify(golden, monkeypatch):
     """The twin: a causal loss is excused, anything else that goes wrong is not."""
 
     def left_out(*args, **kwargs):
@@ -507,7 +507,8 @@ def test_a_failure_of_the_hosts_is_one_of_ours(golden, monkeypatch):
     failed = [row for row in judged if not row.ok]
     assert [row.name for row in failed] == ["hook_functionality"] * 2
     assert (
-        "hook_functionality (host): " in failed[0].message and "no such thing" in failed[0].message
+        "hook_functionality (benchmark): " in failed[0].message
+        and "no such thing" in failed[0].message
     )
 
 
