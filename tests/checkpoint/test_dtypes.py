@@ -389,7 +389,7 @@ def test_without_the_check_the_index_would_be_followed(golden, sharded, monkeypa
         folder, {key: f"../{name}" if name == file else name for key, name in parts.items()}
     )
     refused(folder, "in its own folder")
-    monkeypatch.setattr(files, "leaves", lambda part: False)
+    monkeypatch.setattr(files, "_leaves_folder", lambda part: False)
     g = golden("bd3lm")
     for bridge in both(folder):
         assert torch.equal(bridge(g["in/xt"]), shared(g.path, CPU)(g["in/xt"]))

@@ -450,7 +450,7 @@ def test_a_filter_that_matches_nothing_is_refused(bridge, door):
         door(bridge, [(lambda name: name.endswith("hook_result"), shift)])
     with pytest.raises(HookNameError, match=r"nearest are .*blocks.0.attn.hook_z"):
         door(bridge, [(["blocks.0.attn.hook_zz"], shift)])
-    with pytest.raises(HookNameError, match="no names"):
+    with pytest.raises(HookNameError, match="names no hook point"):
         door(bridge, [([], shift)])
 
 
