@@ -201,7 +201,9 @@ def test_prompts_that_padding_would_shift_are_refused(ar):
     with pytest.raises(InputError, match="several lengths"):
         ar.generate(["w1 w2", "w3"], **how)
     for call in (ar.generate, lambda *a, **k: next(ar.generate_stream(*a, **k))):
-        with pytest.raises(InputError, match="prompt of 6 tokens and max_new_tokens=12.*17.*context is 16"):
+        with pytest.raises(
+            InputError, match="prompt of 6 tokens and max_new_tokens=12.*17.*context is 16"
+        ):
             call(IDS, **(how | {"max_new_tokens": 12}))
     assert ar.generate(IDS, **(how | {"max_new_tokens": 11, "stop_at_eos": False})).shape == (2, 17)
     one, two = (ar.generate(text, **how) for text in ("w1 w2", "w3 w4"))

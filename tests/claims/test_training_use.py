@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import transformer_lens_bd3lm as bd3lm
-from tests.claims.test_readme import PAGES, snippets_of
 from tests.helpers import FIXTURES, small
+from tests.helpers.pages import PAGES, prints, snippets_of
 from tests.helpers.passes import boot, relative, shared
 from transformer_lens_bd3lm.bridge.save import save, state_of
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
@@ -572,7 +572,7 @@ def test_a_full_disk_leaves_no_half_folder(folder, device, tmp_path):
 
 def test_what_the_page_shows_is_true(capsys):
     """The loop lowers the loss, the gradient is there, and what is saved is what was trained."""
-    names: dict = {}
+    names: dict = {"prints": prints}
     (page,) = (page for page in PAGES if page.stem == "training")
     for snippet in snippets_of(page):
         exec(snippet, names)

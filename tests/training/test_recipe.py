@@ -625,6 +625,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
 
 
 def test_a_text_shorter_than_a_row_is_refused_and_nothing_is_begun(tmp_path):
-    with pytest.raises(InputError, match="a row is BOS and 15 more"):
+    with pytest.raises(InputError, match="fewer than the 15 after BOS in a row"):
         train_two_steps(tmp_path / "run", valid_text="short")
     assert not (tmp_path / "run").exists()
