@@ -181,5 +181,5 @@ def test_the_packages_own_passes_say_it_in_their_results(boot):
         found = bd3lm.detect_heads(bridge, x_t, "previous_token")
         assert verify(bridge, length=8, progress=False).ok
         bd3lm.denoise(bridge, text(5), max_new_tokens=4, kv_cache=False)
-    assert found.off_distribution == 1 and "off-distribution: 1" in found.caption()
+    assert found.off_distribution == 1 and "off-distribution: 1" in str(found.table().caption)
     assert warned(bridge, x_t), "what they did counts for nothing"

@@ -60,10 +60,12 @@ def _weights(bridge: Bridge) -> Iterator[tuple[str, Tensor]]:
         yield name, x
 
 
-def _autocast_on(bridge: Bridge) -> str | None:
+def autocast_on(bridge: Bridge) -> str | None:
     """Return the dtype that torch.autocast computes in on the bridge's device; None without it."""
     kind = bridge.embed.weight.device.type
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return str(torch.get_autocast_dtype(kind))
 
 
 def hooks_on(bridge: Bridge) -> tuple[tuple[str, Any], ...]:
@@ -105,7 +107,7 @@ class MadeWith:
     def of(cls, bridge: Bridge) -> "MadeWith":
         """Return the state of a bridge now."""
         weights = {name: checksum(x) for name, x in _weights(bridge)}
-        return cls(weights, bridge._weights_processed, hooks_on(bridge), _autocast_on(bridge))
+        return cls(weights, bridge._weights_processed, hooks_on(bridge), autocast_on(bridge))
 
     def require(self, bridge: Bridge) -> None:
         """Refuse to run a run again on a bridge that would write something else.
@@ -114,7 +116,7 @@ class MadeWith:
             NotExactError: if weights, hooks on the bridge, or autocast, are others than the run's.
         """
         self.require_weights(bridge)
-        autocast = _autocast_on(bridge)
+        autocast = autocast_on(bridge)
         if autocast != self.autocast:
             was, is_now = (
                 f"torch.autocast in {dtype}" if dtype else "no torch.autocast"

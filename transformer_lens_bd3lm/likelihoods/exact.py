@@ -45,7 +45,7 @@ class Exact(PerToken, Result):
             ``rank`` of its block, 0 first ``[batch, pos, rank]``; over a block's tokens each rank
             sums to 1.
         characters: number of characters of all texts; None where ids were given.
-        words: tokens as text, by id; empty without a tokenizer.
+        tokenizer: tokenizer of the model; None without one.
         trained_at: block sizes that the checkpoint was trained at, if the one asked for is none of
             them, which is off-distribution; else empty.
     """
@@ -58,7 +58,7 @@ class Exact(PerToken, Result):
     nelbo_by_rank: Float[Tensor, "batch pos rank"] = field(repr=False)
     order_posterior: Float[Tensor, "batch pos rank"] = field(repr=False)
     characters: int | None = field(default=None, repr=False)
-    words: dict[int, str] = field(default_factory=dict, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
     trained_at: tuple[int, ...] = field(default=(), repr=False)
 
     @property
@@ -110,7 +110,7 @@ class Exact(PerToken, Result):
     def word(self, row: int, position: int) -> str:
         """Return a token as text; its id without a tokenizer."""
         token = int(self.tokens[row, position])
-        return self.words.get(token, str(token))
+        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values but ``nelbo_by_rank`` as plain values for JSON, text by text."""
@@ -201,6 +201,6 @@ def sum_patterns(patterns: MaskPatterns, table: Float[Tensor, "pattern batch pos
         nelbo_by_rank=by_rank[0],
         order_posterior=by_rank[1],
         characters=None if passes.characters is None else sum(passes.characters),
-        words=passes.words,
+        tokenizer=passes.bridge.tokenizer,
         trained_at=passes.trained_at,
     )

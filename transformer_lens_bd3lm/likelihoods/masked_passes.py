@@ -70,14 +70,6 @@ class MaskedPasses:
         return (torch.arange(n) >= self.given).expand(batch, n)
 
     @property
-    def words(self) -> dict[int, str]:
-        """Tokens of the texts as text, by id; empty without a tokenizer."""
-        tokenizer = self.bridge.tokenizer
-        if tokenizer is None:
-            return {}
-        return {i: tokenizer.decode([i]) for i in self.tokens.unique().tolist()}
-
-    @property
     def patterns_per_pass(self) -> int:
         """Number of mask patterns that run in one pass."""
         return max(self.rows // self.tokens.numel(), 1)

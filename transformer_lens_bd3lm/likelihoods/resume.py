@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.denoising.made_with import weights_hash
+from transformer_lens_bd3lm.denoising.made_with import autocast_on, weights_hash
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus import Window
 
@@ -82,7 +80,7 @@ class Ledger:
             "causal": bridge.original_model.config.causal,
             "model": str(bridge.cfg.model_name),
             "dtype": str(bridge.embed.weight.dtype),
-            "autocast": _autocast(bridge.embed.weight.device.type),
+            "autocast": autocast_on(bridge),
             "weights_sha256": weights_hash(bridge),
         }
         if state.is_main_process and not (folder / _SETTINGS).exists():
@@ -126,13 +124,6 @@ class Ledger:
                 file.truncate(before)
                 raise OSError(f"{self.path} could not be written: is the disk full?")
             os.fsync(file.fileno())
-
-
-def _autocast(device: str) -> str | None:
-    """Return the dtype of ``torch.autocast`` on a type of device, as ``"cpu torch.bfloat16"``."""
-    if not torch.is_autocast_enabled(device):
-        return None
-    return f"{device} {torch.get_autocast_dtype(device)}"
 
 
 def _begin(folder: Path, mine: dict[str, Any]) -> None:
