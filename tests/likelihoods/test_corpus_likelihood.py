@@ -472,7 +472,7 @@ def test_a_run_under_autocast_goes_on_under_the_same_autocast_alone(bridge, tmp_
         first = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
         again = likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
     assert torch.equal(first.nll.replicates, again.nll.replicates)
-    with pytest.raises(InputError, match=rf"autocast='{device.type} torch.bfloat16' \(now None\)"):
+    with pytest.raises(InputError, match=r"autocast='torch.bfloat16' \(now None\)"):
         likelihood(bridge, TEXTS, 2, out=tmp_path / "out")
     likelihood(bridge, TEXTS, 2, out=tmp_path / "plain")
     with torch.autocast(device.type, torch.float16), pytest.raises(InputError, match="autocast"):
