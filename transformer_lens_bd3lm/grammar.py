@@ -180,7 +180,7 @@ def conditional(
         x_t: token ids with masks ``[batch, pos]``. A text shorter than eight
             positions is the beginning of one whose other words are unknown.
         clean: ids that earlier blocks are read from, as in the dual view; by default ``x_t``.
-        block_size: tokens a block, or ``"full"``.
+        block_size: tokens per block, or ``"full"``.
 
     Returns:
         Probabilities ``[batch, pos, 8]``, float64: an entry for each id, BOS and the mask included.

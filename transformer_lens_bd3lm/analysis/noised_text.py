@@ -90,7 +90,7 @@ class NoisedText:
         """Run one pass, in the dual view with blocks, and return raw logits of the masked tokens.
 
         Args:
-            block_size: tokens a block, or ``"full"``; ignored without blocks.
+            block_size: tokens per block, or ``"full"``; ignored without blocks.
             timesteps: sigma of the pass.
             hooks: hooks of the pass.
             see: called with the hook name and, after the hooks, each residual

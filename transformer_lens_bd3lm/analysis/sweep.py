@@ -45,7 +45,7 @@ class Price(Result):
     """Price of a block size over block size 1, nats a token, with intervals over texts.
 
     Attributes:
-        block_size: tokens a block.
+        block_size: tokens per block.
         price: NELBO(B) - NLL(1).
         looseness: NELBO(B) - NLL(B), the part of the price that is due to the bound.
         share: looseness / price; None unless the price is clearly above 0, by its interval.

@@ -159,7 +159,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
             sample_mode: the checkpoint's own keyword: False is the dual view over joined streams.
             clean: x_0 as ids, a string or strings; makes the view dual. Activations then have 2n
                 positions ``[noisy | clean]``, but ``ln_final`` and ``unembed`` have n.
-            block_size: tokens a block in this call, or ``"full"``; the bridge's by default.
+            block_size: tokens per block in this call, or ``"full"``; the bridge's by default.
             pad_block: complete the last block with mask tokens; logits cover them too. A prompt
                 whose active block is cut short is off-distribution.
             attention_mask: True at real tokens, for batches padded on the right.

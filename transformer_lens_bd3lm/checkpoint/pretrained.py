@@ -157,7 +157,7 @@ class BD3LM(PreTrainedModel):
             sample_mode: keyword of the public code: True is the sampling view, False the dual view
                 over ``[x_t | x_0]``.
             clean: clean ids x_0 of the dual view, shaped like ``input_ids``.
-            block_size: tokens a block in this pass, or ``"full"``; by default the config's.
+            block_size: tokens per block in this pass, or ``"full"``; by default the config's.
             return_dict: whether to return a ``MaskedLMOutput`` instead of the bare tensor; by
                 default as the config says.
             attention_mask: True at real tokens ``[batch, pos]``, for rows padded on the right.

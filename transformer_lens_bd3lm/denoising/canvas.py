@@ -32,7 +32,7 @@ class Canvas:
 
     Attributes:
         tokens: prompts, then masks ``[batch, pos]``.
-        block_size: tokens a block.
+        block_size: tokens per block.
         lengths: positions of prompt and new tokens, by row ``[batch]``, on the CPU; positions
             behind them only complete a row's last block, or make rows equally long.
         mask_id: the mask token's id.

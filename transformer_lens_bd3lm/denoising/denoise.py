@@ -56,7 +56,7 @@ def denoise_steps(
         bridge: as in :func:`denoise`, and so are the other arguments.
         prompt: beginning of the text; masks in it are filled in.
         max_new_tokens: masks appended to each row.
-        block_size: tokens a block; the bridge's by default.
+        block_size: tokens per block; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
         kv_cache: whether to store the keys and values of finished blocks.
@@ -112,7 +112,7 @@ def denoise(
         prompt: a string, strings, ids ``[batch, pos]``, rows of ids of unequal length, or None for
             BOS alone. Masks in it are filled in, block by block from the left.
         max_new_tokens: masks appended to each row.
-        block_size: tokens a block in this run, or "full"; the bridge's by default.
+        block_size: tokens per block in this run, or "full"; the bridge's by default.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
         kv_cache: whether to store the keys and values of finished blocks; by default wherever

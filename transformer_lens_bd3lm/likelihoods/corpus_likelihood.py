@@ -53,7 +53,7 @@ class Likelihood(Result):
     """NELBO and NLL of a corpus at one block size, text by text.
 
     Attributes:
-        block_size: tokens a block.
+        block_size: tokens per block.
         method: ``"exact"``, ``"stratified"`` or ``"monte_carlo"``.
         names: names of the texts.
         nelbo: NELBO of each text; ``nelbo.kind`` says whether it is exact, an estimate, or biased.
@@ -155,7 +155,7 @@ def likelihood(
         bridge: a BD3LM bridge with a tokenizer, or a checkpoint's name, which is booted.
         source: the corpus: a string, a ``Path``, ids ``[batch, pos]`` with BOS first, or an
             iterable of texts. Strings get BOS whatever ``cfg.default_prepend_bos`` is.
-        block_size: tokens a block, or ``"full"``; the bridge's by default.
+        block_size: tokens per block, or ``"full"``; the bridge's by default.
         method: ``"exact"`` (NLL and NELBO), ``"stratified"`` or ``"monte_carlo"`` (NELBO); by
             default exact where a block has at most ``max_states`` mask patterns, else Monte Carlo.
         replicates: number of independent estimates, where the method is not exact.

@@ -33,7 +33,7 @@ class Exact(PerToken, Result):
 
     Attributes:
         tokens: the texts ``[batch, pos]``.
-        block_size: tokens a block, at most the length of the texts.
+        block_size: tokens per block, at most the length of the texts.
         counted: which positions have a likelihood ``[batch, pos]``: all but the given ones.
         nll_by_block: exact NLL of each block given the earlier ones, under the sampler
             ``[batch, block]``, nats.
@@ -154,7 +154,7 @@ def exact(
         bridge: a BD3LM bridge, or a checkpoint's name, which is booted.
         tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``. Position 0 is
             BOS, given and not counted; strings get it whatever ``cfg.default_prepend_bos`` is.
-        block_size: tokens a block, or ``"full"``; the bridge's by default.
+        block_size: tokens per block, or ``"full"``; the bridge's by default.
         hooks: TransformerLens's ``[(name or filter, fn), ...]``, which see the noisy stream, all
             blocks at once; or ``StepHooks`` that select no steps, each with its own scope.
         scope: ``"active"``: the hooks edit the noisy stream alone, as an active step hook at every

@@ -107,7 +107,7 @@ def exact_backward(
     Args:
         bridge: a BD3LM bridge, booted before, since the gradients stay in it.
         tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``; BOS first.
-        block_size: tokens a block, or ``"full"``.
+        block_size: tokens per block, or ``"full"``.
         hooks: hooks of the passes, as in :func:`exact`.
         scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given.

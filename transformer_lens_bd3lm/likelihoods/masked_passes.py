@@ -44,7 +44,7 @@ class MaskedPasses:
     Attributes:
         bridge: a BD3LM bridge.
         tokens: the texts ``[batch, pos]``.
-        block_size: tokens a block, at most the length of the texts.
+        block_size: tokens per block, at most the length of the texts.
         trained_at: block sizes that the checkpoint was trained at, if the one asked for is none of
             them; else empty.
         hooks: hooks on the noisy stream; some also on the clean one, whose keys and values later

@@ -38,7 +38,7 @@ class Nelbo(Nats):
     Attributes:
         method: ``"exact"``, ``"stratified"`` or ``"monte_carlo"``.
         tokens: the texts ``[batch, pos]``.
-        block_size: tokens a block, at most the length of the texts.
+        block_size: tokens per block, at most the length of the texts.
         counted: which positions have a likelihood ``[batch, pos]``: all but the given ones.
         by_token: what each token adds ``[batch, pos]``, nats, mean over replicates.
     """
@@ -101,7 +101,7 @@ def nelbo(
         bridge: a BD3LM bridge, or a checkpoint's name, which is booted.
         tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``, as in
             :func:`exact`; position 0 is BOS, given and not counted.
-        block_size: tokens a block, or ``"full"``; the bridge's by default.
+        block_size: tokens per block, or ``"full"``; the bridge's by default.
         method: ``"exact"`` sums over all mask patterns; ``"stratified"`` draws one pattern of m
             masks for every number m; ``"monte_carlo"`` draws one time t and one mask per block.
         replicates: number of independent estimates, at least 2; without effect if exact.

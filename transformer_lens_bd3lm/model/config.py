@@ -22,7 +22,7 @@ class BD3LMConfig(PretrainedConfig):
     """Config of a BD3LM checkpoint (Arriola et al., ICLR 2025); keys as in the released files.
 
     Args:
-        block_size: tokens a block, as in training.
+        block_size: tokens per block, as in training.
         model_length: context n, in tokens; the dual view has 2n positions.
         vocab_size: tokens of the vocabulary, the mask included.
         hidden_dim: width of the residual stream.

@@ -33,7 +33,7 @@ class View:
     Attributes:
         ids: token ids; in the dual view ``[noisy | clean]``, 2 * length wide.
         length: tokens in one stream.
-        block_size: tokens a block (ignored unless ``kind`` is ``"block"``).
+        block_size: tokens per block (ignored unless ``kind`` is ``"block"``).
         kind: ``"block"`` (block diffusion), ``"causal"`` or ``"open"`` (no mask).
         dual: whether there is a clean stream.
     """
@@ -74,7 +74,7 @@ def read_input(
         input_ids: ids of the noisy or only stream, or of both as ``[x_t | x_0]``.
         clean: ids of the clean stream x_0, if it is given apart; the view is dual then.
         sample_mode: keyword of the public code: True is the sampling view, False the dual view.
-        block_size: tokens a block in this pass; by default the config's.
+        block_size: tokens per block in this pass; by default the config's.
 
     Raises:
         InputError: for ids, shapes and lengths that do not fit the checkpoint or each other.

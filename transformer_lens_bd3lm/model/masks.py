@@ -27,7 +27,7 @@ def dual_mask(
 
     Args:
         length: n, the tokens of one stream; the last block may be shorter than the others.
-        block_size: tokens a block.
+        block_size: tokens per block.
         device: device of the mask.
     """
     index = torch.arange(2 * length, device=device)
@@ -53,7 +53,7 @@ def sampling_mask(
     Args:
         queries: positions that read, the last of the keys.
         keys: positions that are read.
-        block_size: tokens a block.
+        block_size: tokens per block.
         device: device of the mask.
         reach: most blocks that a block reads, itself included: a context that slides.
     """

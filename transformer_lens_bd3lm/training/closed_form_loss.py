@@ -30,7 +30,7 @@ def draw_masks(
     Args:
         rows: rows of the batch.
         context: tokens of a row.
-        block_size: tokens a block; it divides the context.
+        block_size: tokens per block; it divides the context.
         generator: source of all randomness.
     """
     blocks = context // block_size
@@ -60,7 +60,7 @@ def nelbo_loss(
     Args:
         model: model that is trained.
         x_0: clean rows.
-        block_size: tokens a block; it divides the length of the rows.
+        block_size: tokens per block; it divides the length of the rows.
         generator: source of the masks.
     """
     rows, context = x_0.shape

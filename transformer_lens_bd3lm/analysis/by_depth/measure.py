@@ -46,7 +46,7 @@ class DependencyDepths(Result):
 
     Attributes:
         model: the checkpoint's name.
-        block_size: tokens a block.
+        block_size: tokens per block.
         kind: how the nats were computed: ``"exact"`` or ``"estimate"``.
         order_by: ``"posterior"`` or ``"confidence"``; None for an autoregressive model.
         nats: what a token adds to the NELBO, in nats.
@@ -121,7 +121,7 @@ def by_dependency_depth(
         bridge: a BD3LM bridge with a fast tokenizer, or a checkpoint's name.
         parses: a CoNLL-U file as a ``Path``, its text, or the list of sentences that
             ``analysis.by_depth.read_conllu`` returns.
-        block_size: tokens a block, or ``"full"``; the bridge's by default.
+        block_size: tokens per block, or ``"full"``; the bridge's by default.
         method: how the NELBO is computed, as in :func:`nelbo`; by default ``"exact"`` where a block
             has at most ``max_states`` mask patterns, else ``"stratified"``.
         order_by: ``"posterior"``, or ``"confidence"``: the order of the sampler ``Confidence``; by

@@ -36,7 +36,7 @@ def ranks_of(when: Float[Tensor, "batch pos"], size: int) -> Float[Tensor, "batc
 
     Args:
         when: times of reveal; NaN for a position that is not revealed, and then of its rank.
-        size: tokens a block; a block with a single time has NaN, as it has no order.
+        size: tokens per block; a block with a single time has NaN, as it has no order.
     """
     ranks = torch.full_like(when, torch.nan)
     for start in range(0, when.shape[1], size):

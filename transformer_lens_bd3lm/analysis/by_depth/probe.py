@@ -101,7 +101,7 @@ class _Probing:
 
     Attributes:
         parsed: the sentences.
-        size: tokens a block.
+        size: tokens per block.
         split: part of each sentence ``[sentence]``: 0 train, 1 validation, 2 test.
         labels: true and shuffled depths, a tensor ``[pos, label]`` for each sentence.
         seed: random seed of the masks.
@@ -159,7 +159,7 @@ def fit_probes(
 
     Args:
         parsed: the sentences.
-        size: tokens a block.
+        size: tokens per block.
         times: times of a first-hitting run.
         shuffles: number of times that depths are shuffled.
         seed: random seed of split, shuffles and masks.

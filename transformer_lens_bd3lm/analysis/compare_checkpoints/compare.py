@@ -59,7 +59,7 @@ class CheckpointComparison(Result):
         b: name of the other.
         dtype: dtype that both computed in.
         weights: changes of the weights, by component.
-        block_size: tokens a block, for both; None without blocks, or without a text.
+        block_size: tokens per block, for both; None without blocks, or without a text.
         predictions: predictions at the masked positions; None without a text.
         activations: changes of activations, by hook point; None without a text.
         bound: NELBO of the texts; None without a text, or where it cannot be computed.
@@ -119,7 +119,7 @@ def compare_checkpoints(
         b: the other, in one of these forms.
         text: texts that both read: a string, a ``Path``, several of them, or ids ``[batch, pos]``;
             without it, only weights are compared.
-        block_size: tokens a block for both, or ``"full"``; that of the bridges by default, if it
+        block_size: tokens per block for both, or ``"full"``; that of the bridges by default, if it
             is the same. The bridges' own block sizes are left as they are.
         x_t: the ids with masks ``[batch, pos]``, where ids are given; by default each position but
             BOS is masked with probability 1/2.

@@ -68,7 +68,7 @@ def detect_heads(
             ``[batch, query, key]``, True only where ``text.legal`` is; or the booleans themselves.
         clean: the finished text, as ``tokens``; makes the view dual, where earlier blocks are read
             clean. Without it masks in more than one block are off-distribution.
-        block_size: tokens a block, or ``"full"``; the bridge's by default.
+        block_size: tokens per block, or ``"full"``; the bridge's by default.
         hooks: TransformerLens's ``[(name or filter, fn), ...]``; patterns are scored after them.
             Hooks that are set on the bridge fire too.
         timesteps: sigma of the forward, for checkpoints with time conditioning.

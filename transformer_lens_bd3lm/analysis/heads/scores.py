@@ -18,7 +18,7 @@ class HeadScores(Result):
     Attributes:
         model: the checkpoint's name.
         pattern: the rule's name.
-        block_size: tokens a block; None without blocks.
+        block_size: tokens per block; None without blocks.
         keys: the keys that were counted ``[batch, query, key]``, positions in both views; a query
             counts if it has one.
         attention: share of attention on them, summed over the queries of a text ``[text, layer,

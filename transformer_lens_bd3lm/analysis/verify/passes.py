@@ -51,7 +51,7 @@ class Pass:
 
     Attributes:
         view: ``"sampling"``, ``"dual"`` or ``"single"``.
-        block_size: tokens a block.
+        block_size: tokens per block.
         given: the keyword ``block_size`` of both forwards; None leaves each model its own.
     """
 

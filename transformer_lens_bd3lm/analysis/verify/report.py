@@ -28,7 +28,7 @@ class Row:
         ok: whether the two agree.
         view: ``"sampling"``, ``"dual"``, ``"single"`` (a checkpoint without blocks), or the phase
             of TransformerLens's benchmark.
-        block_size: tokens a block in that pass.
+        block_size: tokens per block in that pass.
         difference: the largest absolute difference; infinite where the bridge has no finite value
             of the right shape.
         scale: the largest absolute value of the reference.
