@@ -6,6 +6,7 @@ import torch
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot, relative
+from transformer_lens_bd3lm.bridge.conditioning import autocasts
 from transformer_lens_bd3lm.errors import InputError
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -78,3 +79,12 @@ def test_autocast_over_bfloat16_weights_is_the_same_half_precision_or_refused(fo
         bridge(X_T)
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(InputError, match="boot in f"):
         bridge(X_T)
+
+
+def test_a_device_without_autocast_has_half_precisions_too():
+    """torch raises where it is asked whether such a device autocasts."""
+    with pytest.raises(RuntimeError, match="unknown device type"):
+        torch.is_autocast_enabled("meta")
+    assert not autocasts("meta") and not autocasts("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocasts("cpu") and not autocasts("meta")

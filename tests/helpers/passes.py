@@ -22,8 +22,8 @@ def boot(
 ) -> TransformerBridge:
     """A bridge of the test's own, which does not warn of masks in earlier blocks.
 
-    Most tests compare whole passes over random masks; ``test_distribution.py`` is about the
-    warning.
+    Most tests compare whole passes over random masks; ``tests/bridge/test_distribution.py``
+    is about the warning.
     """
     bridge = TransformerBridge.boot_transformers(str(path), device=device, dtype=dtype, **kwargs)
     bridge.original_model.warned_off_distribution = True

@@ -35,6 +35,11 @@ def modulate(
     return h if shift is None or scale is None else torch.addcmul(shift, h, 1 + scale)
 
 
+def autocasts(kind: str) -> bool:
+    """Return whether torch.autocast is on for a type of device; some have none, such as meta."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _require_one_half_precision(weight: Tensor) -> None:
     """Refuse autocast to one half precision over weights in the other, which torch cannot mix.
 
@@ -42,7 +47,7 @@ def _require_one_half_precision(weight: Tensor) -> None:
         InputError: if the two differ.
     """
     kind = weight.device.type
-    if weight.dtype.itemsize > 2 or not torch.is_autocast_enabled(kind):
+    if weight.dtype.itemsize > 2 or not autocasts(kind):
         return
     asked = torch.get_autocast_dtype(kind)
     if asked != weight.dtype:

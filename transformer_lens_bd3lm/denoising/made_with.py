@@ -26,6 +26,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from xxhash import xxh3_64_intdigest
 
+from transformer_lens_bd3lm.bridge.conditioning import autocasts
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.hook_rows import is_step_hook
 from transformer_lens_bd3lm.errors import NotExactError
@@ -63,9 +64,7 @@ def _weights(bridge: Bridge) -> Iterator[tuple[str, Tensor]]:
 def autocast_on(bridge: Bridge) -> str | None:
     """Return the dtype that torch.autocast computes in on the bridge's device; None without it."""
     kind = bridge.embed.weight.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return str(torch.get_autocast_dtype(kind))
+    return str(torch.get_autocast_dtype(kind)) if autocasts(kind) else None
 
 
 def hooks_on(bridge: Bridge) -> tuple[tuple[str, Any], ...]:
