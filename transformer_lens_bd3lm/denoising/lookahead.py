@@ -39,6 +39,28 @@ Block = tuple[int, ...]  # tokens of a block
 Scheduled = tuple[Step, Bool[Tensor, "batch block"]]  # a step, and what it reveals
 
 
+def states_at_once(
+    network: Network, step: Step, width: int | str, most: int, share: float = 1.0
+) -> int:
+    """Return how many states of a row to run in a pass.
+
+    Args:
+        network: runs the passes.
+        step: the first of them.
+        width: most states that are asked for, or "auto".
+        most: number of states that are left.
+        share: share of them that are expected to be states of the run.
+    """
+    bridge, (batch, rows) = network.bridge, step.masked.shape
+    one = int(step.masked.sum()) * bridge.cfg.d_vocab * bridge.embed.weight.element_size()
+    most = max(min(most, MAX_BYTES // max(one, 1)), 1)
+    if width != "auto":
+        return min(int(width), most)
+    if network.cache is None:
+        rows = step.window[1] - network.canvas.first_visible(step.window[0])
+    return best_width(bridge, batch * rows, share, most)
+
+
 @dataclass
 class Known:
     """A state of one row that has been run: its masks' offsets, logits, and what they draw."""
@@ -126,33 +148,17 @@ class Lookahead:
         """Return the steps of a block that is begun; none where running ahead is of no use."""
         if self.width == "auto":
             named = type(self.reveals.sampler) in SAMPLERS.values()
-            if not named or best_width(self.network.bridge, self.rows(step), 1.0, 2) == 1:
+            if not named or states_at_once(self.network, step, self.width, 2) == 1:
                 return []
         elif self.width == 1:
             return []
         chain = list(self.reveals.schedule(step, times))
         return chain if len(chain) > 1 else []
 
-    def rows(self, step: Step) -> int:
-        """Return the number of rows that a further state adds to a pass."""
-        batch, width = step.masked.shape
-        if self.network.cache is None:
-            width = step.window[1] - self.network.canvas.first_visible(step.window[0])
-        return batch * width
-
-    def states_at_once(self, step: Step, left: int) -> int:
-        """Return how many states of a row to run in the next pass, of those that are left."""
-        bridge = self.network.bridge
-        one = step.masked.sum() * bridge.cfg.d_vocab * bridge.embed.weight.element_size()
-        most = max(min(left, MAX_BYTES // max(int(one), 1)), 1)
-        if self.width != "auto":
-            return min(self.width, most)
-        share = (self.right + 3) / (self.tried + 4)  # hopeful at first, so that some are tried
-        return best_width(bridge, self.rows(step), share, most)
-
     def run(self, step: Step, following: list[Scheduled], blocks: dict[int, Block]) -> None:
         """Run the states that rows are in now, and those that may follow, in one pass."""
-        width = self.states_at_once(step, len(following))
+        share = (self.right + 3) / (self.tried + 4)  # hopeful at first, so that some are tried
+        width = states_at_once(self.network, step, self.width, len(following), share)
         ahead = {
             row: self.unknown(row, block, following, width, step.window[0])
             for row, block in blocks.items()

@@ -76,7 +76,7 @@ class Reveals:
         reveal: Bool[Tensor, "batch block"],
     ) -> RevealedStep:
         """Return the step with its tokens drawn by Gumbel-max, in float64 on the CPU."""
-        (start, end), log_p = step.window, log_p_at(step, logits, reveal)
+        start, log_p = step.window[0], log_p_at(step, logits, reveal)
         row, offset = reveal.nonzero().unbind(-1)
         best, planned = self._best(log_p, row, start + offset)
         ids = torch.where(planned >= 0, planned, best.indices[:, 0])

@@ -262,7 +262,8 @@ class Run(Result):
         rows, written = len(self.ends), int((self.commit_step >= 0).sum())
         return (
             f"Run({rows} row{'s' * (rows > 1)}, {written} tokens written in "
-            f"{len(self.timeline.t)} steps and {self.passes} passes, block_size={self.block_size}, {self.sampler!r}, "
+            f"{len(self.timeline.t)} steps, {self.passes} passes, block_size={self.block_size}, "
+            f"{self.sampler!r}, "
             f"{self.noise!r}, kv_cache={self.kv_cache}{', slid' * self.slid})"
         )
 

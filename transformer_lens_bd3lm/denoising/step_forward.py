@@ -82,8 +82,17 @@ class Network:
 
     @property
     def plain(self) -> bool:
-        """Whether nobody looks at a pass: no step hook, no record, and no hook on the bridge."""
+        """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
         return not (self.hooks.hooks or self.kept or watched(*self.bridge.modules()))
+
+    def watches(self, step: Step) -> bool:
+        """Whether a pass of this step has hooks or is recorded."""
+        if self.plain:
+            return False
+        first = step.window[0] if self.cache is None else self.cache.length
+        hooked = self.step_hooks(step, first, step.window[1] - first)
+        recorded = self.record is not None and self.record.wants(step)
+        return bool(hooked) or recorded or watched(*self.bridge.modules())
 
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Return raw logits of the step's masked positions, in row-major order.
@@ -111,20 +120,23 @@ class Network:
         ids, t = self.laid_out(states, first)
         fns = self.step_hooks(step, first, end - first)
         fns += self.recording(step, first, end - first)
-        model = self.bridge.original_model
+        model, masked = self.bridge.original_model, torch.stack([state.masked for state in states])
+        state, row, offset = masked.nonzero().unbind(-1)
+        if self.cache is None:
+            predicted = torch.stack([state * len(step.tokens) + row, offset], -1)
+        else:
+            predicted = torch.stack([row, state * (end - start) + offset], -1)
+        predicted = predicted.to(ids.device)  # before the pass: copying waits for what is queued
+        sigma = (
+            sigma_of(t).to(ids.device)
+            if model.config.time_conditioning
+            else t.new_zeros(t.shape, device=ids.device)
+        )
         with attached(self.points, fns, step):
             x = model.backbone.vocab_embed(ids)
-            sigma = sigma_of(t) if model.config.time_conditioning else torch.zeros_like(t)
-            sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
+            sigma = sigma.to(torch.promote_types(x.dtype, torch.float32))
             routing = self.routing(first, end, ids, x, len(states))
-            readout = slice(start - first, x.shape[1])
-            masked = torch.stack([state.masked for state in states])
-            state, row, offset = masked.nonzero().unbind(-1)
-            if self.cache is None:
-                predicted = torch.stack([state * len(step.tokens) + row, offset], -1)
-            else:
-                predicted = torch.stack([row, state * (end - start) + offset], -1)
-            logits = run(model, x, sigma, routing, readout, predicted.to(x.device))
+            logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
         if self.cache is not None:
             self.cache.commit(start)
         self.passes += 1
@@ -145,7 +157,7 @@ class Network:
         return torch.cat([states[0].tokens[:, first:end], *further], dim=1), t
 
     def routing(self, first: int, end: int, ids: Tensor, x: Tensor, states: int = 1) -> Routing:
-        """Return how rows ``first:end``, with further states, read each other and what is stored."""
+        """Return how rows ``first:end``, and those of further states, read what is stored."""
         model, size, reach = self.bridge.original_model, self.canvas.block_size, self.canvas.reach
         inv_freq = frequencies(model, x.device)
         if self.cache is not None and (first > 0 or reach is not None or states > 1):
