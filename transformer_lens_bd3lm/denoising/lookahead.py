@@ -36,6 +36,7 @@ from transformer_lens_bd3lm.denoising.step_forward import Network
 MAX_BYTES = 2**30  # of the logits of a pass that runs ahead
 
 Block = tuple[int, ...]  # tokens of a block
+State = tuple[Block, float]  # all that the network reads of a block, and its time
 Scheduled = tuple[Step, Bool[Tensor, "batch block"]]  # a step, and what it reveals
 
 
@@ -59,6 +60,11 @@ def states_at_once(
     if network.cache is None:
         rows = step.window[1] - network.canvas.first_visible(step.window[0])
     return best_width(bridge, batch * rows, share, most)
+
+
+def state_of(block: Block, t: Tensor) -> State:
+    """Return what identifies a state of a row within its block."""
+    return block, float(t)
 
 
 @dataclass
@@ -93,7 +99,7 @@ class Lookahead:
     width: int | Literal["auto"] = "auto"
     block: int = field(default=-1, init=False)
     chain: list[Scheduled] = field(default_factory=list, init=False)
-    known: list[dict[tuple[Block, float], Known]] = field(default_factory=list, init=False)
+    known: list[dict[State, Known]] = field(default_factory=list, init=False)
     last: list[Known | None] = field(default_factory=list, init=False)
     drafted: list[set[int]] = field(default_factory=list, init=False)
     autocast: str | None = field(default=None, init=False)
@@ -119,7 +125,7 @@ class Lookahead:
         require_eval(self.network.bridge)
         rows = step.masked.any(-1).nonzero()[:, 0].tolist()
         blocks = [tuple(ids) for ids in step.tokens[:, slice(*step.window)].tolist()]
-        states = {row: (blocks[row], float(step.t[row])) for row in rows}
+        states = {row: state_of(blocks[row], step.t[row]) for row in rows}
         for row, state in states.items():
             self.count(row, step.index, state in self.known[row])
         if any(state not in self.known[row] for row, state in states.items()):
@@ -179,7 +185,7 @@ class Lookahead:
             for row, level, block in ((r, *x[i]) for r, x in ahead.items() if i < len(x)):
                 scheduled = following[level][0]
                 masked = scheduled.masked[row].nonzero()[:, 0].tolist()
-                state = (block, float(scheduled.t[row]))
+                state = state_of(block, scheduled.t[row])
                 self.known[row][state] = Known(masked, parts[row])
                 if i:
                     self.drafted[row].add(scheduled.index)
@@ -196,7 +202,7 @@ class Lookahead:
         for level, (scheduled, reveal) in enumerate(following):
             if len(states) == width or not bool(scheduled.masked[row].any()):
                 break
-            state = (block, float(scheduled.t[row]))
+            state = state_of(block, scheduled.t[row])
             if state in self.known[row]:
                 source = reached[state] = self.known[row][state]
             elif not states or states[-1][1] != block:

@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.watched import watched
+from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
@@ -83,7 +83,7 @@ class Network:
     @property
     def plain(self) -> bool:
         """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
-        return not (self.hooks.hooks or self.kept or watched(*self.bridge.modules()))
+        return not (self.hooks.hooks or self.kept or watched(*modules_of(self.bridge)))
 
     def watches(self, step: Step) -> bool:
         """Whether a pass of this step has hooks or is recorded."""
@@ -92,7 +92,7 @@ class Network:
         first = step.window[0] if self.cache is None else self.cache.length
         hooked = self.step_hooks(step, first, step.window[1] - first)
         recorded = self.record is not None and self.record.wants(step)
-        return bool(hooked) or recorded or watched(*self.bridge.modules())
+        return bool(hooked) or recorded or watched(*modules_of(self.bridge))
 
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Return raw logits of the step's masked positions, in row-major order.
@@ -127,14 +127,12 @@ class Network:
         else:
             predicted = torch.stack([row, state * (end - start) + offset], -1)
         predicted = predicted.to(ids.device)  # before the pass: copying waits for what is queued
-        sigma = (
-            sigma_of(t).to(ids.device)
-            if model.config.time_conditioning
-            else t.new_zeros(t.shape, device=ids.device)
-        )
+        wide = torch.promote_types(self.bridge.embed.weight.dtype, torch.float32)
+        sigma = torch.zeros(len(t), device=ids.device, dtype=wide)
+        if model.config.time_conditioning:
+            sigma = sigma_of(t).to(sigma)
         with attached(self.points, fns, step):
             x = model.backbone.vocab_embed(ids)
-            sigma = sigma.to(torch.promote_types(x.dtype, torch.float32))
             routing = self.routing(first, end, ids, x, len(states))
             logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
         if self.cache is not None:
