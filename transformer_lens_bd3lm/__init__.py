@@ -15,6 +15,7 @@ from transformer_lens_bd3lm.analysis.heads import (
     repeated_tokens,
 )
 from transformer_lens_bd3lm.analysis.lens import logit_lens
+from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
 from transformer_lens_bd3lm.analysis.verify import verify
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
@@ -103,6 +104,7 @@ __all__ = [
     "LossError",
     "LowEntropy",
     "MaskedText",
+    "measure_speed",
     "mediate",
     "nelbo",
     "Noise",
