@@ -3,7 +3,9 @@
 ``python -m tests.benchmarks.denoising`` compares, with random weights, block 4 and first hitting:
 
 - the cached loop with the same loop over the plain modules, which recompute the prefix at each
-  step, at 128 tokens and at the whole context;
+  step, at 128 tokens and at the whole context, and what each lever adds: the kernel for few rows,
+  states that share a pass, packed weights;
+- passes a token on the embedded model, by block size;
 - a block late in the context with an early one;
 - bfloat16 with float32, eight rows with one, and a run that records every layer with one that does
   not;
@@ -16,9 +18,11 @@ of the prefix, each when the cached run has come that far, and summed over all t
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,6 +33,10 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from tests.benchmarks.released_size import CONTEXT, keep_freed_memory, released_model
+from transformer_lens_bd3lm import TINY
+from transformer_lens_bd3lm.bridge import few_rows, linear
+from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
+from transformer_lens_bd3lm.bridge.packed import packed
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.denoising.canvas import read_canvas
 from transformer_lens_bd3lm.denoising.denoise import denoise, denoise_steps
@@ -82,15 +90,23 @@ def bos(rows: int = 1) -> Tensor:
     return torch.full((rows, 1), 5)
 
 
-def ours(bridge: Any, tokens: int, rows: int = 1, record: Record | None = None) -> Any:
-    """A cached run, of ``tokens`` positions in all."""
-    return denoise(bridge, bos(rows), max_new_tokens=tokens - 1, record=record, progress=False)
+def ours(bridge: Any, tokens: int, rows: int = 1, **keywords: Any) -> Any:
+    """A cached run, of ``tokens`` positions in all, one by one if nothing else is asked for."""
+    keywords = {"lookahead": 1, "progress": False} | keywords
+    return denoise(bridge, bos(rows), max_new_tokens=tokens - 1, **keywords)
+
+
+@contextmanager
+def plain_kernel() -> Iterator[None]:
+    """Every linear as PyTorch computes it, whatever is faster for few rows."""
+    with patch.object(linear, "rows_of", lambda *_: 0):
+        yield
 
 
 def plainly(plain: BD3LM, bridge: Any) -> Tensor:
     """The run of ``TOKENS`` over the plain modules; returns its text."""
     canvas = read_canvas(bridge, bos(), TOKENS - 1, None, True)
-    loop = Request(kv_cache=False).loop(bridge, canvas)
+    loop = Request(kv_cache=False, lookahead=1).loop(bridge, canvas)
     network = PlainNetwork(bridge, canvas, loop.network.hooks, None, None)
     network.plain, loop.network = plain, network
     final = canvas.tokens
@@ -99,18 +115,50 @@ def plainly(plain: BD3LM, bridge: Any) -> Tensor:
     return final
 
 
-def against_plain(plain: BD3LM, bridge: Any) -> Line:
-    """Both loops in full, in turns; they write the same text."""
-    loops = {"cached": lambda: ours(bridge, TOKENS).final, "plain": lambda: plainly(plain, bridge)}
-    texts, best = {}, dict.fromkeys(loops, float("inf"))
+def against_plain(plain: BD3LM, bridge: Any) -> list[Line]:
+    """All loops in full, in turns, each with another lever; they write the same text.
+
+    With random weights nearly every draft is right, so the lines of states that share a pass are
+    those of a model that is sure of itself; see ``passes_a_token`` for a trained one.
+    """
+    ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+        "plain loop, prefix recomputed": (nullcontext, {}),
+        "stored keys": (plain_kernel, {}),
+        "+ kernel for few rows": (nullcontext, {}),
+        "+ packed weights": (partial(packed, bridge), {}),
+        "+ states that share a pass, 4": (nullcontext, {"lookahead": 4}),
+        "+ states that share a pass, auto": (nullcontext, {"lookahead": "auto"}),
+    }
+    first = next(iter(ways))
+    texts, passes, best = {}, {}, dict.fromkeys(ways, float("inf"))
     for _ in range(2):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            texts[name] = loop()
-            best[name] = min(best[name], time.perf_counter() - start)
-    same = "the same text" if torch.equal(texts["plain"], texts["cached"]) else "ANOTHER TEXT"
-    name = f"plain loop / cached, {TOKENS} tokens, {same}"
-    return at_least(name, best["plain"] / best["cached"], 4)
+        for name, (scope, options) in ways.items():
+            with scope():
+                start = time.perf_counter()
+                run = plainly(plain, bridge) if name == first else ours(bridge, TOKENS, **options)
+                best[name] = min(best[name], time.perf_counter() - start)
+            texts[name], passes[name] = (run, 0) if name == first else (run.final, run.passes)
+    lines = [Line(f"{TOKENS} tokens: {first}", f"{best[first]:.1f} s")]
+    for name in list(ways)[1:]:
+        same = "" if torch.equal(texts[name], texts[first]) else ", ANOTHER TEXT"
+        ratio = best[first] / best[name]
+        lines.append(Line(f"  {name}, {passes[name]} passes{same}", f"{ratio:.2f}"))
+    ratio = best[first] / best["+ kernel for few rows"]
+    return [*lines, at_least(f"plain loop / cached, one by one, {TOKENS} tokens", ratio, 4)]
+
+
+def passes_a_token() -> list[Line]:
+    """Tokens that a pass gives on the embedded model, with as many states as a block has."""
+    bridge = boot_checkpoint(TINY)
+    lines = []
+    for size in (4, 8, 16, 32):
+        runs = [
+            ours(bridge, TOKENS, lookahead=size, block_size=size, seed=seed) for seed in range(4)
+        ]
+        tokens = sum(len(run.steps) for run in runs) / sum(run.passes for run in runs)
+        name = f"embedded model, block {size}: tokens a pass; passes a token"
+        lines.append(Line(name, f"{tokens:.2f}; {1 / tokens:.2f}"))
+    return lines
 
 
 def against_plain_at_length(plain: BD3LM, bridge: Any) -> tuple[Line, Line]:
@@ -120,7 +168,7 @@ def against_plain_at_length(plain: BD3LM, bridge: Any) -> tuple[Line, Line]:
     ids = torch.randint(plain.config.vocab_size - 1, (1, CONTEXT))
     took: dict[int, float] = {}
     ends, cached, start = [], 0.0, time.perf_counter()
-    for step in denoise_steps(bridge, bos(), max_new_tokens=CONTEXT - 1):
+    for step in denoise_steps(bridge, bos(), max_new_tokens=CONTEXT - 1, lookahead=1):
         cached += time.perf_counter() - start
         end = step.window[1]
         ends.append(end)
@@ -162,7 +210,7 @@ def late_against_early(bridge: Any) -> Line:
     taken: dict[int, list[float]] = {EARLY: [], CONTEXT: []}
     for _ in range(2):
         runs = {
-            end: blocks(denoise_steps(bridge, ids[:, : end - new], max_new_tokens=new))
+            end: blocks(denoise_steps(bridge, ids[:, : end - new], max_new_tokens=new, lookahead=1))
             for end in taken
         }
         for turn in range(new // BLOCK):
@@ -244,6 +292,18 @@ def against_memory(bridge: Any, step: float) -> list[Line]:
     ]
 
 
+def chosen() -> list[Line]:
+    """The kernel for each number of rows, and how fast it reads weights."""
+    return [
+        Line(
+            f"  {str(choice.case.dtype).removeprefix('torch.')}, {choice.case.rows} rows: "
+            f"F.linear; {choice.name}, GB/s",
+            f"{choice.speed('F.linear'):.1f}; {choice.speed(choice.name):.1f}",
+        )
+        for choice in few_rows.choices()
+    ]
+
+
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
@@ -251,12 +311,17 @@ def main() -> None:
     keep_freed_memory()
     plain, bridge = released_model(), bridge_over(released_model())
     lines = [
-        against_plain(plain, bridge),
+        *against_plain(plain, bridge),
         *against_plain_at_length(plain, bridge),
         late_against_early(bridge),
         *variants(bridge),
+        *passes_a_token(),
+        *chosen(),
     ]
-    table = Table(title=f"denoising, block {BLOCK}, {torch.get_num_threads()} threads")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    table = Table(
+        title=f"denoising, block {BLOCK}, {torch.get_num_threads()} threads, {instructions}"
+    )
     for column in ("what", "measured", "required", ""):
         table.add_column(column, justify="left" if column == "what" else "right")
     for line in lines:
