@@ -92,7 +92,7 @@ class Noise:
         """
         bits = np.random.Philox(key=self.seed)
         generator, state = np.random.Generator(bits), bits.state
-        uniforms = np.empty((len(places), size))
+        uniforms = torch.empty(len(places), size, dtype=torch.float64).numpy()
         for (row, position), out in zip(places, uniforms, strict=True):
             counter = [0, kind, position, self.row(row)]
             state["state"]["counter"] = np.array(counter, np.uint64)
