@@ -112,7 +112,7 @@ class Cost:
         largest = min(extent.positions, cfg.n_ctx)
         if self.cached:
             largest = extent.largest_cached_pass()
-        layer = largest * (D_MODELS * d_model + D_MLPS * cfg.d_mlp) * wide
+        layer = largest * (D_MODELS * d_model + D_MLPS * int(cfg.d_mlp or 0)) * wide
         if self.hooked:
             layer += SCORES * cfg.n_heads * largest * extent.positions * wide
         masks = max(extent.masks.values())
