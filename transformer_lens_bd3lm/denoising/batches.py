@@ -5,7 +5,7 @@ the same blocks belong together. Sorted by the blocks that they write, a row joi
 it if that is less work than running apart, and if memory allows it::
 
     work  = steps x (fixed part of a pass + rows x positions of a pass)
-    bytes = rows x (stored keys and values + activations or draws of the largest pass + its logits)
+    bytes = rows x (stored keys and values + the larger of activations and draws + logits) x 8/7
 
 Both follow from sizes alone, so the same prompts under the same budget make the same batches.
 
@@ -33,6 +33,8 @@ D_MODELS, D_MLPS, SCORES = 6, 2, 4
 DRAWN, DRAWN_FROM_NUCLEUS = 5, 12
 # Of a position of the text: numbers of 8 bytes (ids, reveal steps, log p, lead), and copies.
 NUMBERS = 12
+# Added for what is not counted: Python's objects, workspaces of libraries, the allocator's margins.
+UNCOUNTED = 1 / 7
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Cost:
         masks = max(extent.masks.values())
         logits = 2 * masks * cfg.d_vocab * size
         drawn = (1 if isinstance(self.sampler, FirstHitting) else masks) * self._drawn()
-        return extent.rows * (text + stored + max(layer, drawn) + logits)
+        row = text + stored + max(layer, drawn) + logits
+        return extent.rows * int(row * (1 + UNCOUNTED))
 
     def _drawn(self) -> int:
         """Return the bytes of drawing one token."""

@@ -66,7 +66,8 @@ def denoise_many(
         prompts: strings, rows of ids, or both; or ids ``[prompt, pos]``. Masks are filled in.
         max_bytes: most bytes that a batch may take, beside the weights and the finished runs: keys
             and values, activations, logits and draws. It follows from the sizes of the model and
-            the batch; what hooks make of their own is not counted.
+            the batch. What hooks make of their own is not counted, nor are the copies by head that
+            TransformerLens's flags ask for.
         max_new_tokens: masks appended to each prompt.
         block_size: as in :func:`denoise`, and so are the other arguments.
         sampler: first hitting by default.
