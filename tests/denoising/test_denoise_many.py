@@ -102,7 +102,6 @@ def as_alone(bridge, prompts=PROMPTS, *, new=NEW, max_bytes=2**30, seed=3, **kwa
         FirstHitting(),
         FirstHitting(temperature=0.7, nucleus_p=0.9),
         Ancestral(steps=3),
-        Confidence(k=2),
         Confidence(by="margin", threshold=0.1),
     ],
     ids=repr,
@@ -115,11 +114,9 @@ def test_every_prompt_has_its_run_alone_with_every_sampler(bridge, sampler):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"block_size": 1},
         {"block_size": 3},
         {"block_size": "full"},
         {"kv_cache": False},
-        {"pad_block": False},
         {"pad_block": False, "block_size": "full"},
         {"new": 0, "prompts": [PROMPTS[HOLES], [0, 9, MASK, 8, 7]]},
         {"stop": EndOfText(4)},
@@ -296,7 +293,6 @@ MEASURED = {
     "keys and activations": ({"hidden_dim": 64}, {}, 0.7),
     "draws": ({"vocab_size": 2000}, {"sampler": Ancestral(steps=1)}, 0.6),
     "a nucleus": ({"vocab_size": 2000}, {"nucleus_p": 0.8, "temperature": 0.7}, 0.6),
-    "without the cache": ({"hidden_dim": 64}, {"kv_cache": False}, 0.7),
     "hooked scores": ({"n_heads": 8}, {"hooks": [("blocks.0.attn.hook_pattern", push)]}, 0.4),
     "without blocks": ({"vocab_size": 2000, "cross_attn": False}, {}, 0.6),
 }
