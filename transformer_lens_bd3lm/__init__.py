@@ -28,6 +28,7 @@ from transformer_lens_bd3lm.bridge.streams import clean_stream, noisy_stream
 from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.denoise import denoise, denoise_steps
+from transformer_lens_bd3lm.denoising.denoise_many import denoise_many
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.fork import fork
 from transformer_lens_bd3lm.denoising.hook_rows import current_step
@@ -84,6 +85,7 @@ __all__ = [
     "convert_lightning",
     "current_step",
     "denoise",
+    "denoise_many",
     "denoise_steps",
     "detect_heads",
     "diffusion_loss",

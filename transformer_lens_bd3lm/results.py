@@ -14,6 +14,7 @@ from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "RevealedStep",
     "Run",
+    "Runs",
     "Speed",
     "Sweep",
     "Verification",

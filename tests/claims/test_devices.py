@@ -95,6 +95,21 @@ def test_two_devices_in_one_operation_would_be_seen(elsewhere):
         next(bd3lm.denoise_steps(elsewhere, None, max_new_tokens=4, hooks=hooks))
 
 
+def test_many_prompts_are_laid_side_by_side_where_the_model_is(elsewhere):
+    class EnoughError(Exception):
+        pass
+
+    def enough(activation, hook, step):
+        assert activation.shape[0] == 3 and activation.device.type == "meta"
+        if step.index == 5:
+            raise EnoughError
+
+    prompts = [[0, 3, 5], [0, 1, 2], [0, 4, 4]]
+    with Apart() as mode, pytest.raises(EnoughError):
+        bd3lm.denoise_many(elsewhere, prompts, hooks=[("blocks.0.hook_resid_mid", enough)])
+    assert mode.crossings >= 6
+
+
 AR = {"cross_attn": False, "causal": True, "adaln": False}
 
 

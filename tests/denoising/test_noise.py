@@ -55,6 +55,25 @@ def test_a_neighbouring_seed_row_or_position_has_other_noise(seed, row, position
     assert abs(float(noise.gumbels(row, position, 1)[0]) - FROZEN_GUMBELS[0]) > 1e-6
 
 
+@pytest.mark.parametrize("row", [0, 3, 2**63, 2**64 - 1])
+def test_noise_is_the_stream_of_a_philox_generator_of_its_own(row):
+    """To the bit, however many are drawn in one call, and whichever came before."""
+
+    def stream(kind, position):
+        counter = np.array([0, kind, position, row], np.uint64)
+        return np.random.Generator(np.random.Philox(key=20, counter=counter))
+
+    noise = Noise(seed=20, rows=[1, row])
+    assert noise.times(2, 9, 12)[1].tolist() == [stream(TIME, p).random() for p in (9, 10, 11)]
+    places = [(1, 11), (0, 11), (1, 9), (1, 11)]
+    gumbels = noise.gumbels_at(places, 7)
+    for place, vector in zip(places, gumbels, strict=True):
+        assert torch.equal(vector, noise.gumbels(*place, 7))
+    uniform = stream(GUMBEL, 9).random(7)
+    formula = -np.log(-np.log1p(-uniform) + np.finfo(np.float64).tiny)
+    assert gumbels[2].tolist() == formula.tolist()
+
+
 def test_a_rows_noise_does_not_depend_on_the_batch_or_the_window():
     noise = Noise(seed=1)
     whole = noise.times(5, 0, 12)
@@ -144,11 +163,8 @@ def test_neighbouring_streams_are_independent():
 
 
 def test_a_gumbel_is_finite_at_both_ends_of_the_uniform_it_comes_from(monkeypatch):
-    class Ends:
-        def random(self, size):
-            return np.array([0.0, np.nextafter(1.0, 0.0), 0.5])[:size]
-
-    monkeypatch.setattr(Noise, "_stream", lambda *place: Ends())
+    ends = np.array([[0.0, np.nextafter(1.0, 0.0), 0.5]])
+    monkeypatch.setattr(Noise, "_uniforms", lambda *place: ends.copy())
     gumbels = Noise().gumbels(0, 0, 3)
     assert bool(gumbels.isfinite().all())
     assert float(gumbels[2]) == pytest.approx(-math.log(math.log(2)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -88,11 +89,10 @@ class Canvas:
 
     def blocks_of(self, which: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Return the whole blocks that hold some of these positions within ``lengths``."""
-        blocks = torch.zeros_like(which)
-        for start in range(0, which.shape[1], self.block_size):
-            part = slice(start, start + self.block_size)
-            blocks[:, part] = (which & self.within_lengths())[:, part].any(-1, keepdim=True)
-        return blocks
+        length, size = which.shape[1], self.block_size
+        within = F.pad(which & self.within_lengths(), (0, -length % size))
+        blocks = within.unflatten(1, (-1, size)).any(-1)
+        return blocks.repeat_interleave(size, dim=1)[:, :length]
 
     def block_windows(self) -> list[tuple[int, int]]:
         """Return ``start, end`` of every block written in some row, a fork's past included."""

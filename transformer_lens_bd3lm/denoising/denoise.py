@@ -82,7 +82,7 @@ def denoise_steps(
             step, where weights have changed.
     """
     bridge = read_bridge(bridge)
-    sampler, noise = _from_keywords(sampler, noise, temperature, nucleus_p, seed)
+    sampler, noise = from_keywords(sampler, noise, temperature, nucleus_p, seed)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     request = Request(sampler, noise, kv_cache, hooks, None, stop, force, lookahead=lookahead)
     return request.loop(bridge, canvas).steps()
@@ -155,7 +155,7 @@ def denoise(
             weights change between two steps.
     """
     bridge = read_bridge(bridge)
-    sampler, noise = _from_keywords(sampler, noise, temperature, nucleus_p, seed)
+    sampler, noise = from_keywords(sampler, noise, temperature, nucleus_p, seed)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     laid = on_bridge(bridge, hooks)  # a copy: the run keeps the hooks that it was made with
     kept = Record.of(record, bridge)
@@ -221,7 +221,7 @@ def _with_progress(loop: Loop, canvas: Canvas, progress: bool | None) -> Iterato
             update(advance=int(step.revealed.sum()))
 
 
-def _from_keywords(
+def from_keywords(
     sampler: Any, noise: Any, temperature: Any, nucleus_p: Any, seed: Any
 ) -> tuple[Any, Any]:
     """Return the sampler and noise that were given, or those of TransformerLens's keywords.

@@ -82,10 +82,23 @@ class Noise:
             )
         return self.rows[batch_row]
 
-    def _stream(self, row: int, position: int, kind: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(key=self.seed, counter=[0, kind, position, row])
-        )
+    def _uniforms(
+        self, places: Sequence[tuple[int, int]], kind: int, size: int
+    ) -> Float[np.ndarray, "place size"]:
+        """Return the uniform variables of some (batch row, position), each a stream of its own.
+
+        A stream is ``Philox(key=seed, counter=[0, kind, position, noise row])``. One generator is
+        set to each in turn, since making a generator takes as long as drawing a thousand numbers.
+        """
+        bits = np.random.Philox(key=self.seed)
+        generator, state = np.random.Generator(bits), bits.state
+        uniforms = torch.empty(len(places), size, dtype=torch.float64).numpy()
+        for (row, position), out in zip(places, uniforms, strict=True):
+            counter = [0, kind, position, self.row(row)]
+            state["state"]["counter"] = np.array(counter, np.uint64)
+            bits.state = state
+            generator.random(out=out)
+        return uniforms
 
     def times(self, batch: int, start: int, end: int) -> Float[Tensor, "batch pos"]:
         """Return reveal times of positions ``start:end``, uniform on [0, 1), float64.
@@ -93,11 +106,8 @@ class Noise:
         Raises:
             InputError: if ``rows`` names fewer rows than the batch has.
         """
-        times = [
-            [self._stream(self.row(b), position, TIME).random() for position in range(start, end)]
-            for b in range(batch)
-        ]
-        return torch.tensor(times, dtype=torch.float64).reshape(batch, end - start)
+        places = [(row, position) for row in range(batch) for position in range(start, end)]
+        return torch.from_numpy(self._uniforms(places, TIME, 1)).reshape(batch, end - start)
 
     def gumbels(self, batch_row: int, position: int, size: int) -> Float[Tensor, " d_vocab"]:
         """Return the Gumbel vector of one batch row and absolute position, float64.
@@ -105,6 +115,18 @@ class Noise:
         Raises:
             InputError: if ``rows`` names fewer rows than the batch has.
         """
-        uniform = self._stream(self.row(batch_row), position, GUMBEL).random(size)
+        return self.gumbels_at([(batch_row, position)], size)[0]
+
+    def gumbels_at(
+        self, places: Sequence[tuple[int, int]], size: int
+    ) -> Float[Tensor, "place d_vocab"]:
+        """Return the Gumbel vectors of some (batch row, absolute position), float64.
+
+        Raises:
+            InputError: if ``rows`` names fewer rows than the batch has.
+        """
         # random() is in [0, 1); 1 - u is in (0, 1], whose log is finite.
-        return torch.from_numpy(-np.log(-np.log1p(-uniform) + np.finfo(np.float64).tiny))
+        x = self._uniforms(places, GUMBEL, size)
+        np.log1p(np.negative(x, out=x), out=x)
+        np.subtract(np.finfo(np.float64).tiny, x, out=x)
+        return torch.from_numpy(np.negative(np.log(x, out=x), out=x))

@@ -113,12 +113,15 @@ class Reveals:
         position: Int[Tensor, " position"],
     ) -> tuple[Any, Int[Tensor, " position"]]:
         """Return the two best scores at each position, and its planned token, -1 for none."""
-        gumbels = []
-        for key in zip(row.tolist(), position.tolist(), strict=True):
-            if key not in self._gumbels:
-                self._gumbels[key] = self.noise.gumbels(*key, log_p.shape[-1])
-            gumbels.append(self._gumbels[key])
-        scores = self.sampler.scores(log_p, torch.stack(gumbels)) if gumbels else log_p
+        places = list(zip(row.tolist(), position.tolist(), strict=True))
+        new = [place for place in places if place not in self._gumbels]
+        if new:
+            drawn = self.noise.gumbels_at(new, log_p.shape[-1])
+            self._gumbels.update(zip(new, drawn, strict=True))
+        scores = log_p
+        if places:
+            gumbels = torch.stack([self._gumbels[place] for place in places])
+            scores = self.sampler.scores(log_p, gumbels)
         return scores.topk(2, dim=-1), self.plan.tokens[row, position]
 
     def schedule(

@@ -19,6 +19,7 @@ from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
@@ -41,6 +42,7 @@ TABLES = {
     Price: "sweep:price_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    Runs: "run_tables:runs_table",
     Speed: "speed:speed_table",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.show.tables import new_table
 
 
@@ -18,17 +19,18 @@ def run_table(run: Run) -> Table:
     """Return a table of a run: each row's text, how many tokens were written, and how surely."""
     columns = ("row", "text", "written", "steps", "mean log p (nats)", "smallest lead (nats)")
     table = new_table(repr(run), columns, ("row", "text"), "")
-    for row, reveal_step in enumerate(run.commit_step):
-        steps = reveal_step[reveal_step >= 0]
-        leads = run.lead[row][~run.lead[row].isnan()]
-        table.add_row(
-            str(row),
-            _text(run, row),
-            str(len(steps)),
-            str(len(steps.unique())),
-            f"{float(run.log_p[row].nanmean()):.3f}",
-            f"{float(leads.min()):.3f}" if len(leads) else "–",
-        )
+    for row in range(len(run.ends)):
+        table.add_row(str(row), *_cells(run, row))
+    return table
+
+
+def runs_table(runs: Runs, n: int = 10) -> Table:
+    """Return a table of the first ``n`` runs of many prompts; see :func:`run_table`."""
+    columns = ("prompt", "text", "written", "steps", "mean log p (nats)", "smallest lead (nats)")
+    more = f"the first {n} of {len(runs)} prompts" if len(runs) > n else ""
+    table = new_table(repr(runs), columns, ("prompt", "text"), more)
+    for i in range(min(n, len(runs))):
+        table.add_row(str(i), *_cells(runs[i], 0))
     return table
 
 
@@ -76,6 +78,19 @@ def mediation_table(mediation: Mediation) -> Table:
         values = [*by_row.tolist(), float(by_row.mean())]
         table.add_row(name.replace("_", " "), *(f"{x:+.4f}" for x in values))
     return table
+
+
+def _cells(run: Run, row: int) -> tuple[Text, str, str, str, str]:
+    """Return a row's text, how many tokens were written in how many steps, and how surely."""
+    steps = run.commit_step[row][run.commit_step[row] >= 0]
+    leads = run.lead[row][~run.lead[row].isnan()]
+    return (
+        _text(run, row),
+        str(len(steps)),
+        str(len(steps.unique())),
+        f"{float(run.log_p[row].nanmean()):.3f}",
+        f"{float(leads.min()):.3f}" if len(leads) else "–",
+    )
 
 
 def _text(run: Run, row: int, marked: list[bool] | None = None, style: str = "bold") -> Text:
