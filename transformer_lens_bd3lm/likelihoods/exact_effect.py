@@ -142,7 +142,8 @@ def exact_backward(
     with torch.enable_grad():
         stream = patterns.passes.clean_stream()
         leaves = stream.leaves()
-        for numbers, log_p in patterns.log_probs(leaves):
-            (-(weights[numbers] * log_p).sum()).backward()
+        weights = patterns.passes.by_block(weights)
+        for at, log_p in patterns.passes.by_pass(leaves, patterns.all_masked):
+            (-(weights[at.unbind(-1)] * log_p).sum()).backward()
         stream.backward(leaves)
     return result

@@ -1,7 +1,7 @@
 """All mask patterns of finished texts: which positions each masks, and the log-probabilities there.
 
 A block of k maskable tokens has ``2^k - 1`` mask patterns. The blocks of a text do not see each
-other's noise, so pattern number j runs in all of them at once.
+other's noise, so pattern number j masks the same places of all of them.
 
 It does not sum over the patterns; see ``reveal_orders``.
 """
@@ -51,17 +51,14 @@ class MaskPatterns:
         masked = ((numbers[:, None] >> place) & 1).bool() & self.passes.counted[0]
         return masked[:, None].expand(-1, batch, -1)
 
-    def log_probs(
-        self, stream: CleanStream
-    ) -> Iterator[tuple[Int[Tensor, " pattern"], Float[Tensor, "pattern batch pos"]]]:
-        """Yield the patterns of each pass, and ``log p`` of their tokens; not the empty pattern."""
-        for numbers in torch.arange(1, self.count).split(self.passes.patterns_per_pass):
-            yield numbers, self.passes.log_probs(stream, self.masked(numbers))
+    @property
+    def all_masked(self) -> Bool[Tensor, "pattern batch pos"]:
+        """Which positions each pattern masks, the empty pattern first."""
+        return self.masked(torch.arange(self.count))
 
     def table(self, stream: CleanStream) -> Float[Tensor, "pattern batch pos"]:
         """Return ``log p`` of the true tokens under every pattern, nats; 0 where not masked."""
-        nothing = torch.zeros(1, *self.passes.tokens.shape, dtype=torch.float64)
-        return torch.cat([nothing, *(log_p for _, log_p in self.log_probs(stream))])
+        return self.passes.log_probs(stream, self.all_masked)
 
     def _groups(self) -> Iterator[tuple[Int[Tensor, "block place"], Int[Tensor, " place"]]]:
         """Yield blocks with the same maskable places: their positions, and those places."""

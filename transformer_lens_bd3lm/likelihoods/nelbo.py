@@ -144,9 +144,7 @@ def nelbo(
         torch.cat(x) for x in zip(*((m.masked, m.weight) for m in draws), strict=True)
     )
     by_token = torch.zeros(replicates, *passes.tokens.shape, dtype=torch.float64)
-    for part in torch.arange(len(owner)).split(passes.patterns_per_pass):
-        log_p = passes.log_probs(stream, masked[part])
-        by_token.index_add_(0, owner[part], -weight[part] * log_p)
+    by_token.index_add_(0, owner, -weight * passes.log_probs(stream, masked))
     kind = "biased" if clip is not None or strata == "public" else "estimate"
     return _result(passes, method, kind, by_token.mean(0), by_token.sum(-1))
 
