@@ -176,7 +176,7 @@ def exact(
     bridge = read_bridge(bridge)
     limits = (max_states, rows, given)
     patterns = read_mask_patterns(bridge, tokens, block_size, hooks, scope, sampler, *limits)
-    return sum_patterns(patterns, patterns.table(patterns.passes.clean_stream()))
+    return sum_patterns(patterns, patterns.table())
 
 
 def sum_patterns(patterns: MaskPatterns, table: Float[Tensor, "pattern batch pos"]) -> Exact:

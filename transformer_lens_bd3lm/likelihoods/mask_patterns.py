@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.masked_passes import MaskedPasses, read_masked_passes
@@ -44,21 +43,17 @@ class MaskPatterns:
         """Number of patterns, the empty one included."""
         return 2**self.passes.block_size
 
-    def masked(self, numbers: Int[Tensor, " pattern"]) -> Bool[Tensor, "pattern batch pos"]:
-        """Return which positions the numbered patterns mask; never a given one."""
-        batch, n = self.passes.tokens.shape
-        place = torch.arange(n) % self.passes.block_size
-        masked = ((numbers[:, None] >> place) & 1).bool() & self.passes.counted[0]
-        return masked[:, None].expand(-1, batch, -1)
-
     @property
     def all_masked(self) -> Bool[Tensor, "pattern batch pos"]:
-        """Which positions each pattern masks, the empty pattern first."""
-        return self.masked(torch.arange(self.count))
+        """Which positions each pattern masks, the empty one first; never a given one."""
+        batch, n = self.passes.tokens.shape
+        place = torch.arange(n) % self.passes.block_size
+        masked = ((torch.arange(self.count)[:, None] >> place) & 1).bool()
+        return (masked & self.passes.counted[0])[:, None].expand(-1, batch, -1)
 
-    def table(self, stream: CleanStream) -> Float[Tensor, "pattern batch pos"]:
-        """Return ``log p`` of the true tokens under every pattern, nats; 0 where not masked."""
-        return self.passes.log_probs(stream, self.all_masked)
+    def table(self) -> Float[Tensor, "pattern batch pos"]:
+        """Compute ``log p`` of the true tokens under every pattern, nats; 0 where not masked."""
+        return self.passes.log_probs(self.all_masked)
 
     def _groups(self) -> Iterator[tuple[Int[Tensor, "block place"], Int[Tensor, " place"]]]:
         """Yield blocks with the same maskable places: their positions, and those places."""

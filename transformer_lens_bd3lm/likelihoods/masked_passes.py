@@ -17,7 +17,7 @@ It needs the conditioning c to be constant. It does not choose the mask patterns
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,10 +60,10 @@ class MaskedPasses:
             them; else empty.
         hooks: hooks on the noisy stream; some also on the clean one, whose keys and values later
             blocks read.
-        hooked: whether somebody looks: these hooks, or some on the bridge itself. Passes are then
-            of whole noisy streams.
-        rows: largest number of noisy positions of a pass, unless one block has more, or with
-            hooks one mask pattern of the texts.
+        hooked: whether the network has hooks, these or others on the bridge itself. Passes are
+            then of whole noisy streams.
+        rows: largest number of positions of a pass, unless one text has more, or with hooks all
+            texts under one mask pattern.
         given: number of leading positions that are never masked and not counted; 1 is BOS alone.
         characters: characters of each text, if they were given as strings and count whole.
     """
@@ -111,7 +111,7 @@ class MaskedPasses:
         return stream
 
     def log_probs(
-        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
+        self, masked: Bool[Tensor, "pattern batch pos"]
     ) -> Float[Tensor, "pattern batch pos"]:
         """Compute ``log p`` of the true token at each masked position, nats; 0 elsewhere.
 
@@ -121,9 +121,22 @@ class MaskedPasses:
             NotExactError: if one is NaN, because activations overflow or a hook returned NaN.
         """
         full = self.by_block(torch.zeros(masked.shape, dtype=torch.float64))
-        for at, log_p in self.by_pass(stream, masked):
-            full[at.unbind(-1)] = log_p
+        for texts, passes in self.by_texts():
+            part = full[:, texts]
+            for at, log_p in passes.by_pass(passes.clean_stream(), masked[:, texts]):
+                part[at.unbind(-1)] = log_p
         return full.flatten(-2)[..., : masked.shape[-1]]
+
+    def by_texts(self) -> Iterator[tuple[slice, "MaskedPasses"]]:
+        """Yield the passes over a few texts at a time, whose clean streams are one pass.
+
+        With hooks these are all texts, which hooks see side by side.
+        """
+        batch, n = self.tokens.shape
+        at_once = batch if self.hooked else max(self.rows // n, 1)
+        for first in range(0, batch, at_once):
+            texts = slice(first, min(first + at_once, batch))
+            yield texts, replace(self, tokens=self.tokens[texts])
 
     def by_pass(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
@@ -136,26 +149,36 @@ class MaskedPasses:
         Raises:
             NotExactError: if a prediction is NaN.
         """
+        at = self.by_block(masked).any(-1).nonzero()
+        if len(at):
+            yield from (self.pattern_passes if self.hooked else self.block_passes)(
+                stream, masked, at
+            )
+
+    def pattern_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Run each distinct mask pattern of the texts once, as batches of whole noisy streams."""
+        patterns, owner = distinct_patterns(masked)
+        at_once = max(self.rows // self.tokens.numel(), 1)
+        for part, here in passes_of(owner[at[:, 0]], at_once):
+            log_p = self.by_block(self.of_streams(stream, masked[patterns[part]]))
+            pattern, text, block = at[here].unbind(-1)
+            yield at[here], log_p[owner[pattern] - part.start, text, block]
+
+    def block_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Run each distinct noisy block once, behind one another."""
         blocks = self.by_block(masked)
-        at = blocks.any(-1).nonzero()
-        if not len(at):
-            return
-        if self.hooked:
-            patterns, owner = distinct_patterns(masked)
-            at_once = max(self.rows // self.tokens.numel(), 1)
-            for part, here in passes_of(owner[at[:, 0]], at_once):
-                log_p = self.by_block(self.of_streams(stream, masked[patterns[part]]))
-                number = owner[at[here, 0]] - part.start
-                yield at[here], log_p[number, at[here, 1], at[here, 2]]
-            return
-        chosen, owner = distinct_blocks(blocks, at)
+        first, owner = distinct_blocks(blocks, at)
         for part, here in passes_of(owner, max(self.rows // self.block_size, 1)):
-            text, block = at[chosen[part], 1:].unbind(-1)
+            pattern, text, block = at[first[part]].unbind(-1)
             noisy = NoisyBlocks(
                 length=self.tokens.shape[1],
                 text=text,
                 start=block * self.block_size,
-                masked=blocks[at[chosen[part]].unbind(-1)],
+                masked=blocks[pattern, text, block],
             )
             yield at[here], self.of_blocks(stream, noisy)[owner[here] - part.start]
 
@@ -261,24 +284,16 @@ class _AutoregressivePasses(_FullDiffusionPasses):
 
     kind: ClassVar[str] = "causal"
 
-    def by_pass(
-        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
+    def block_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
     ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
-        """Yield what each pass predicts; without hooks every text runs once, under any masks."""
-        if self.hooked:
-            yield from super().by_pass(stream, masked)
-            return
-        at, wanted = masked.nonzero(), masked.any(0)
-        if not len(at):
-            return
-        for part, here in passes_of(at[:, 1], max(self.rows // self.tokens.shape[1], 1)):
-            ids = self.tokens[part]
-            where = wanted[part].nonzero().to(ids.device)
-            h = self.one_stream(ids)
-            log_p = self._read(h, where - where.new_tensor([0, 1]), ids[where.unbind(-1)])
-            _, text, position = at[here].unbind(-1)
-            log_p = _placed(log_p, wanted[part])
-            yield at[here], log_p[text - part.start, position, None]
+        """Run the texts once: what a token is predicted from does not depend on the masks."""
+        wanted = masked.any(0)
+        where = wanted.nonzero().to(self.tokens.device)
+        h = self.one_stream(self.tokens)
+        log_p = self._read(h, where - where.new_tensor([0, 1]), self.tokens[where.unbind(-1)])
+        _, text, position = at.unbind(-1)
+        yield at, _placed(log_p, wanted)[text, position, None]
 
     def streams(
         self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
