@@ -112,7 +112,7 @@ def exact_backward(
         scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given.
         max_states: largest number of mask patterns a block.
-        rows: largest number of positions in one pass.
+        rows: largest number of positions in one pass, as in :func:`exact`.
 
     Returns:
         The exact likelihoods, without gradients.

@@ -115,7 +115,7 @@ def nelbo(
         scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given, as in :func:`exact`.
         max_states: largest number of mask patterns of the exact sum, as in :func:`exact`.
-        rows: largest number of positions in one pass; memory grows with it.
+        rows: largest number of positions in one pass, as in :func:`exact`.
 
     Raises:
         InputError: for arguments that do not fit.
