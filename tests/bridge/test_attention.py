@@ -24,11 +24,11 @@ def tile(request, monkeypatch):
     return request.param
 
 
-def seen_through(tiles, rows):
+def seen_through(tiles, rows, keys=None):
     """Which rows read which, by the tiles alone; every row must be the query of exactly one."""
-    sees = torch.zeros(rows, rows, dtype=torch.bool)
+    sees = torch.zeros(rows, rows if keys is None else keys, dtype=torch.bool)
     owners = torch.zeros(rows, dtype=torch.long)
-    index = torch.arange(rows)
+    index = torch.arange(max(sees.shape))
     for tile in tiles:
         queries = torch.cat([index[part] for part in tile.queries])
         keys = torch.cat([index[part] for part in tile.keys])

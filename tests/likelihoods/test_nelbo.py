@@ -37,7 +37,7 @@ def test_weighted_losses_of_given_masks_are_the_public_codes(golden, device, nam
     bridge = boot(g.path, device)
     passes = read_masked_passes(bridge, g["in/x0"], None, None, "active", 2048)
     masked = (g["in/xt"] == bridge.cfg.mask_token_id)[None]
-    log_p = passes.log_probs(passes.clean_stream(), masked)[0]
+    log_p = passes.log_probs(masked)[0]
     found = -log_p / per_position(g["nelbo/t"], log_p)
     assert relative(found, g["nelbo/loss"].double()) < 1e-5
 
@@ -159,7 +159,7 @@ def over_t(values, low, high):
 def enumerated(bridge, ids, size, clip) -> float:
     """What a clipped estimate of one text estimates, over every mask of every block."""
     passes = read_masked_passes(bridge, ids, size)
-    clean, n, total = passes.clean_stream(), ids.shape[1], 0.0
+    n, total = ids.shape[1], 0.0
     for start in range(0, n, size):
         block = range(start, min(start + size, n))
         chosen = []
@@ -176,7 +176,7 @@ def enumerated(bridge, ids, size, clip) -> float:
                 continue
             masked = torch.zeros(1, 1, n, dtype=torch.bool)
             masked[0, 0, hidden] = True
-            chosen.append((k, m, -float(passes.log_probs(clean, masked).sum())))
+            chosen.append((k, m, -float(passes.log_probs(masked).sum())))
 
         def chance(t, k, m):
             return t**m * (1 - t) ** (k - m)

@@ -49,6 +49,24 @@ def run(
     With ``predicted``, pairs of (batch row, row of the read-out), these are the logits of those
     alone ``[token, d_vocab]``; nothing else is unembedded unless the unembedding has hooks.
     """
+    output = model.backbone.output_layer
+    h = before_unembedding(model, x, sigma, routing, readout)
+    if predicted is None:
+        return output.linear(h)
+    where = predicted.unbind(-1)
+    if watched(*output.linear.modules()):
+        return output.linear(h)[where]
+    return output.linear(h[where][None])[0]
+
+
+def before_unembedding(
+    model: Any,
+    x: Float[Tensor, "batch row d_model"],
+    sigma: Float[Tensor, " batch"],
+    routing: Routing,
+    readout: slice,
+) -> Float[Tensor, "batch pos d_model"]:
+    """Run every layer; return what the unembedding reads at the rows ``readout``."""
     width = x.shape[1]
     x, c = through_layers(model, x, sigma, routing, readout)
     output = model.backbone.output_layer
@@ -57,13 +75,7 @@ def run(
         c = c[:, readout]
         c = c[:, 0] if bool((c == c[:, :1]).all()) else c
     shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
-    h = modulate(h, shift, scale)
-    if predicted is None:
-        return output.linear(h)
-    where = predicted.unbind(-1)
-    if watched(*output.linear.modules()):
-        return output.linear(h)[where]
-    return output.linear(h[where][None])[0]
+    return modulate(h, shift, scale)
 
 
 def through_layers(

@@ -12,6 +12,8 @@ context nothing moves: keys are rotated by absolute position, only differences o
 and a pass reads from the first one that is still in view. Which one that is, the pass decides.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -95,7 +97,14 @@ class CleanStream:
 
     def beside(self, copies: int) -> "BesideClean":
         """Return the cache of a pass whose batch is ``copies`` copies of this one's, in order."""
-        return BesideClean(self.layers, copies)
+        return BesideClean(self.layers, lambda x: x.repeat(copies, 1, 1, 1))
+
+    def joined(self, texts: slice, past: slice) -> "BesideClean":
+        """Return the cache of a pass of one row, with these positions of each text in a row."""
+        return BesideClean(
+            self.layers,
+            lambda x: x[texts, :, past].transpose(1, 2).flatten(0, 1)[None].transpose(1, 2),
+        )
 
     def leaves(self) -> "CleanStream":
         """Return the same numbers without their graph, as leaves that gather gradients."""
@@ -117,10 +126,13 @@ class CleanStream:
 
 
 class BesideClean:
-    """Clean keys and values in front of a noisy pass's own, ``[clean | noisy]``."""
+    """Clean keys and values in front of a noisy pass's own, ``[clean | noisy]``; or none at all.
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], copies: int):
-        self.layers, self.copies = layers, copies
+    ``arranged`` returns the clean ones as the pass reads them, ``[batch, head, key, d_head]``.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], arranged: Callable[[Tensor], Tensor]):
+        self.layers, self.arranged = layers, arranged
 
     def extend(
         self,
@@ -129,5 +141,7 @@ class BesideClean:
         v: Float[Tensor, "batch head row d_head"],
     ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
         """Return both streams' keys and values."""
-        keys, values = (x.repeat(self.copies, 1, 1, 1) for x in self.layers[layer])
+        if not self.layers:
+            return k, v
+        keys, values = (self.arranged(x) for x in self.layers[layer])
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)

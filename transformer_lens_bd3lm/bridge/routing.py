@@ -251,6 +251,20 @@ class Routing:
 
         return cls(cos, sin, tiles, dense, cache)
 
+    @classmethod
+    def of_rows(
+        cls,
+        positions: Int[Tensor, " row"],
+        tiles: list[Tile],
+        dense: Callable[[], Bool[Tensor, "*batch row key"] | None],
+        cache: Store,
+        inv_freq: Tensor,
+        like: Tensor,
+    ) -> "Routing":
+        """Return the routing of rows at any positions, by tiles whose masks are boolean."""
+        cos, sin = _signed_tables(positions, inv_freq, like.dtype)
+        return cls(cos, sin, [_additive(tile, like.dtype) for tile in tiles], dense, cache)
+
     def tiles_of(self, queries: slice) -> list[Tile]:
         """Return the tiles of these query rows alone, with queries numbered from 0."""
         narrowed = []

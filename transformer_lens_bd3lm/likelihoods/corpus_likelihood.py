@@ -170,7 +170,7 @@ def likelihood(
             :func:`exact`.
         scope: how far they reach, as in :func:`exact`.
         max_states: largest number of mask patterns of the exact sum, as in :func:`exact`.
-        rows: largest number of positions in one pass; memory grows with it.
+        rows: largest number of positions in one pass, as in :func:`exact`.
         out: a folder that keeps finished jobs, so that a stopped run can be resumed; all processes
             must have access to it. It can be resumed only with the same settings, weights and
             autocast.

@@ -155,15 +155,19 @@ def exact(
         tokens: a string, strings of equally many tokens, or ids ``[batch, pos]``. Position 0 is
             BOS, given and not counted; strings get it whatever ``cfg.default_prepend_bos`` is.
         block_size: tokens per block, or ``"full"``; the bridge's by default.
-        hooks: TransformerLens's ``[(name or filter, fn), ...]``, which see the noisy stream, all
-            blocks at once; or ``StepHooks`` that select no steps, each with its own scope.
+        hooks: TransformerLens's ``[(name or filter, fn), ...]``, which see noisy streams, all
+            blocks at once, in batch rows of texts within mask patterns, each distinct one once;
+            or ``StepHooks`` that select no steps, each with its own scope.
         scope: ``"active"``: the hooks edit the noisy stream alone, as an active step hook at every
             step does; ``"commit"``: also the clean stream, whose keys and values later blocks read.
         sampler: None or ``FirstHitting()``, the one sampler that has this likelihood.
         given: number of leading positions that are given (BOS and a prompt): never masked and not
             counted; 1 is BOS alone.
         max_states: largest number of mask patterns a block; more are refused.
-        rows: largest number of positions in one pass; memory grows with it.
+        rows: largest number of positions in one pass, unless one text has more; the result does
+            not depend on it beyond rounding. A position needs about ``(2 n_layers + 25) d_model``
+            numbers: at the released size in float32, 2048 are 0.3 GB. With hooks a pass has whole
+            texts and logits of all their masked positions too.
 
     Raises:
         InputError: for arguments that do not fit, or too many mask patterns.
@@ -176,7 +180,7 @@ def exact(
     bridge = read_bridge(bridge)
     limits = (max_states, rows, given)
     patterns = read_mask_patterns(bridge, tokens, block_size, hooks, scope, sampler, *limits)
-    return sum_patterns(patterns, patterns.table(patterns.passes.clean_stream()))
+    return sum_patterns(patterns, patterns.table())
 
 
 def sum_patterns(patterns: MaskPatterns, table: Float[Tensor, "pattern batch pos"]) -> Exact:

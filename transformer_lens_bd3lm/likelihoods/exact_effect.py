@@ -112,7 +112,7 @@ def exact_backward(
         scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given.
         max_states: largest number of mask patterns a block.
-        rows: largest number of positions in one pass.
+        rows: largest number of positions in one pass, as in :func:`exact`.
 
     Returns:
         The exact likelihoods, without gradients.
@@ -132,17 +132,20 @@ def exact_backward(
         )
     limits = (max_states, rows, given)
     patterns = read_mask_patterns(bridge, tokens, block_size, hooks, scope, None, *limits)
+    masked, passes = patterns.all_masked, patterns.passes
     with torch.no_grad():
-        table = patterns.table(patterns.passes.clean_stream())
+        table = patterns.table()
         result, weights = sum_patterns(patterns, table), torch.zeros_like(table)
         for at, places, orders in patterns.reveal_orders(table):
             numbers = pattern_numbers(places)[:, None, None]
             gamma = orders.gamma().unflatten(0, (len(table[0]), len(at)))
             weights[numbers, :, at[None]] = gamma.permute(2, 1, 3, 0)
+        weights = passes.by_block(weights)
     with torch.enable_grad():
-        stream = patterns.passes.clean_stream()
-        leaves = stream.leaves()
-        for numbers, log_p in patterns.log_probs(leaves):
-            (-(weights[numbers] * log_p).sum()).backward()
-        stream.backward(leaves)
+        for texts, part in passes.by_texts():
+            stream = part.clean_stream()
+            leaves = stream.leaves()
+            for at, log_p in part.by_pass(leaves, masked[:, texts]):
+                (-(weights[:, texts][at.unbind(-1)] * log_p).sum()).backward()
+            stream.backward(leaves)
     return result

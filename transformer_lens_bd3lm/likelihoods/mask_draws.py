@@ -64,15 +64,9 @@ class MaskDraws:
     weight: Float[Tensor, "pattern batch pos"]
 
 
-def _by_block(counted: Bool[Tensor, "batch pos"], size: int) -> Bool[Tensor, "batch block place"]:
-    """Return which places of each block are maskable; the last block is filled up with False."""
-    missing = -counted.shape[1] % size
-    return torch.nn.functional.pad(counted, (0, missing)).unflatten(1, (-1, size))
-
-
 def stratified(passes: MaskedPasses, generator: torch.Generator) -> MaskDraws:
     """Draw one mask of m places a block for every number m, weight 1/m."""
-    counted = _by_block(passes.counted, passes.block_size)
+    counted = passes.by_block(passes.counted)
     k = counted.sum(-1)
     patterns, shape = int(k.max()), counted.shape
     draw = torch.rand(patterns, *shape, generator=generator, dtype=torch.float64)
@@ -89,7 +83,7 @@ def monte_carlo(
     clip: Clip | None = None,
 ) -> MaskDraws:
     """Draw one t a block, each from its own stratum, and a mask of probability t, weight 1/t."""
-    counted = _by_block(passes.counted, passes.block_size)
+    counted = passes.by_block(passes.counted)
     shape = counted.shape[:2]
     number = shape.numel()
     if strata == "none":
@@ -103,7 +97,7 @@ def monte_carlo(
     low, high = (clip.low, clip.high) if clip and clip.kind != "fraction" else (0.0, 1.0)
     t = (low + (high - low) * u)[..., None]
     if clip is not None and clip.kind == "resample":
-        places = _by_block(torch.ones_like(passes.counted), passes.block_size)
+        places = passes.by_block(torch.ones_like(passes.counted))
         masked = resampled_masks(t, places, clip, generator) & counted
     else:
         masked = _draw_mask(t, counted, generator)

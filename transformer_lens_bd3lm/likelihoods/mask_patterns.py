@@ -1,7 +1,7 @@
 """All mask patterns of finished texts: which positions each masks, and the log-probabilities there.
 
 A block of k maskable tokens has ``2^k - 1`` mask patterns. The blocks of a text do not see each
-other's noise, so pattern number j runs in all of them at once.
+other's noise, so pattern number j masks the same places of all of them.
 
 It does not sum over the patterns; see ``reveal_orders``.
 """
@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.masked_passes import MaskedPasses, read_masked_passes
@@ -44,24 +43,17 @@ class MaskPatterns:
         """Number of patterns, the empty one included."""
         return 2**self.passes.block_size
 
-    def masked(self, numbers: Int[Tensor, " pattern"]) -> Bool[Tensor, "pattern batch pos"]:
-        """Return which positions the numbered patterns mask; never a given one."""
+    @property
+    def all_masked(self) -> Bool[Tensor, "pattern batch pos"]:
+        """Which positions each pattern masks, the empty one first; never a given one."""
         batch, n = self.passes.tokens.shape
         place = torch.arange(n) % self.passes.block_size
-        masked = ((numbers[:, None] >> place) & 1).bool() & self.passes.counted[0]
-        return masked[:, None].expand(-1, batch, -1)
+        masked = ((torch.arange(self.count)[:, None] >> place) & 1).bool()
+        return (masked & self.passes.counted[0])[:, None].expand(-1, batch, -1)
 
-    def log_probs(
-        self, stream: CleanStream
-    ) -> Iterator[tuple[Int[Tensor, " pattern"], Float[Tensor, "pattern batch pos"]]]:
-        """Yield the patterns of each pass, and ``log p`` of their tokens; not the empty pattern."""
-        for numbers in torch.arange(1, self.count).split(self.passes.patterns_per_pass):
-            yield numbers, self.passes.log_probs(stream, self.masked(numbers))
-
-    def table(self, stream: CleanStream) -> Float[Tensor, "pattern batch pos"]:
-        """Return ``log p`` of the true tokens under every pattern, nats; 0 where not masked."""
-        nothing = torch.zeros(1, *self.passes.tokens.shape, dtype=torch.float64)
-        return torch.cat([nothing, *(log_p for _, log_p in self.log_probs(stream))])
+    def table(self) -> Float[Tensor, "pattern batch pos"]:
+        """Compute ``log p`` of the true tokens under every pattern, nats; 0 where not masked."""
+        return self.passes.log_probs(self.all_masked)
 
     def _groups(self) -> Iterator[tuple[Int[Tensor, "block place"], Int[Tensor, " place"]]]:
         """Yield blocks with the same maskable places: their positions, and those places."""

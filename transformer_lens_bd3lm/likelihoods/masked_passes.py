@@ -1,8 +1,13 @@
 """Log-probabilities of finished texts under given mask patterns, sharing one clean pass.
 
 In the dual view ``[noisy | clean]`` the clean stream never reads the noisy one. So the clean
-stream's keys and values are computed once a text, and any number of mask patterns run as batches of
-noisy streams over them: half the rows of a dual pass, and only masked positions are unembedded.
+stream's keys and values are computed once a text, and any number of mask patterns run over them.
+Only masked positions are unembedded.
+
+Without hooks the passes are of noisy blocks: each block with a mask runs once, however many mask
+patterns mask the same of its places. With hooks, on the passes or on the bridge itself, every pass
+is a batch of whole noisy streams ``[batch * pattern, pos, ...]``, and each mask pattern of the
+texts runs once.
 
 The baselines have one stream, which hooks see whole, whatever their scope. For full diffusion the
 text is one block, with nothing before it. For the autoregressive model every token is a block, and
@@ -11,30 +16,36 @@ a token is predicted one position before it.
 It needs the conditioning c to be constant. It does not choose the mask patterns, nor sum over them.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.casts import frequencies
-from transformer_lens_bd3lm.bridge.forward import run, through_layers
+from transformer_lens_bd3lm.bridge.forward import before_unembedding, through_layers
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import CleanStream
+from transformer_lens_bd3lm.bridge.noisy_blocks import NoisyBlocks
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
+from transformer_lens_bd3lm.bridge.token_log_probs import token_log_probs
+from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.likelihoods.distinct_masks import (
+    distinct_blocks,
+    distinct_patterns,
+    passes_of,
+)
 from transformer_lens_bd3lm.model.config import trained_block_sizes
 from transformer_lens_bd3lm.model.inputs import View
-from transformer_lens_bd3lm.model.modules import at_least_float32
-from transformer_lens_bd3lm.model.subs import masked_log_probs
-
-CHUNK = 256  # rows whose log-softmax is in memory at once
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,10 @@ class MaskedPasses:
             them; else empty.
         hooks: hooks on the noisy stream; some also on the clean one, whose keys and values later
             blocks read.
-        rows: largest number of positions of a pass, unless one mask pattern has more.
+        hooked: whether the network has hooks, these or others on the bridge itself. Passes are
+            then of whole noisy streams.
+        rows: largest number of positions of a pass, unless one text has more, or with hooks all
+            texts under one mask pattern.
         given: number of leading positions that are never masked and not counted; 1 is BOS alone.
         characters: characters of each text, if they were given as strings and count whole.
     """
@@ -59,6 +73,7 @@ class MaskedPasses:
     block_size: int
     trained_at: tuple[int, ...]
     hooks: PassHooks
+    hooked: bool
     rows: int
     given: int = 1
     characters: tuple[int, ...] | None = None
@@ -69,10 +84,10 @@ class MaskedPasses:
         batch, n = self.tokens.shape
         return (torch.arange(n) >= self.given).expand(batch, n)
 
-    @property
-    def patterns_per_pass(self) -> int:
-        """Number of mask patterns that run in one pass."""
-        return max(self.rows // self.tokens.numel(), 1)
+    def by_block(self, x: Shaped[Tensor, "*dims pos"]) -> Shaped[Tensor, "*dims block place"]:
+        """Cut texts into blocks; the last one is filled up with zeros."""
+        size = self.block_size
+        return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
 
     def sigma(self, x: Tensor) -> Float[Tensor, " batch"]:
         """Return sigma of each row: zeros, since the network does not see t."""
@@ -80,8 +95,13 @@ class MaskedPasses:
         return torch.zeros(len(x), device=x.device, dtype=wide)
 
     def clean_stream(self) -> CleanStream:
-        """Return the keys and values of the clean stream, from one pass without a read-out."""
+        """Return the keys and values of the clean stream, from one pass without a read-out.
+
+        Without hooks, texts of one block have none, since nothing reads it.
+        """
         model, stream = self.bridge.original_model, CleanStream()
+        if not self.hooked and self.block_size == self.tokens.shape[1]:
+            return stream
         view = View(self.tokens, self.tokens.shape[1], self.block_size, "block", dual=False)
         with self.hooks.on_clean():
             x = model.backbone.vocab_embed(self.tokens)
@@ -90,85 +110,209 @@ class MaskedPasses:
             through_layers(model, x, self.sigma(x), routing, slice(0, 1))
         return stream
 
-    def logits(
+    def log_probs(
+        self, masked: Bool[Tensor, "pattern batch pos"]
+    ) -> Float[Tensor, "pattern batch pos"]:
+        """Compute ``log p`` of the true token at each masked position, nats; 0 elsewhere.
+
+        Returned in float64 on the CPU, computed in float32 or wider.
+
+        Raises:
+            NotExactError: if one is NaN, because activations overflow or a hook returned NaN.
+        """
+        full = self.by_block(torch.zeros(masked.shape, dtype=torch.float64))
+        for texts, passes in self.by_texts():
+            part = full[:, texts]
+            for at, log_p in passes.by_pass(passes.clean_stream(), masked[:, texts]):
+                part[at.unbind(-1)] = log_p
+        return full.flatten(-2)[..., : masked.shape[-1]]
+
+    def by_texts(self) -> Iterator[tuple[slice, "MaskedPasses"]]:
+        """Yield the passes over a few texts at a time, whose clean streams are one pass.
+
+        With hooks these are all texts, which hooks see side by side.
+        """
+        batch, n = self.tokens.shape
+        at_once = batch if self.hooked else max(self.rows // n, 1)
+        for first in range(0, batch, at_once):
+            texts = slice(first, min(first + at_once, batch))
+            yield texts, replace(self, tokens=self.tokens[texts])
+
+    def by_pass(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Yield for each pass its noisy blocks, and ``log p`` of the true tokens in their places.
+
+        A block is a (pattern, text, block); together they are all that have a mask. Where nothing
+        is masked ``log p`` is 0.
+
+        Raises:
+            NotExactError: if a prediction is NaN.
+        """
+        at = self.by_block(masked).any(-1).nonzero()
+        if len(at):
+            yield from (self.pattern_passes if self.hooked else self.block_passes)(
+                stream, masked, at
+            )
+
+    def pattern_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Run each distinct mask pattern of the texts once, as batches of whole noisy streams."""
+        patterns, owner = distinct_patterns(masked)
+        at_once = max(self.rows // self.tokens.numel(), 1)
+        for part, here in passes_of(owner[at[:, 0]], at_once):
+            log_p = self.by_block(self.of_streams(stream, masked[patterns[part]]))
+            pattern, text, block = at[here].unbind(-1)
+            yield at[here], log_p[owner[pattern] - part.start, text, block]
+
+    def block_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Run each distinct noisy block once, behind one another."""
+        blocks = self.by_block(masked)
+        first, owner = distinct_blocks(blocks, at)
+        for part, here in passes_of(owner, max(self.rows // self.block_size, 1)):
+            pattern, text, block = at[first[part]].unbind(-1)
+            noisy = NoisyBlocks(
+                length=self.tokens.shape[1],
+                text=text,
+                start=block * self.block_size,
+                masked=blocks[pattern, text, block],
+            )
+            yield at[here], self.of_blocks(stream, noisy)[owner[here] - part.start]
+
+    def of_blocks(self, stream: CleanStream, blocks: NoisyBlocks) -> Float[Tensor, "block place"]:
+        """Compute ``log p`` of the true tokens of noisy blocks where masked, 0 elsewhere; a pass.
+
+        Raises:
+            NotExactError: if one is NaN.
+        """
+        model, mask_id = self.bridge.original_model, self.bridge.cfg.mask_token_id
+        true = self.tokens[tuple(x.to(self.tokens.device) for x in blocks.sources)]
+        noised = true.clone()
+        noised[blocks.masked_rows] = mask_id
+        x = model.backbone.vocab_embed(noised[None])
+        routing = blocks.routing(stream, frequencies(model, x.device), x)
+        h = before_unembedding(model, x, self.sigma(x), routing, blocks.masked_rows)
+        where = torch.arange(h.shape[1], device=h.device)
+        where = torch.stack([torch.zeros_like(where), where], dim=1)
+        log_p = self._read(h, where, true[blocks.masked_rows])
+        return _placed(log_p, blocks.masked)
+
+    def of_streams(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
+    ) -> Float[Tensor, "pattern batch pos"]:
+        """Compute ``log p`` of the true tokens of whole noisy streams where masked; one pass.
+
+        Hooks see its rows, ``batch * pattern``.
+
+        Raises:
+            NotExactError: if one is NaN.
+        """
+        ids = self.tokens.repeat(len(masked), 1)
+        where = masked.flatten(0, 1).nonzero().to(ids.device)
+        with self.hooks.on():
+            log_p = self._read(*self.streams(stream, ids, where), ids[where.unbind(-1)])
+        return _placed(log_p, masked)
+
+    def streams(
         self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return raw logits at pairs of (row, position), which are masked in their row."""
+    ) -> tuple[Float[Tensor, "row pos d_model"], Int[Tensor, "token 2"]]:
+        """Run whole noisy streams, masked at pairs of (row, position).
+
+        Returns what the unembedding reads, and at which pairs the masked tokens are predicted.
+        """
         model, n = self.bridge.original_model, ids.shape[1]
         noised = ids.index_put(where.unbind(-1), where.new_tensor(self.bridge.cfg.mask_token_id))
         x = model.backbone.vocab_embed(noised)
         beside = stream.beside(len(ids) // len(self.tokens))
         routing = Routing.of_noisy(n, self.block_size, beside, frequencies(model, x.device), x)
-        return run(model, x, self.sigma(x), routing, slice(0, n), where)
+        return before_unembedding(model, x, self.sigma(x), routing, slice(0, n)), where
 
-    def log_probs(
-        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
-    ) -> Float[Tensor, "pattern batch pos"]:
-        """Compute ``log p`` of the true token at each masked position, nats; 0 elsewhere; one pass.
-
-        Returned in float64 on the CPU, from a log-softmax in float32 or wider.
+    def _read(
+        self,
+        h: Float[Tensor, "row pos d_model"],
+        where: Int[Tensor, "token 2"],
+        true: Int[Tensor, " token"],
+    ) -> Float[Tensor, " token"]:
+        """Compute ``log p`` of the true tokens at pairs of (row, position), float64 on the CPU.
 
         Raises:
-            NotExactError: if one is NaN, because activations overflow or a hook returned NaN.
+            NotExactError: if one is NaN.
         """
-        mask_id, hidden = self.bridge.cfg.mask_token_id, masked.flatten(0, 1)
-        ids = self.tokens.repeat(len(masked), 1)
-        at = hidden.nonzero()
-        where = at.to(ids.device)
-        with self.hooks.on():
-            logits = self.logits(stream, ids, where)
-        true = ids[where.unbind(-1)]
-        chunks = zip(logits.split(CHUNK), true.split(CHUNK), strict=True)
-        log_probs = [
-            masked_log_probs(at_least_float32(x), mask_id).gather(-1, y[:, None])[:, 0]
-            for x, y in chunks
-        ]
-        values = torch.cat(log_probs).double().cpu()
-        if bool(values.isnan().any()):
+        unembed = self.bridge.original_model.backbone.output_layer.linear
+        log_p = token_log_probs(unembed, h, where, true, self.bridge.cfg.mask_token_id)
+        log_p = log_p.cpu().double()
+        if bool(log_p.isnan().any()):
             raise NotExactError(
-                f"predictions are NaN in {logits.dtype}: boot in a wider dtype, or check what the "
-                "hooks return"
+                f"predictions are NaN in {h.dtype}: boot in a wider dtype, or check what the hooks "
+                "return"
             )
-        full = torch.zeros(hidden.shape, dtype=torch.float64)
-        full = full.index_put(at.unbind(-1), values)
-        return full.unflatten(0, masked.shape[:2])
+        return log_p
 
 
 @dataclass(frozen=True)
 class _FullDiffusionPasses(MaskedPasses):
     """Passes of full diffusion: one stream, in which every position reads every other."""
 
+    kind: ClassVar[str] = "open"
+
     def clean_stream(self) -> CleanStream:
         """Return an empty stream: nothing comes before the one block."""
         return CleanStream()
 
-    def logits(
+    def streams(
         self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return raw logits at pairs of (row, position), which are masked in their row."""
+    ) -> tuple[Float[Tensor, "row pos d_model"], Int[Tensor, "token 2"]]:
+        """Run whole noisy streams; see :class:`MaskedPasses`."""
         mask_id = where.new_tensor(self.bridge.cfg.mask_token_id)
-        return self._one_stream(ids.index_put(where.unbind(-1), mask_id), "open", where)
+        return self.one_stream(ids.index_put(where.unbind(-1), mask_id)), where
 
-    def _one_stream(
-        self, ids: Int[Tensor, "row pos"], kind: str, where: Int[Tensor, "token 2"]
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return raw logits of a pass over one stream at pairs of (row, position)."""
+    def one_stream(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d_model"]:
+        """Run one stream; return what the unembedding reads."""
         model, n = self.bridge.original_model, ids.shape[1]
         x = model.backbone.vocab_embed(ids)
-        view = View(ids, n, self.block_size, kind, dual=False)
+        view = View(ids, n, self.block_size, self.kind, dual=False)
         routing = Routing.of_view(view, frequencies(model, x.device), x.dtype)
-        return run(model, x, self.sigma(x), routing, slice(0, n), where)
+        return before_unembedding(model, x, self.sigma(x), routing, slice(0, n))
 
 
 @dataclass(frozen=True)
 class _AutoregressivePasses(_FullDiffusionPasses):
     """Passes of the autoregressive baseline: nothing is masked, and no position reads ahead."""
 
-    def logits(
+    kind: ClassVar[str] = "causal"
+
+    def block_passes(
+        self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
+    ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
+        """Run the texts once: what a token is predicted from does not depend on the masks."""
+        wanted = masked.any(0)
+        where = wanted.nonzero().to(self.tokens.device)
+        h = self.one_stream(self.tokens)
+        log_p = self._read(h, where - where.new_tensor([0, 1]), self.tokens[where.unbind(-1)])
+        _, text, position = at.unbind(-1)
+        yield at, _placed(log_p, wanted)[text, position, None]
+
+    def streams(
         self, stream: CleanStream, ids: Int[Tensor, "row pos"], where: Int[Tensor, "token 2"]
-    ) -> Float[Tensor, "token d_vocab"]:
-        """Return the raw logits of each token, which are at the position before it."""
-        return self._one_stream(ids, "causal", where - where.new_tensor([0, 1]))
+    ) -> tuple[Float[Tensor, "row pos d_model"], Int[Tensor, "token 2"]]:
+        """Run whole streams; each token is predicted one position before it."""
+        return self.one_stream(ids), where - where.new_tensor([0, 1])
+
+
+def _placed(
+    values: Float[Tensor, " token"], masked: Bool[Tensor, "*dims"]
+) -> Float[Tensor, "*dims"]:
+    """Return values, in order, where masked, and 0 elsewhere."""
+    return torch.zeros(masked.shape, dtype=values.dtype).masked_scatter(masked, values)
+
+
+def _is_hooked(bridge: Bridge) -> bool:
+    """Whether the network has hooks, or flags that give its heads copies or results."""
+    model = bridge.original_model
+    return watched(*model.modules()) or any(block.is_watched() for block in bridge.blocks)
 
 
 def read_masked_passes(
@@ -224,6 +368,7 @@ def read_masked_passes(
         block_size=min(asked, ids.shape[1]),
         trained_at=() if asked in trained else trained,
         hooks=pass_hooks,
+        hooked=bool(pass_hooks.fns) or _is_hooked(bridge),
         rows=rows,
         given=given,
         characters=characters,

@@ -115,7 +115,7 @@ def nelbo(
         scope: how far they reach, as in :func:`exact`.
         given: number of leading positions that are given, as in :func:`exact`.
         max_states: largest number of mask patterns of the exact sum, as in :func:`exact`.
-        rows: largest number of positions in one pass; memory grows with it.
+        rows: largest number of positions in one pass, as in :func:`exact`.
 
     Raises:
         InputError: for arguments that do not fit.
@@ -130,11 +130,10 @@ def nelbo(
     if method == "exact":
         limits = (max_states, rows, given)
         patterns = read_mask_patterns(bridge, tokens, block_size, hooks, scope, None, *limits)
-        sums = sum_patterns(patterns, patterns.table(patterns.passes.clean_stream()))
+        sums = sum_patterns(patterns, patterns.table())
         return _result(patterns.passes, method, "exact", sums.nelbo_by_token, sums.nelbo[None])
     passes = read_masked_passes(bridge, tokens, block_size, hooks, scope, rows, given)
     generator = torch.Generator().manual_seed(seed)
-    stream = passes.clean_stream()
     if method == "stratified":
         draws = [stratified(passes, generator) for _ in range(replicates)]
     else:
@@ -144,9 +143,7 @@ def nelbo(
         torch.cat(x) for x in zip(*((m.masked, m.weight) for m in draws), strict=True)
     )
     by_token = torch.zeros(replicates, *passes.tokens.shape, dtype=torch.float64)
-    for part in torch.arange(len(owner)).split(passes.patterns_per_pass):
-        log_p = passes.log_probs(stream, masked[part])
-        by_token.index_add_(0, owner[part], -weight[part] * log_p)
+    by_token.index_add_(0, owner, -weight * passes.log_probs(masked))
     kind = "biased" if clip is not None or strata == "public" else "estimate"
     return _result(passes, method, kind, by_token.mean(0), by_token.sum(-1))
 
