@@ -114,14 +114,14 @@ class Reveals:
     ) -> tuple[Any, Int[Tensor, " position"]]:
         """Return the two best scores at each position, and its planned token, -1 for none."""
         places = list(zip(row.tolist(), position.tolist(), strict=True))
+        if not places:
+            return log_p.topk(2, dim=-1), self.plan.tokens[row, position]
         new = [place for place in places if place not in self._gumbels]
-        if new:
-            drawn = self.noise.gumbels_at(new, log_p.shape[-1])
-            self._gumbels.update(zip(new, drawn, strict=True))
-        scores = log_p
-        if places:
+        gumbels = self.noise.gumbels_at(new, log_p.shape[-1])
+        self._gumbels.update(zip(new, gumbels, strict=True))
+        if len(new) < len(places):
             gumbels = torch.stack([self._gumbels[place] for place in places])
-            scores = self.sampler.scores(log_p, gumbels)
+        scores = self.sampler.scores(log_p, gumbels)
         return scores.topk(2, dim=-1), self.plan.tokens[row, position]
 
     def schedule(
