@@ -10,7 +10,7 @@ Queries, keys and values come from ``attention``.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -256,6 +256,15 @@ class Routing:
             if kept:
                 narrowed.append(Tile(tuple(kept), tile.keys, mask))
         return narrowed
+
+    def stored(
+        self, layer: Any, k: Tensor, v: Tensor
+    ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
+        """Store a layer's keys and values where the pass has a cache; return all that it reads."""
+        if self.cache is None:
+            return k, v
+        k, v = self.cache.extend(layer, k, v)
+        return k[:, :, self.first_key :], v[:, :, self.first_key :]
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]
