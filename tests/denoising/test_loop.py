@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.denoising.forced_reveals import Plan
 from transformer_lens_bd3lm.denoising.loop import Loop
 from transformer_lens_bd3lm.denoising.noise import Noise, sigma_of
 from transformer_lens_bd3lm.denoising.record import Record
+from transformer_lens_bd3lm.denoising.reveals import Reveals
 from transformer_lens_bd3lm.denoising.samplers import FirstHitting
 from transformer_lens_bd3lm.denoising.step_forward import make_network
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
@@ -163,7 +164,7 @@ def steps_of(network):
     """The plain loop over a network of the test's own."""
     bridge, canvas = network.bridge, network.canvas
     plan, stop = Plan.of(bridge, canvas, None), Stop.of(bridge, canvas, None)
-    return Loop(network, FirstHitting(), Noise(), plan, stop).steps()
+    return Loop(network, Reveals(FirstHitting(), Noise(), plan), stop).steps()
 
 
 def cached_network(bridge, prompt, hooks=None, max_new_tokens=10):

@@ -51,6 +51,15 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def reserve(self, positions: int) -> None:
+        """Make room for rows up to ``positions``; what is final stays."""
+        missing = positions - self.keys.shape[3]
+        if missing <= 0:
+            return
+        more = self.keys.new_empty((*self.keys.shape[:3], missing, self.keys.shape[4]))
+        self.keys = torch.cat([self.keys, more], dim=3)
+        self.values = torch.cat([self.values, more], dim=3)
+
     def commit(self, length: int) -> None:
         """Declare the rows up to ``length`` final."""
         self.length = length

@@ -40,6 +40,17 @@ def watched(*modules: nn.Module) -> bool:
     )
 
 
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all that it holds; faster than ``modules()``, which also makes names."""
+    held, seen = [module], {id(module)}
+    for each in held:
+        for child in each._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                held.append(child)
+    return held
+
+
 class OwningHookPoint(HookPoint):
     """Hook point that hands on a copy while it is watched."""
 

@@ -42,6 +42,7 @@ def denoise_steps(
     stop: Any = None,
     force: ForcedReveals | None = None,
     pad_block: bool = True,
+    lookahead: int | str = "auto",
     temperature: int | float | None = None,
     nucleus_p: int | float | None = None,
     seed: int | None = None,
@@ -64,6 +65,7 @@ def denoise_steps(
         stop: rules that end a row.
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length.
+        lookahead: most states of a block that one pass may run.
         temperature: short for ``sampler=FirstHitting(temperature=...)``.
         nucleus_p: short for ``sampler=FirstHitting(nucleus_p=...)``.
         seed: short for ``noise=Noise(seed)``.
@@ -82,7 +84,8 @@ def denoise_steps(
     bridge = read_bridge(bridge)
     sampler, noise = _from_keywords(sampler, noise, temperature, nucleus_p, seed)
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
-    return Request(sampler, noise, kv_cache, hooks, None, stop, force).loop(bridge, canvas).steps()
+    request = Request(sampler, noise, kv_cache, hooks, None, stop, force, lookahead=lookahead)
+    return request.loop(bridge, canvas).steps()
 
 
 def denoise(
@@ -99,6 +102,7 @@ def denoise(
     stop: Any = None,
     force: ForcedReveals | None = None,
     pad_block: bool = True,
+    lookahead: int | str = "auto",
     progress: bool | None = None,
     on_step: Callable[[RevealedStep], None] | None = None,
     temperature: int | float | None = None,
@@ -127,6 +131,11 @@ def denoise(
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length, as it was trained, and cut off what
             exceeds ``max_new_tokens``; False denoises a shorter last block.
+        lookahead: most states of a block that one pass may run, where noise alone decides the order
+            of reveals; 1 runs one by one, "auto" decides by what rows cost on this device. Tokens
+            and steps are the same (``log_p`` up to rounding: a row of a larger pass may round
+            differently); ``run.passes`` counts. While anything is watched (step hooks, a record,
+            hooks on the bridge) states are run one by one.
         progress: show a bar; by default for long runs on a terminal.
         on_step: called with every finished step, logits included.
         temperature: short for ``sampler=FirstHitting(temperature=...)``; 0 is the argmax.
@@ -150,7 +159,7 @@ def denoise(
     canvas = read_canvas(bridge, prompt, max_new_tokens, block_size, pad_block)
     laid = on_bridge(bridge, hooks)  # a copy: the run keeps the hooks that it was made with
     kept = Record.of(record, bridge)
-    request = Request(sampler, noise, kv_cache, laid, kept, stop, force)
+    request = Request(sampler, noise, kv_cache, laid, kept, stop, force, lookahead=lookahead)
     return finish(bridge, canvas, request, progress, on_step)
 
 
@@ -192,11 +201,12 @@ def finish(
         timeline=timeline,
         activations=network.activations(),
         recorded_steps=network.recorded,
-        sampler=loop.sampler,
-        noise=loop.noise,
+        sampler=loop.reveals.sampler,
+        noise=loop.reveals.noise,
         kv_cache=network.cache is not None,
         request=request,
         made_with=made_with,
+        passes=network.passes,
     )
 
 

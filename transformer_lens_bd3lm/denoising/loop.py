@@ -5,31 +5,28 @@ As in Arriola et al., algorithm 2::
     for each block that holds a mask, left to right:
         while it holds a mask:
             t       <- time of the next reveal               (sampler, noise)
-            log p   <- network(block, finished blocks, t)    (one pass, hooks on)
+            log p   <- network(block, finished blocks, t)    (at most one pass, hooks on)
             reveal  <- which masks become tokens, and which  (sampler, noise)
         its keys and values are final                        (cache)
 
 Blocks lie on the grid of absolute positions, as in training; see ``canvas.py`` for prompts of
-unequal length, filling in and text longer than the context, ``step_forward.py`` for the cache.
+unequal length, filling in and text longer than the context, ``step_forward.py`` for the cache, and
+``lookahead.py`` for steps that need no pass of their own.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from transformer_lens_bd3lm.denoising.forced_reveals import Plan
+from transformer_lens_bd3lm.denoising.lookahead import Lookahead
 from transformer_lens_bd3lm.denoising.made_with import MadeWith, Unchanged
-from transformer_lens_bd3lm.denoising.noise import Noise
-from transformer_lens_bd3lm.denoising.samplers import Sampler
+from transformer_lens_bd3lm.denoising.reveals import Reveals
 from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 from transformer_lens_bd3lm.denoising.stop import Stop
-from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,19 @@ class Loop:
 
     Attributes:
         network: passes over the block, and the canvas.
-        sampler: chooses what is revealed, and as which token.
-        noise: all the randomness.
-        plan: reveals that are decided beforehand.
+        reveals: sampler, noise, and what is decided beforehand.
         stop: when a row ends.
         start: where a fork goes on from; the canvas is the one before it.
+        lookahead: most states of a row in a pass; see :mod:`.lookahead`.
         made_with: what the bridge is when the run begins; see :mod:`.made_with`.
         wanted: positions that are to be denoised ``[batch, pos]``, on the CPU.
     """
 
     network: Network
-    sampler: Sampler
-    noise: Noise
-    plan: Plan
+    reveals: Reveals
     stop: Stop
     start: Start | None = None
+    lookahead: int | Literal["auto"] = "auto"
     made_with: MadeWith = field(init=False)
     wanted: Bool[Tensor, "batch pos"] = field(init=False)
 
@@ -90,20 +85,23 @@ class Loop:
         """
         network, canvas = self.network, self.network.canvas
         unchanged = Unchanged(network.bridge, self.made_with)
+        ahead = Lookahead(network, self.reveals, self.lookahead)
         tokens, index = canvas.tokens, 0 if self.start is None else self.start.index
         for block, window in enumerate(canvas.block_windows()):
-            if not self.masked(tokens, window).any():
+            masked = self.masked(tokens, window)
+            if not masked.any():
                 continue  # every row has ended, or the block is a fork's past
             times, in_block = self.begin(block, window)
-            while (masked := self.masked(tokens, window)).any():
+            while masked.any():
                 unchanged.require()
-                t = self.sampler.next_time(masked, times)
+                t = self.reveals.sampler.next_time(masked, times)
                 before = Step(index, block, in_block, window, t, masked, tokens, canvas.mask_id)
-                logits = network.logits(before)
-                reveal = self.choose(before, logits, times)
-                step = self.draw(before, logits, reveal)
+                logits = ahead.logits(before, times)
+                reveal = self.reveals.choose(before, times, logits)
+                step = self.reveals.draw(before, logits, reveal)
                 yield step
-                tokens, index, in_block = step.after, index + 1, in_block + 1
+                tokens, masked = step.after, masked & ~reveal
+                index, in_block = index + 1, in_block + 1
             network.store(step)
             self.stop.after_block(step)
         self.made_with.require_weights(network.bridge)
@@ -116,75 +114,7 @@ class Loop:
 
     def begin(self, block: int, window: tuple[int, int]) -> tuple[Float[Tensor, "batch pos"], int]:
         """Return a block's reveal times, and the number of its first step: 0 but in a fork."""
-        times = self.noise.times(self.network.canvas.tokens.shape[0], *window)
+        times = self.reveals.noise.times(self.network.canvas.tokens.shape[0], *window)
         if self.start is None or block != self.start.block:
             return times, 0
         return times * self.start.ceiling[:, None], self.start.step
-
-    def choose(
-        self, step: Step, logits: Float[Tensor, "masked d_vocab"], times: Tensor
-    ) -> Bool[Tensor, "batch block"]:
-        """Return which masked positions are revealed: those forced now, else the sampler's.
-
-        Raises:
-            InputError: if nothing is revealed, now or later, so that no step would end the block.
-        """
-        forced = self.plan.at_step(step.index, step.window) & step.masked
-        free = step.masked & self.plan.free(step.window)
-        chosen = self.sampler.reveal(free, times, step.t, lambda: log_p_at(step, logits, free))
-        chosen = torch.where(forced.any(-1, keepdim=True), forced, chosen & free)
-        if not bool(chosen.any()):
-            later = self.plan.order[:, slice(*step.window)] > step.index
-            if not bool((step.masked & later).any()):
-                raise InputError(
-                    f"step {step.index}: the sampler revealed nothing, so the loop would not end. "
-                    "Its method reveal must choose at least one masked position"
-                )
-        return chosen
-
-    def draw(
-        self,
-        step: Step,
-        logits: Float[Tensor, "masked d_vocab"],
-        reveal: Bool[Tensor, "batch block"],
-    ) -> RevealedStep:
-        """Return the step with its tokens drawn by Gumbel-max, in float64 on the CPU."""
-        tokens, start = step.tokens.clone(), step.window[0]
-        log_p = log_p_at(step, logits, reveal)
-        gumbels = [
-            self.noise.gumbels(row, start + offset, log_p.shape[-1])
-            for row, offset in reveal.nonzero().tolist()
-        ]
-        scores = self.sampler.scores(log_p, torch.stack(gumbels)) if gumbels else log_p
-        best = scores.topk(2, dim=-1)
-        planned = self.plan.tokens[:, slice(*step.window)][reveal]
-        ids = torch.where(planned >= 0, planned, best.indices[:, 0])
-        block = tokens[:, slice(*step.window)]
-        block[reveal.to(block.device)] = ids.to(block.device)
-        drawn, lead = (torch.full(reveal.shape, torch.nan, dtype=torch.float64) for _ in range(2))
-        drawn[reveal] = log_p.gather(-1, ids[:, None])[:, 0]
-        gap = best.values[:, 0] - best.values[:, 1]
-        lead[reveal] = gap.masked_fill(planned >= 0, torch.nan)
-        outcome = {"after": tokens, "revealed": reveal, "log_p": drawn, "lead": lead}
-        values: dict[str, Any] = vars(step) | outcome | {"masked_logits": logits}
-        return RevealedStep(**values)
-
-
-def log_p_at(
-    step: Step, logits: Float[Tensor, "masked d_vocab"], which: Bool[Tensor, "batch block"]
-) -> Float[Tensor, "n d_vocab"]:
-    """Return log-probabilities in nats at some of a step's masked positions, float64 on the CPU.
-
-    Raises:
-        InputError: where they are NaN.
-    """
-    rows = which[step.masked].nonzero()[:, 0]
-    log_p = masked_log_probs(logits[rows.to(logits.device)].cpu().double(), step.mask_id)
-    if bool(log_p.isnan().any()):
-        bad = int(log_p.isnan().any(-1).nonzero()[0, 0])
-        row, offset = which.nonzero()[bad].tolist()
-        raise InputError(
-            f"step {step.index}: the logits at row {row}, position {step.window[0] + offset} "
-            "are NaN or leave no token possible; look at what a hook returned"
-        )
-    return log_p

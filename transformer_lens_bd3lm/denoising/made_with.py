@@ -28,6 +28,7 @@ from xxhash import xxh3_64_intdigest
 
 from transformer_lens_bd3lm.bridge.conditioning import autocasts
 from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.watched import modules_of
 from transformer_lens_bd3lm.denoising.hook_rows import is_step_hook
 from transformer_lens_bd3lm.errors import NotExactError
 
@@ -198,7 +199,7 @@ def _live(bridge: Bridge) -> list[tuple[Tensor, int, int]]:
     """Return every tensor of a bridge, with its version counter and address."""
     tensors = [
         x
-        for module in bridge.modules()
+        for module in modules_of(bridge)
         for held in (module._parameters, module._buffers)
         for x in held.values()
         if x is not None

@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.denoising.replay import (
     Replay,
     check_same,
     divergence,
-    log_probs_of,
+    log_probs_along,
     replay,
     require_run,
     stored_blocks,
@@ -169,16 +169,17 @@ def mediate(run: Run, hooks: Any, block: int) -> Mediation:
             )
         for j, hooks_on in enumerate((own, both)):
             network = make_network(run.bridge, run.canvas, True, hooks_on, None, finished)
-            for at, (step, last) in enumerate(later):
-                seen = replace(step, tokens=torch.cat([before, step.tokens[:, boundary:]], dim=1))
-                log_probs = log_probs_of(network, seen)
+            seen = [
+                replace(step, tokens=torch.cat([before, step.tokens[:, boundary:]], dim=1))
+                for step, _ in later
+            ]
+            passes = log_probs_along(network, seen, run.request.lookahead)
+            for at, (step, log_probs) in enumerate(zip(seen, passes, strict=True)):
                 if (i, j) == (0, 0):
                     base.append(log_probs)
                 width = step.masked.shape[1]
                 kl[i, j, at, :, :width][step.masked] = divergence(base[at], log_probs)
                 write_log_p(log_p[i, j], step, log_probs)
-                if last:
-                    network.store(step)
     check_same(run, log_p[0, 0])
     length = run.length
     return Mediation(base_run, edited, block, log_p[..., :length], kl)

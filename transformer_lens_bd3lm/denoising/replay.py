@@ -10,8 +10,9 @@ The base of a comparison is the run with its own hooks; ``hooks`` replaces them.
 is no longer what the run was made with, all modes are refused; see :mod:`.made_with`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.denoise import finish
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
+from transformer_lens_bd3lm.denoising.lookahead import states_at_once
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.request import Request
@@ -190,14 +192,11 @@ def _pinned(base: Run, request: Request) -> Replay:
     own = replace(run.request, kv_cache=run.kv_cache, record=None).network(run.bridge, run.canvas)
     kl = torch.full((len(run.steps), *run.steps[0].masked.shape), torch.nan, dtype=torch.float64)
     log_p, again = (torch.full_like(run.log_p_all, torch.nan) for _ in range(2))
-    for i, (step, last) in enumerate(with_ends(run)):
-        before, after = (log_probs_of(network, step) for network in (own, other))
+    passes = (log_probs_along(x, list(run.steps), request.lookahead) for x in (own, other))
+    for i, (step, before, after) in enumerate(zip(run.steps, *passes, strict=True)):
         kl[i, :, : step.masked.shape[1]][step.masked] = divergence(before, after)
         write_log_p(again, step, before)
         write_log_p(log_p, step, after)
-        if last:
-            own.store(step)
-            other.store(step)
     check_same(run, again)
     replayed = replace(
         run,
@@ -207,6 +206,7 @@ def _pinned(base: Run, request: Request) -> Replay:
         recorded_steps=other.recorded,
         kv_cache=other.cache is not None,
         request=request,
+        passes=other.passes,
     )
     return _beside(base, replayed, "pinned", kl)
 
@@ -218,9 +218,29 @@ def with_ends(run: Run) -> Iterator[tuple[RevealedStep, bool]]:
         yield step, blocks[i : i + 2] != [blocks[i]] * 2
 
 
-def log_probs_of(network: Network, step: Step) -> Float[Tensor, "masked d_vocab"]:
-    """Return a network's log-probabilities at a step's masked positions, in nats, float64, CPU."""
-    return masked_log_probs(network.logits(step.before_draw()).cpu().double(), step.mask_id)
+def log_probs_along(
+    network: Network, steps: Sequence[RevealedStep], lookahead: int | str
+) -> Iterator[Float[Tensor, "masked d_vocab"]]:
+    """Yield log-probabilities at each step's masked positions, in nats, float64, on the CPU.
+
+    Steps of a block that are not watched share a pass: all their states are known.
+
+    Args:
+        network: runs the passes, and stores each block when it is finished.
+        steps: steps of a run, in order; of each block that is written, all but some first ones.
+        lookahead: most states of a row in a pass, or "auto".
+    """
+    for _, group in groupby(steps, key=lambda step: step.block):
+        block = list(group)
+        while block:
+            at_once = states_at_once(network, block[0], lookahead, len(block))
+            states = [step.before_draw() for step in block[:at_once]]
+            if any(map(network.watches, states)):
+                states = states[:1]
+            for step, logits in zip(states, network.logits_of(states), strict=True):
+                yield masked_log_probs(logits.cpu().double(), step.mask_id)
+            last, block = block[len(states) - 1], block[len(states) :]
+        network.store(last)
 
 
 def divergence(

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals, Plan
 from transformer_lens_bd3lm.denoising.loop import Loop, Start
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
+from transformer_lens_bd3lm.denoising.reveals import Reveals
 from transformer_lens_bd3lm.denoising.samplers import Drawing, FirstHitting, Sampler
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_forward import Network, make_network
@@ -33,6 +35,7 @@ class Request:
         finished: blocks that were stored before, as hooks of scope "commit" see them.
         start: where a fork goes on from.
         unsaved: names of what a file could not hold.
+        lookahead: most states of a row in a pass, or "auto".
     """
 
     sampler: Any = None
@@ -45,6 +48,7 @@ class Request:
     finished: list[Step] = field(default_factory=list)
     start: Start | None = None
     unsaved: tuple[str, ...] = ()
+    lookahead: Any = "auto"
 
     def need(self, *names: str) -> None:
         """Refuse to rerun what a file could not hold.
@@ -71,6 +75,9 @@ class Request:
             NotExactError: for a cache or scope that would not be exact.
             HookNameError: for an unknown hook name.
         """
+        if self.lookahead != "auto":
+            rule = 'give how many states of a row a pass may hold, 1 for one by one, or "auto"'
+            check_int("lookahead", self.lookahead, 1, rule=rule)
         network = self.network(bridge, canvas)
         sampler, noise = read_sampler_and_noise(canvas, self.sampler, self.noise)
         stop = Stop.of(bridge, canvas, self.stop)
@@ -78,7 +85,7 @@ class Request:
         if self.record is not None:
             shared_pace = isinstance(sampler, Drawing) and self.force is None
             self.record.check_budget(bridge, canvas, not shared_pace, plan.order)
-        return Loop(network, sampler, noise, plan, stop, self.start)
+        return Loop(network, Reveals(sampler, noise, plan), stop, self.start, self.lookahead)
 
 
 def read_sampler_and_noise(canvas: Canvas, sampler: Any, noise: Any) -> tuple[Sampler, Noise]:

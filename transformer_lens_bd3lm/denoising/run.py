@@ -51,6 +51,8 @@ class Run(Result):
         kv_cache: whether finished blocks were stored; exact either way unless ``slid``.
         request: settings of the run; see :mod:`.request`.
         made_with: state of the bridge when the run was made; see :mod:`.made_with`.
+        passes: number of passes of the network that it took; fewer than steps where one pass ran
+            several (``lookahead``).
     """
 
     bridge: Bridge = field(repr=False)
@@ -68,6 +70,7 @@ class Run(Result):
     kv_cache: bool
     request: Request = field(repr=False)
     made_with: MadeWith = field(repr=False)
+    passes: int
 
     @property
     def block_size(self) -> int:
@@ -207,6 +210,7 @@ class Run(Result):
             "noise_rows": None if self.noise.rows is None else list(self.noise.rows),
             "kv_cache": self.kv_cache,
             "slid": self.slid,
+            "passes": self.passes,
             "steps": [dict(zip(vars(self.timeline), step, strict=True)) for step in timeline],
         }
         return plain_values(values | by_row)
@@ -258,7 +262,8 @@ class Run(Result):
         rows, written = len(self.ends), int((self.commit_step >= 0).sum())
         return (
             f"Run({rows} row{'s' * (rows > 1)}, {written} tokens written in "
-            f"{len(self.timeline.t)} steps, block_size={self.block_size}, {self.sampler!r}, "
+            f"{len(self.timeline.t)} steps, {self.passes} passes, block_size={self.block_size}, "
+            f"{self.sampler!r}, "
             f"{self.noise!r}, kv_cache={self.kv_cache}{', slid' * self.slid})"
         )
 

@@ -55,6 +55,8 @@ def manifest_of(run: Any) -> dict[str, Any]:
         "mask_id": run.canvas.mask_id,
         "kv_cache": run.kv_cache,
         "slid": run.slid,
+        "passes": run.passes,
+        "lookahead": request.lookahead,
         "sampler": _described(run.sampler, SAMPLERS) or repr(run.sampler),
         "noise": {
             "seed": run.noise.seed,
@@ -148,6 +150,7 @@ def read_run(path: Path, bridge: Bridge, hooks: Any, stop: Any, sampler: Any) ->
         "kv_cache": manifest.kv_cache,
         "request": request,
         "made_with": _made_with(bridge, manifest),
+        "passes": manifest.passes or manifest.steps,
     }
 
 
@@ -207,6 +210,7 @@ def _request(
         force=ForcedReveals(x["force/tokens"], x["force/order"]) if manifest.forced else None,
         start=start,
         unsaved=tuple(name for name, lost in missing.items() if lost),
+        lookahead=manifest.lookahead,
     )
 
 

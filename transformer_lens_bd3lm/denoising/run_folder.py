@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -73,6 +73,8 @@ class Manifest(Part):
     mask_id: int = Field(ge=0)
     kv_cache: bool
     slid: bool
+    passes: int | None = Field(default=None, ge=1)
+    lookahead: Literal["auto"] | int = 1
     sampler: dict[str, Any] | str
     noise: NoiseEntry
     stop: list[dict[str, Any] | str]

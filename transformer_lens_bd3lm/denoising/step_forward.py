@@ -1,4 +1,4 @@
-"""The network as the denoising loop sees it: one pass a step, with its hooks and records.
+"""The network as the denoising loop sees it: a pass of one state or several, its hooks and records.
 
 With the cache a pass runs only the rows that are not final yet: the active block, and on its first
 step the block just finished, whose keys and values it stores. Without it everything in view is run
@@ -7,12 +7,13 @@ anew; within the context both are exact.
 It decides nothing about tokens; see ``loop.py``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -24,7 +25,7 @@ from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.watched import watched
+from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
@@ -54,6 +55,7 @@ class Network:
         finished: the last step of each finished block, as hooks see it when the block is stored.
         kept: recorded activations by name, a tensor a recorded step.
         recorded: indices of the recorded steps.
+        passes: number of passes so far.
         points: hook points by name.
     """
 
@@ -65,6 +67,7 @@ class Network:
     finished: list[Step] = field(default_factory=list)
     kept: dict[str, list[Tensor]] = field(init=False)
     recorded: list[int] = field(default_factory=list, init=False)
+    passes: int = field(default=0, init=False)
     points: dict[str, HookPoint] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +80,20 @@ class Network:
                 "kv_cache=False to run the prefix anew at every step"
             )
 
-    @torch.no_grad()
+    @property
+    def plain(self) -> bool:
+        """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
+        return not (self.hooks.hooks or self.kept or watched(*modules_of(self.bridge)))
+
+    def watches(self, step: Step) -> bool:
+        """Whether a pass of this step has hooks or is recorded."""
+        if self.plain:
+            return False
+        first = step.window[0] if self.cache is None else self.cache.length
+        hooked = self.step_hooks(step, first, step.window[1] - first)
+        recorded = self.record is not None and self.record.wants(step)
+        return bool(hooked) or recorded or watched(*modules_of(self.bridge))
+
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Return raw logits of the step's masked positions, in row-major order.
 
@@ -85,30 +101,66 @@ class Network:
             NotExactError: for a model in training.
             HookReturnError: for a hook that returns another shape, dtype or device.
         """
+        return self.logits_of([step])[0]
+
+    @torch.no_grad()
+    def logits_of(self, states: Sequence[Step]) -> list[Float[Tensor, "masked d_vocab"]]:
+        """Return raw logits of each state's masked positions, from one pass.
+
+        Args:
+            states: states of one block: one, or several while the network is :attr:`plain`.
+
+        Raises:
+            NotExactError: for a model in training.
+            HookReturnError: for a hook that returns another shape, dtype or device.
+        """
         require_eval(self.bridge)
-        model, (start, end) = self.bridge.original_model, step.window
+        step, (start, end) = states[0], states[0].window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
-        ids = step.tokens[:, first:end]
+        ids, t = self.laid_out(states, first)
         fns = self.step_hooks(step, first, end - first)
         fns += self.recording(step, first, end - first)
+        model, masked = self.bridge.original_model, torch.stack([state.masked for state in states])
+        state, row, offset = masked.nonzero().unbind(-1)
+        if self.cache is None:
+            predicted = torch.stack([state * len(step.tokens) + row, offset], -1)
+        else:
+            predicted = torch.stack([row, state * (end - start) + offset], -1)
+        predicted = predicted.to(ids.device)  # before the pass: copying waits for what is queued
+        wide = torch.promote_types(self.bridge.embed.weight.dtype, torch.float32)
+        sigma = torch.zeros(len(t), device=ids.device, dtype=wide)
+        if model.config.time_conditioning:
+            sigma = sigma_of(t).to(sigma)
         with attached(self.points, fns, step):
             x = model.backbone.vocab_embed(ids)
-            sigma = sigma_of(step.t) if model.config.time_conditioning else torch.zeros_like(step.t)
-            sigma = sigma.to(x.device, torch.promote_types(x.dtype, torch.float32))
-            routing = self.routing(first, end, ids, x)
-            predicted = step.masked.nonzero().to(x.device)
-            readout = slice(start - first, end - first)
-            logits = run(model, x, sigma, routing, readout, predicted)
+            routing = self.routing(first, end, ids, x, len(states))
+            logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
         if self.cache is not None:
             self.cache.commit(start)
-        return logits
+        self.passes += 1
+        return list(logits.split(masked.sum((1, 2)).tolist()))
 
-    def routing(self, first: int, end: int, ids: Tensor, x: Tensor) -> Routing:
-        """Return how rows ``first:end`` read each other, and what is stored."""
+    def laid_out(
+        self, states: Sequence[Step], first: int
+    ) -> tuple[Int[Tensor, "batch_of_pass row"], Float[Tensor, " batch_of_pass"]]:
+        """Return ids and times of a pass: states as further rows of the batch, or of the block.
+
+        With the cache they read the same stored keys, so they follow each other in one batch row.
+        """
+        (start, end), t = states[0].window, states[0].t
+        if self.cache is None:
+            ids = torch.cat([state.tokens[:, first:end] for state in states])
+            return ids, torch.cat([state.t for state in states])
+        further = [state.tokens[:, start:end] for state in states[1:]]
+        return torch.cat([states[0].tokens[:, first:end], *further], dim=1), t
+
+    def routing(self, first: int, end: int, ids: Tensor, x: Tensor, states: int = 1) -> Routing:
+        """Return how rows ``first:end``, and those of further states, read what is stored."""
         model, size, reach = self.bridge.original_model, self.canvas.block_size, self.canvas.reach
         inv_freq = frequencies(model, x.device)
-        if self.cache is not None and (first > 0 or reach is not None):
-            routing = Routing.of_window(first, end, size, self.cache, inv_freq, x, reach)
+        if self.cache is not None and (first > 0 or reach is not None or states > 1):
+            self.cache.reserve(first + x.shape[1])
+            routing = Routing.of_window(first, end, size, self.cache, inv_freq, x, reach, states)
         else:
             kind = "block" if model.config.cross_attn else "open"
             view = View(ids, end - first, size, kind, dual=False)

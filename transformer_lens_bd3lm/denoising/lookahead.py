@@ -1,0 +1,236 @@
+"""Lossless parallel denoising: states of a block that the loop will come to, run in one pass.
+
+Where noise alone decides the order (first hitting, ancestral sampling), only tokens are unknown of
+the states that follow. So a pass runs the state that the loop asks for, and beside it those that
+follow if the next tokens are as drafted from the last logits. Each state is remembered with its
+tokens. When the loop asks for a state that has been run, token by token, its logits are there; a
+state whose tokens came out otherwise is never asked for::
+
+    chain:   s_0 -> s_1 -> s_2 -> s_3        s_j: the block after j reveals
+    pass 1:  s_0                             drafts of every later token
+    pass 2:  s_1, s_2', s_3'                 s_2' is s_2 if the draft of its token was right
+
+Every pass runs at least the state that is asked for, so a block of k tokens takes at most k passes.
+The loop gets the same function at the same states as one by one. In float32 a row of a larger pass
+may round differently, as with the cache: ``Run.lead`` names near ties.
+
+Nothing is run ahead while anything is watched: step hooks, records and hooks on the bridge never
+see a state that the run does not come to.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from transformer_lens_bd3lm.bridge.block import require_eval
+from transformer_lens_bd3lm.denoising.made_with import autocast_on
+from transformer_lens_bd3lm.denoising.pass_cost import best_width
+from transformer_lens_bd3lm.denoising.reveals import Reveals
+from transformer_lens_bd3lm.denoising.samplers import SAMPLERS
+from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.denoising.step_forward import Network
+
+MAX_BYTES = 2**30  # of the logits of a pass that runs ahead
+
+Block = tuple[int, ...]  # tokens of a block
+State = tuple[Block, float]  # all that the network reads of a block, and its time
+Scheduled = tuple[Step, Bool[Tensor, "batch block"]]  # a step, and what it reveals
+
+
+def states_at_once(
+    network: Network, step: Step, width: int | str, most: int, share: float = 1.0
+) -> int:
+    """Return how many states of a row to run in a pass.
+
+    Args:
+        network: runs the passes.
+        step: the first of them.
+        width: most states that are asked for, or "auto".
+        most: number of states that are left.
+        share: share of them that are expected to be states of the run.
+    """
+    bridge, (batch, rows) = network.bridge, step.masked.shape
+    one = int(step.masked.sum()) * bridge.cfg.d_vocab * bridge.embed.weight.element_size()
+    most = max(min(most, MAX_BYTES // max(one, 1)), 1)
+    if width != "auto":
+        return min(int(width), most)
+    if network.cache is None:
+        rows = step.window[1] - network.canvas.first_visible(step.window[0])
+    return best_width(bridge, batch * rows, share, most)
+
+
+def state_of(block: Block, t: Tensor) -> State:
+    """Return what identifies a state of a row within its block."""
+    return block, float(t)
+
+
+@dataclass
+class Known:
+    """A state of one row that has been run: its masks' offsets, logits, and what they draw."""
+
+    masked: list[int]
+    logits: Float[Tensor, "masked d_vocab"]
+    drawn: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Lookahead:
+    """Logits of one state after another, several of which may come from one pass.
+
+    Attributes:
+        network: runs the passes.
+        reveals: chooses positions and draws tokens.
+        width: most states of a row in a pass; "auto" weighs what a wider pass costs on this device
+            against the share of drafts that come out right.
+        block: the block that the loop is in.
+        chain: its steps, with what each reveals; empty where it is run one by one.
+        known: states that have been run, by row, their tokens and time.
+        last: the state that each row was in last.
+        drafted: by row, steps whose states were run on a draft.
+        tried: number of drafts that were compared with what came out.
+        right: number of these that came out.
+    """
+
+    network: Network
+    reveals: Reveals
+    width: int | Literal["auto"] = "auto"
+    block: int = field(default=-1, init=False)
+    chain: list[Scheduled] = field(default_factory=list, init=False)
+    known: list[dict[State, Known]] = field(default_factory=list, init=False)
+    last: list[Known | None] = field(default_factory=list, init=False)
+    drafted: list[set[int]] = field(default_factory=list, init=False)
+    autocast: str | None = field(default=None, init=False)
+    tried: int = field(default=0, init=False)
+    right: int = field(default=0, init=False)
+
+    def logits(
+        self, step: Step, times: Float[Tensor, "batch block"]
+    ) -> Float[Tensor, "masked d_vocab"]:
+        """Return raw logits of a step's masked positions, in row-major order.
+
+        Args:
+            step: the state that the loop has come to.
+            times: reveal times of the block's positions.
+
+        Raises:
+            NotExactError: for a model in training.
+            HookReturnError: for a hook that returns another shape, dtype or device.
+        """
+        following = self.following(step, times)
+        if not following:
+            return self.network.logits(step)
+        require_eval(self.network.bridge)
+        rows = step.masked.any(-1).nonzero()[:, 0].tolist()
+        blocks = [tuple(ids) for ids in step.tokens[:, slice(*step.window)].tolist()]
+        states = {row: state_of(blocks[row], step.t[row]) for row in rows}
+        for row, state in states.items():
+            self.count(row, step.index, state in self.known[row])
+        if any(state not in self.known[row] for row, state in states.items()):
+            self.run(step, following, {row: blocks[row] for row in rows})
+        for row, state in states.items():
+            self.last[row] = self.known[row][state]
+        return torch.cat([self.known[row][state].logits for row, state in states.items()])
+
+    def following(self, step: Step, times: Float[Tensor, "batch block"]) -> list[Scheduled]:
+        """Return the steps from this one to the end of its block; none where it is run alone."""
+        network, autocast = self.network, autocast_on(self.network.bridge)
+        if step.block != self.block:
+            batch, self.block, self.autocast = len(step.masked), step.block, autocast
+            self.known, self.last = [{} for _ in range(batch)], [None] * batch
+            self.drafted = [set() for _ in range(batch)]
+            self.chain = self.schedule(step, times) if network.plain else []
+        following = self.chain[step.index - self.chain[0][0].index :] if self.chain else []
+        if not following:
+            return []
+        as_planned = torch.equal(following[0][0].masked, step.masked)
+        if not (network.plain and autocast == self.autocast and as_planned):
+            self.chain = []
+        return following if self.chain else []
+
+    def schedule(self, step: Step, times: Float[Tensor, "batch block"]) -> list[Scheduled]:
+        """Return the steps of a block that is begun; none where running ahead is of no use."""
+        if self.width == "auto":
+            named = type(self.reveals.sampler) in SAMPLERS.values()
+            if not named or states_at_once(self.network, step, self.width, 2) == 1:
+                return []
+        elif self.width == 1:
+            return []
+        chain = list(self.reveals.schedule(step, times))
+        return chain if len(chain) > 1 else []
+
+    def run(self, step: Step, following: list[Scheduled], blocks: dict[int, Block]) -> None:
+        """Run the states that rows are in now, and those that may follow, in one pass."""
+        share = (self.right + 3) / (self.tried + 4)  # hopeful at first, so that some are tried
+        width = states_at_once(self.network, step, self.width, len(following), share)
+        ahead = {
+            row: self.unknown(row, block, following, width, step.window[0])
+            for row, block in blocks.items()
+        }
+        states = []
+        for i in range(max(map(len, ahead.values()))):
+            ids = step.tokens[:, slice(*step.window)].cpu().clone()
+            masked, t = torch.zeros_like(step.masked), step.t.clone()
+            for row, level, block in ((r, *x[i]) for r, x in ahead.items() if i < len(x)):
+                scheduled = following[level][0]
+                ids[row], masked[row] = torch.tensor(block), scheduled.masked[row]
+                t[row] = scheduled.t[row]
+            start, end = step.window
+            parts = (step.tokens[:, :start], ids.to(step.tokens.device), step.tokens[:, end:])
+            states.append(replace(step, tokens=torch.cat(parts, 1), masked=masked, t=t))
+        for i, logits in enumerate(self.network.logits_of(states)):
+            parts = logits.split(states[i].masked.sum(-1).tolist())
+            for row, level, block in ((r, *x[i]) for r, x in ahead.items() if i < len(x)):
+                scheduled = following[level][0]
+                masked = scheduled.masked[row].nonzero()[:, 0].tolist()
+                state = state_of(block, scheduled.t[row])
+                self.known[row][state] = Known(masked, parts[row])
+                if i:
+                    self.drafted[row].add(scheduled.index)
+
+    def unknown(
+        self, row: int, block: Block, following: list[Scheduled], width: int, start: int
+    ) -> list[tuple[int, Block]]:
+        """Return a row's next states that have not been run, and forget those that it cannot reach.
+
+        Each is a number of steps from now and its tokens: true ones, where all states before it
+        have been run, else drafts.
+        """
+        states, reached, source = [], {}, self.last[row]
+        for level, (scheduled, reveal) in enumerate(following):
+            if len(states) == width or not bool(scheduled.masked[row].any()):
+                break
+            state = state_of(block, scheduled.t[row])
+            if state in self.known[row]:
+                source = reached[state] = self.known[row][state]
+            elif not states or states[-1][1] != block:
+                states.append((level, block))
+            if source is None:
+                break
+            offsets = reveal[row].nonzero()[:, 0].tolist()
+            drawn = self.draw(source, row, offsets, start)
+            block = tuple(drawn.get(offset, token) for offset, token in enumerate(block))
+        self.known[row] = reached
+        return states
+
+    def draw(self, known: Known, row: int, offsets: list[int], start: int) -> dict[int, int]:
+        """Return the tokens that offsets become with the logits of a state, each drawn once."""
+        new = [offset for offset in offsets if offset not in known.drawn]
+        if new:
+            at = torch.tensor([known.masked.index(offset) for offset in new])
+            logits, mask_id = known.logits[at.to(known.logits.device)], self.network.canvas.mask_id
+            ids = self.reveals.ids(logits, mask_id, row, [start + offset for offset in new])
+            known.drawn |= dict(zip(new, ids, strict=True))
+        return {offset: known.drawn[offset] for offset in offsets}
+
+    def count(self, row: int, index: int, right: bool) -> None:
+        """Compare a row's draft for a step, if there was one, with what came out."""
+        if index not in self.drafted[row]:
+            return
+        self.tried, self.right = self.tried + 1, self.right + right
+        if right:
+            self.drafted[row].discard(index)
+        else:
+            self.drafted[row].clear()

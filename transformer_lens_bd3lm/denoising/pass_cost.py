@@ -1,0 +1,82 @@
+"""What a pass of more rows costs, measured on the model's own layers, once a process.
+
+Few rows cost little more than one where a pass is bound by reading weights or by calls, and twice
+as much for twice as many where it is bound by arithmetic. Where that changes depends on the
+machine, the dtype and the model, so it is measured, in milliseconds.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from transformer_lens_bd3lm.bridge.casts import frequencies
+from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.model.inputs import View
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+LAYERS = 3  # in turn, so that their weights come from memory
+REPEATS = 3
+WORTH = 1.1  # least gain for which a wider pass is taken
+
+_measured: dict[tuple[Any, ...], float] = {}
+
+
+def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
+    """Return how many states to run in a pass, for the most steps in a second.
+
+    Args:
+        bridge: a BD3LM bridge.
+        rows: rows that each state adds to the pass.
+        share: share of drafts that are right: of w states ``1 + share + ... + share^(w-1)`` count.
+        most: most states.
+    """
+    weight = bridge.embed.weight
+    if most == 1 or weight.is_meta or isinstance(weight, FakeTensor):
+        return 1
+    one = seconds(bridge, rows)
+    best, width = WORTH / one, 1
+    for states in WIDTHS:
+        if not 1 < states <= most:
+            continue
+        took = seconds(bridge, states * rows)
+        if states / took <= best:  # even if all were right
+            break
+        count = sum(share**i for i in range(states))
+        if count / took > best:
+            best, width = count / took, states
+    return width
+
+
+@torch.no_grad()
+def seconds(bridge: Bridge, rows: int) -> float:
+    """Return the time of a few layers over this many rows; measured once a process."""
+    model: Any = bridge.original_model
+    weight, layers = bridge.embed.weight, model.backbone.blocks[:LAYERS]
+    key = (weight.device, weight.dtype, torch.get_num_threads(), len(layers), repr(model.config))
+    key = (*key, rows)
+    if key in _measured:
+        return _measured[key]
+    x = torch.zeros(1, rows, bridge.cfg.d_model, device=weight.device, dtype=weight.dtype)
+    ids = torch.zeros(1, rows, device=weight.device, dtype=torch.long)
+    view = View(ids, rows, rows, "open", dual=False)
+    routing, c = Routing.of_view(view, frequencies(model, x.device), x.dtype), None
+    if model.config.adaln:
+        c, routing.constants = x.new_zeros(1, model.config.cond_dim), {}
+    times = []
+    for _ in range(REPEATS + 1):
+        start = _now(weight.device)
+        for layer in layers:
+            layer(x, c, routing)
+        times.append(_now(weight.device) - start)
+    _measured[key] = min(times[1:])
+    return _measured[key]
+
+
+def _now(device: torch.device) -> float:
+    """Return the time when a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
