@@ -139,12 +139,7 @@ class BD3LMBlockBridge(BlockBridge):
         """Return adaLN's six vectors; where c is constant in a run, they are computed once."""
         if c is None or (self.adaln.folded == MODULATION and not watched(*self.adaln.modules())):
             return (None,) * 6
-        if routing.constants is None or watched(*self.adaln.modules()):
-            return self.adaln(c)
-        layer = self.attn._layer_idx
-        if layer not in routing.constants:
-            routing.constants[layer] = self.adaln(c)
-        return routing.constants[layer]
+        return routing.of_constant(self.adaln, c)
 
     @property
     def drops(self) -> bool:
@@ -213,6 +208,6 @@ class BD3LMBlockBridge(BlockBridge):
         forked = flags.use_split_qkv_input or flags.use_attn_in or flags.use_attn_result
         if forked or self.drops or torch.compiler.is_compiling() or _has_any_global_hook():
             return None
-        if self._plain is None or not self._plain.is_current():
+        if self._plain is None or not self._plain.tree.is_current():
             self._plain = PlainLayer(self)
         return None if self._plain.is_watched() else self._plain

@@ -56,7 +56,7 @@ def run(
     if c is not None and c.ndim == 3:
         c = c[:, readout]
         c = c[:, 0] if bool((c == c[:, :1]).all()) else c
-    shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
+    shift, scale = (None, None) if c is None else routing.of_constant(output.adaLN_modulation, c)
     h = modulate(h, shift, scale)
     if predicted is None:
         return output.linear(h)
@@ -78,7 +78,9 @@ def through_layers(
     The last layer computes only the rows ``readout``, if it can; see :class:`BD3LMBlockBridge`.
     """
     backbone = model.backbone
-    c = F.silu(backbone.sigma_map(sigma)) if hasattr(backbone, "sigma_map") else None
+    c = None
+    if hasattr(backbone, "sigma_map"):
+        c = F.silu(routing.of_constant(backbone.sigma_map, sigma))
     last = len(backbone.blocks) - 1
     for layer, block in enumerate(backbone.blocks):
         x = block(x, c, routing, readout if layer == last else None)

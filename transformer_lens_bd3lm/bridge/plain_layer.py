@@ -18,7 +18,7 @@ from transformer_lens.model_bridge.generalized_components import LinearBridge, M
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.conditioning import BD3LMNormBridge, layer_norm, modulate
 from transformer_lens_bd3lm.bridge.routing import Routing, rotated
-from transformer_lens_bd3lm.bridge.watched import watched
+from transformer_lens_bd3lm.bridge.watched import ModuleTree, watched
 
 
 class _Wrapped(NamedTuple):
@@ -39,17 +39,12 @@ class PlainLayer:
     """The modules of a layer's computation, as long as the layer is made of the same modules."""
 
     def __init__(self, block: nn.Module):
-        self.modules = list(block.modules())
-        self.children = _children(self.modules)
+        self.tree = ModuleTree(block)
         self.wrapped = _wrapped(block)
-
-    def is_current(self) -> bool:
-        """Whether the layer is still made of these modules."""
-        return _children(self.modules) == self.children
 
     def is_watched(self) -> bool:
         """Whether these modules have hooks, or there are components whose forward is unknown."""
-        return self.wrapped is None or watched(*self.modules)
+        return self.wrapped is None or watched(*self.tree.modules)
 
     def __call__(
         self,
@@ -98,10 +93,6 @@ def add_write(
 ) -> Float[Tensor, "batch row d_model"]:
     """Compute ``x + gate * write``, in one kernel; a gate of None is 1."""
     return x + write if gate is None else torch.addcmul(x, gate, write)
-
-
-def _children(modules: list[nn.Module]) -> list[nn.Module | None]:
-    return [child for module in modules for child in module._modules.values()]
 
 
 def _wrapped(block: Any) -> _Wrapped | None:
