@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
-from transformer_lens_bd3lm.bridge.watched import watched
+from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.model.inputs import View
 from transformer_lens_bd3lm.model.masks import dual_mask, sampling_mask
 from transformer_lens_bd3lm.model.modules import rotary_tables
@@ -285,7 +285,7 @@ class Routing:
 
     def of_constant(self, component: nn.Module, given: Tensor) -> Any:
         """Return what a component of the conditioning computes; once a run where it is constant."""
-        if self.constants is None or watched(*component.modules()):
+        if self.constants is None or watched(*modules_of(component)):
             return component(given)
         if component not in self.constants:
             self.constants[component] = component(given)
