@@ -81,6 +81,10 @@ def through_layers(
     c = None
     if hasattr(backbone, "sigma_map"):
         c = F.silu(routing.of_constant(backbone.sigma_map, sigma))
+    if model.graphs is not None:
+        replayed = model.graphs.replay(model, x, c, routing)
+        if replayed is not None:
+            return replayed, c
     last = len(backbone.blocks) - 1
     for layer, block in enumerate(backbone.blocks):
         x = block(x, c, routing, readout if layer == last else None)
@@ -129,9 +133,11 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
 
     Attributes:
         warned_off_distribution: whether it has warned of blocks that read masks in earlier ones.
+        graphs: captured layers, within :func:`.cuda_graphs`.
     """
 
     warned_off_distribution = False
+    graphs: Any = None
 
     backbone: Backbone
     config: BD3LMConfig

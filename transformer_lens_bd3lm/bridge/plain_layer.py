@@ -100,16 +100,15 @@ def _wrapped(block: Any) -> _Wrapped | None:
 
     The forward of another class may compute more than the module that it wraps.
     """
-    attention, mlp = block.attn, block.mlp.original_component
+    attention, norms = block.attn, (block.ln1, block.ln2)
     if type(attention) is not BD3LMAttentionBridge or type(block.mlp) is not MLPBridge:
         return None
+    mlp = block.mlp.original_component
     if type(mlp) is not nn.Sequential or len(mlp) != 3:
         return None
-    norms = [block.ln1, block.ln2]
-    linears = [attention.q, attention.k, attention.v, attention.o, mlp[0], mlp[2]]
-    if any(type(norm) is not BD3LMNormBridge for norm in norms):
-        return None
-    if any(type(linear) is not LinearBridge for linear in linears):
+    linears = (attention.q, attention.k, attention.v, attention.o, mlp[0], mlp[2])
+    classes = (*map(type, norms), *map(type, linears))
+    if classes != (BD3LMNormBridge,) * len(norms) + (LinearBridge,) * len(linears):
         return None
     norm1, norm2 = (norm.original_component for norm in norms)
     q, k, v, o, mlp_in, mlp_out = (linear.original_component for linear in linears)

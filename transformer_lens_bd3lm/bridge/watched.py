@@ -55,19 +55,20 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
 
 
 class ModuleTree:
-    """A module and all that it holds, listed once for as long as it holds the same."""
+    """A module and all that it holds, listed once for as long as they are the same."""
 
     def __init__(self, module: nn.Module):
         self.modules = modules_of(module)
         self._holders = [each for each in self.modules if not isinstance(each, HookPoint)]
-        self._held = self._children()
+        self._state = self._now()
 
     def is_current(self) -> bool:
-        """Whether no module was put in or taken out since."""
-        return self._children() == self._held
+        """Whether no module was put in or taken out since, or changed its class."""
+        return self._now() == self._state
 
-    def _children(self) -> list[nn.Module | None]:
-        return [child for module in self._holders for child in module._modules.values()]
+    def _now(self) -> list[Any]:
+        children = [child for module in self._holders for child in module._modules.values()]
+        return children + [module.__class__ for module in self._holders]
 
 
 class OwningHookPoint(HookPoint):
