@@ -15,12 +15,14 @@ from transformer_lens_bd3lm.analysis.heads import (
     repeated_tokens,
 )
 from transformer_lens_bd3lm.analysis.lens import logit_lens
+from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
 from transformer_lens_bd3lm.analysis.verify import verify
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.block_size import block_size, set_block_size
 from transformer_lens_bd3lm.bridge.boot import boot_lightning
 from transformer_lens_bd3lm.bridge.cuda_graphs import cuda_graphs
+from transformer_lens_bd3lm.bridge.packed import packed
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save
 from transformer_lens_bd3lm.bridge.streams import clean_stream, noisy_stream
@@ -105,12 +107,14 @@ __all__ = [
     "LossError",
     "LowEntropy",
     "MaskedText",
+    "measure_speed",
     "mediate",
     "nelbo",
     "Noise",
     "noisy_stream",
     "NotExactError",
     "OffDistributionWarning",
+    "packed",
     "Record",
     "register",
     "repeated_tokens",

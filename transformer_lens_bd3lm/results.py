@@ -8,6 +8,7 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
@@ -38,6 +39,7 @@ __all__ = [
     "Result",
     "RevealedStep",
     "Run",
+    "Speed",
     "Sweep",
     "Verification",
 ]

@@ -1,6 +1,7 @@
 """Steps that share a pass are the steps that are run one by one."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -133,6 +134,26 @@ def test_a_wrong_rule_of_acceptance_is_seen(bridge, monkeypatch):
         assert_same(*both(bridge, small.prompt_of(3, 3), **kwargs))
 
 
+def test_a_first_state_that_belongs_to_another_text_is_seen(bridge, monkeypatch):
+    """The next block's first state is taken only after the very tokens that it read."""
+    kwargs = {"block_size": 4, "max_new_tokens": 29}
+    found, wanted = both(bridge, small.prompt_of(1, 3), **kwargs)
+    assert_same(found, wanted)
+    in_block = [step.step for step in wanted.steps]
+    assert found.passes < wanted.passes - in_block.count(1)  # some first states had no pass
+
+    def careless(self, step):
+        if self.carried is not None:
+            self.carried.tokens = step.tokens[:, slice(*self.carried.window)].cpu()
+            self.carried.passes = self.network.passes
+        take(self, step)
+
+    take = lookahead.Lookahead.take
+    monkeypatch.setattr(lookahead.Lookahead, "take", careless)
+    with pytest.raises(AssertionError):
+        assert_same(both(bridge, small.prompt_of(1, 3), **kwargs)[0], wanted)
+
+
 # What a run is asked for.
 
 
@@ -179,22 +200,23 @@ def test_what_is_watched_is_run_one_by_one(bridge):
         assert len(pairs) > 8 and all(torch.equal(x, y) for x, y in pairs)
 
 
-def test_hooks_set_between_two_steps_fire_in_the_next_one(bridge):
-    """States that were run before the hook was set are run again, with it."""
+@pytest.mark.parametrize("size", [4, 16])
+def test_hooks_set_between_two_steps_fire_in_the_next_one(bridge, size):
+    """States that were run before the hook was set are run again, with it; so are whole blocks."""
 
     def halve(x, hook):
         return x / 2
 
     runs = []
-    for width in (64, 1):
+    for width, before in itertools.product((64, 1), range(1, 9)):
         steps = bd3lm.denoise_steps(
-            bridge, small.prompt_of(1, 3), max_new_tokens=13, block_size=16, lookahead=width
+            bridge, small.prompt_of(1, 3), max_new_tokens=13, block_size=size, lookahead=width
         )
-        taken = [next(steps) for _ in range(3)]
+        taken = [next(steps) for _ in range(before)]
         with bridge.hooks([("blocks.0.hook_resid_post", halve)]):
-            taken += [next(steps) for _ in range(4)]
+            taken += [next(steps) for _ in range(2)]
         runs.append([*taken, *steps])
-    for found, wanted in zip(*runs, strict=True):
+    for found, wanted in itertools.chain(*map(zip, runs[:8], runs[8:])):
         assert torch.equal(found.after, wanted.after)
         torch.testing.assert_close(
             found.masked_logits, wanted.masked_logits, rtol=EXACT, atol=EXACT

@@ -62,6 +62,13 @@ class KVCache:
         self.keys = torch.cat([self.keys, more], dim=3)
         self.values = torch.cat([self.values, more], dim=3)
 
+    def keep(self, offset: int, length: int) -> None:
+        """Declare ``length`` rows of the last pass final, from ``offset`` behind what is final."""
+        begin, end = self.length, self.length + length
+        for stored in (self.keys, self.values):
+            stored[:, :, :, begin:end] = stored[:, :, :, begin + offset : end + offset].clone()
+        self.length = end
+
     def commit(self, length: int) -> None:
         """Declare the rows up to ``length`` final."""
         self.length = length

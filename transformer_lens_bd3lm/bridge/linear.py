@@ -1,31 +1,45 @@
 """Linear layer that is fast for the few rows of a denoising step.
 
-In bfloat16 on a CPU, ``x W^T`` lays out all of W anew at every call, and ``(W x^T)^T`` only x: the
-same sums, in about three quarters of the time. Every other case is the plain linear's.
+The kernel is the fastest on this machine for so many rows; see ``few_rows``. Within
+``bd3lm.packed`` it may read a second copy of the weight. A linear with hooks of its own, and every
+call that ``few_rows.rows_of`` names, is ``F.linear``.
 """
 
-import torch
+from collections.abc import MutableMapping
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FEW_ROWS = 64
+from transformer_lens_bd3lm.bridge.few_rows import choose, rows_of
+from transformer_lens_bd3lm.bridge.watched import watched
+
+
+class Pack(Protocol):
+    """Second copy of a linear's weight."""
+
+    def __call__(
+        self, x: Float[Tensor, "row width"], weight: Tensor, bias: Tensor | None
+    ) -> Float[Tensor, "row out"]:
+        """Compute ``x W^T + bias``."""
+        ...
+
+
+packs: MutableMapping[nn.Linear, Pack] = WeakKeyDictionary()
+"""The second copies that are in use. They are no part of their linears, so copies have none."""
 
 
 class Linear(nn.Linear):
-    """Linear layer with ``(W x^T)^T`` for few rows in bfloat16 on a CPU."""
+    """Linear layer with the fastest kernel for few rows on a CPU."""
 
     def forward(self, input: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims out"]:
         """Compute ``input W^T + bias``."""
-        rows = input.shape[:-1].numel()
         weight, bias = self.weight, self.bias
-        # Under autocast weights and inputs have dtypes of their own, which the linear casts.
-        few = 0 < rows <= FEW_ROWS and input.dtype == weight.dtype == torch.bfloat16
-        if not few or input.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        rows = rows_of(input, weight, bias)
+        if not rows or watched(self):
             return super().forward(input)
-        if rows == 1:
-            x = input.flatten()
-            y = weight @ x if bias is None else bias.addmv(weight, x)
-        else:
-            x = input.reshape(rows, -1).T
-            y = (weight @ x if bias is None else bias[:, None].addmm(weight, x)).T
-        return y.reshape(*input.shape[:-1], -1)
+        x = input.reshape(rows, -1)
+        pack = packs.get(self) if packs else None
+        compute = choose(rows, x.dtype).kernel.run if pack is None else pack
+        return compute(x, weight, bias).reshape(*input.shape[:-1], -1)

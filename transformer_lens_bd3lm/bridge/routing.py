@@ -8,12 +8,11 @@ a dual pass costs about a third of the dense square. The tests compare the tiles
 Queries, keys and values come from ``attention``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.model.inputs import View
-from transformer_lens_bd3lm.model.masks import dual_mask, sampling_mask
+from transformer_lens_bd3lm.model.masks import branching_mask, dual_mask, sampling_mask
 from transformer_lens_bd3lm.model.modules import rotary_tables
 
 TILE = 128
@@ -139,20 +138,6 @@ def block_tiles(length: int, block_size: int, device: torch.device) -> list[Tile
     return tiles
 
 
-def _with_states(
-    dense: Bool[Tensor, "row key"], width: int, states: int
-) -> Bool[Tensor, "row_of_state key_of_state"]:
-    """Return the mask with its last ``width`` rows once for each state; no state reads another.
-
-    Rows before those, which are of earlier blocks, read none of them.
-    """
-    read = dense[:, :-width]
-    read = torch.cat([read[:-width], read[-width:].repeat(states, 1)])
-    own = torch.eye(states, dtype=torch.bool, device=dense.device)
-    own = own.repeat_interleave(width, 0).repeat_interleave(width, 1)
-    return torch.cat([read, F.pad(own, (0, 0, len(read) - len(own), 0))], dim=1)
-
-
 @runtime_checkable
 class Store(Protocol):
     """Stored keys and values: a layer adds its own, and gets all that its rows read."""
@@ -221,30 +206,34 @@ class Routing:
         inv_freq: Tensor,
         like: Tensor,
         reach: int | None = None,
-        states: int = 1,
+        branches: Sequence[tuple[int, int]] = (),
     ) -> "Routing":
         """Return the routing of rows ``start:end`` over all stored before them and themselves.
 
-        With ``states`` the last block's rows follow once more for each further state of that block;
-        a state reads what is stored, the blocks before it, and itself. With ``reach`` a block reads
-        at most ``reach`` blocks, its own included; positions then grow without end, and their
-        angles are computed in float64 (in float32 on "mps", which has none).
+        Rows of ``branches`` follow, each a window of positions from the last block on: another
+        state of that block, maybe with blocks after it. A branch reads itself and what is before
+        that block. With ``reach`` a block reads at most ``reach`` blocks, its own included;
+        positions then grow without end, and their angles are computed in float64 (in float32 on
+        "mps", which has none).
         """
         if reach is not None and like.device.type != "mps":
             inv_freq = inv_freq.double()
-        first_block, last_block = start // block_size, (end - 1) // block_size
-        begin = max(last_block * block_size, start)
-        positions = torch.arange(start, end, device=like.device)
-        positions = torch.cat([positions, *[positions[begin - start :]] * (states - 1)])
+        windows, device = [(start, end), *branches], like.device
+        positions = torch.cat([torch.arange(*window, device=device) for window in windows])
         cos, sin = _signed_tables(positions, inv_freq, like.dtype)
+        first_block, last_block = start // block_size, (end - 1) // block_size
         first = 0 if reach is None else max(first_block - reach + 1, 0) * block_size
         dense = None
-        if last_block > first_block:
-            dense = sampling_mask(end - start, end - first, block_size, like.device, reach)
-        if states > 1:
-            if dense is None:
-                dense = torch.ones(end - start, end - first, dtype=torch.bool, device=like.device)
-            dense = _with_states(dense, end - begin, states)
+        if branches:
+            number = torch.cat(
+                [positions.new_full((high - low,), i) for i, (low, high) in enumerate(windows, 1)]
+            )
+            number = number.where(positions >= branches[0][0], 0)
+            stored = torch.arange(first, start, device=device)
+            keys = torch.cat([stored, positions]), torch.cat([torch.zeros_like(stored), number])
+            dense = branching_mask((positions, number), keys, block_size, reach)
+        elif last_block > first_block:
+            dense = sampling_mask(end - start, end - first, block_size, device, reach)
         rows = len(positions)
         tile = Tile((slice(0, rows),), (slice(0, start - first + rows),), dense)
         return cls(cos, sin, [_additive(tile, like.dtype)], lambda: dense, cache, first)

@@ -14,6 +14,7 @@ import torch
 from rich.text import Text
 
 from transformer_lens_bd3lm.cli import (
+    bench,
     checkpoints,
     compare,
     convert,
@@ -28,7 +29,9 @@ from transformer_lens_bd3lm.cli.app import app as app
 from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.show.terminal import errors
 
-COMMANDS = (demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify)
+COMMANDS = (
+    demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench
+)  # fmt: skip
 
 # Errors that are no fault of this package: files, numbers and memory that a machine does not have.
 EXPECTED = (

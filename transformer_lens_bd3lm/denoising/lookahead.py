@@ -10,6 +10,11 @@ state whose tokens came out otherwise is never asked for::
     pass 1:  s_0                             drafts of every later token
     pass 2:  s_1, s_2', s_3'                 s_2' is s_2 if the draft of its token was right
 
+With the cache, a pass that comes to the block's end also runs the block as it is then, and the
+first state of the next block, which reads it::
+
+    pass 3:  s_3, s_4', r_0'                 r_0' is the next block's first state after s_4'
+
 Every pass runs at least the state that is asked for, so a block of k tokens takes at most k passes.
 The loop gets the same function at the same states as one by one. In float32 a row of a larger pass
 may round differently, as with the cache: ``Run.lead`` names near ties.
@@ -18,11 +23,12 @@ Nothing is run ahead while anything is watched: step hooks, records and hooks on
 see a state that the run does not come to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.block import require_eval
@@ -33,6 +39,7 @@ from transformer_lens_bd3lm.denoising.samplers import SAMPLERS
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 
+NEXT = 2  # states that the next block's first one counts for: it brings this block
 MAX_BYTES = 2**30  # of the logits of a pass that runs ahead
 
 Block = tuple[int, ...]  # tokens of a block
@@ -75,6 +82,46 @@ class Known:
     logits: Float[Tensor, "masked d_vocab"]
     drawn: dict[int, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, step: Step, row: int, logits: Float[Tensor, "masked d_vocab"]) -> "Known":
+        """Return what is known of a row's state."""
+        return cls(step.masked[row].nonzero()[:, 0].tolist(), logits)
+
+
+def by_row(
+    step: Step, logits: Float[Tensor, "masked d_vocab"]
+) -> tuple[Float[Tensor, "masked_of_row d_vocab"], ...]:
+    """Return a step's logits row by row."""
+    return logits.split(step.masked.sum(-1).tolist())
+
+
+def with_blocks(step: Step, blocks: dict[int, Block]) -> Int[Tensor, "batch pos"]:
+    """Return a step's tokens with other ones in some rows of its block."""
+    (start, end), tokens = step.window, step.tokens
+    ids = tokens[:, start:end].cpu().clone()
+    for row, block in blocks.items():
+        ids[row] = torch.tensor(block)
+    return torch.cat([tokens[:, :start], ids.to(tokens.device), tokens[:, end:]], dim=1)
+
+
+@dataclass
+class Carried:
+    """The next block's first state, as it is if the rows of this block come out as drafted.
+
+    Attributes:
+        passes: number of passes when it had been run.
+        window: positions from this block on, up to the next one.
+        tokens: what they hold ``[batch, pos]``, on the CPU.
+        offset: rows of the pass before these, counted from the block's beginning.
+        known: the state, by row.
+    """
+
+    passes: int
+    window: tuple[int, int]
+    tokens: Int[Tensor, "batch pos"]
+    offset: int
+    known: dict[int, tuple[State, Known]]
+
 
 @dataclass
 class Lookahead:
@@ -85,10 +132,12 @@ class Lookahead:
         reveals: chooses positions and draws tokens.
         width: most states of a row in a pass; "auto" weighs what a wider pass costs on this device
             against the share of drafts that come out right.
+        next_block: returns the first step of the block after a step's, None after the last.
         block: the block that the loop is in.
         chain: its steps, with what each reveals; empty where it is run one by one.
         known: states that have been run, by row, their tokens and time.
         last: the state that each row was in last.
+        carried: the first state of the next block.
         drafted: by row, steps whose states were run on a draft.
         tried: number of drafts that were compared with what came out.
         right: number of these that came out.
@@ -96,11 +145,13 @@ class Lookahead:
 
     network: Network
     reveals: Reveals
-    width: int | Literal["auto"] = "auto"
+    width: int | Literal["auto"]
+    next_block: Callable[[Step], Step | None]
     block: int = field(default=-1, init=False)
     chain: list[Scheduled] = field(default_factory=list, init=False)
     known: list[dict[State, Known]] = field(default_factory=list, init=False)
     last: list[Known | None] = field(default_factory=list, init=False)
+    carried: Carried | None = field(default=None, init=False)
     drafted: list[set[int]] = field(default_factory=list, init=False)
     autocast: str | None = field(default=None, init=False)
     tried: int = field(default=0, init=False)
@@ -138,10 +189,14 @@ class Lookahead:
         """Return the steps from this one to the end of its block; none where it is run alone."""
         network, autocast = self.network, autocast_on(self.network.bridge)
         if step.block != self.block:
+            same = autocast == self.autocast
             batch, self.block, self.autocast = len(step.masked), step.block, autocast
             self.known, self.last = [{} for _ in range(batch)], [None] * batch
             self.drafted = [set() for _ in range(batch)]
             self.chain = self.schedule(step, times) if network.plain else []
+            if self.chain and same:
+                self.take(step)
+            self.carried = None
         following = self.chain[step.index - self.chain[0][0].index :] if self.chain else []
         if not following:
             return []
@@ -159,52 +214,102 @@ class Lookahead:
         elif self.width == 1:
             return []
         chain = list(self.reveals.schedule(step, times))
-        return chain if len(chain) > 1 else []
+        return chain if len(chain) > 1 or (chain and self.carried is not None) else []
+
+    def take(self, step: Step) -> None:
+        """Take the first state of a block from the pass before, if its text came out as drafted."""
+        carried, cache = self.carried, self.network.cache
+        if carried is None or cache is None or carried.passes != self.network.passes:
+            return
+        if torch.equal(step.tokens[:, slice(*carried.window)].cpu(), carried.tokens):
+            cache.keep(carried.offset, carried.window[1] - carried.window[0])
+            for row, (state, known) in carried.known.items():
+                self.known[row][state] = known
 
     def run(self, step: Step, following: list[Scheduled], blocks: dict[int, Block]) -> None:
         """Run the states that rows are in now, and those that may follow, in one pass."""
         share = (self.right + 3) / (self.tried + 4)  # hopeful at first, so that some are tried
-        width = states_at_once(self.network, step, self.width, len(following), share)
+        width = states_at_once(self.network, step, self.width, len(following) + NEXT, share)
         ahead = {
             row: self.unknown(row, block, following, width, step.window[0])
             for row, block in blocks.items()
         }
-        states = []
-        for i in range(max(map(len, ahead.values()))):
-            ids = step.tokens[:, slice(*step.window)].cpu().clone()
-            masked, t = torch.zeros_like(step.masked), step.t.clone()
-            for row, level, block in ((r, *x[i]) for r, x in ahead.items() if i < len(x)):
+        slots = [
+            {row: states[i] for row, (states, _) in ahead.items() if i < len(states)}
+            for i in range(max(len(states) for states, _ in ahead.values()))
+        ]
+        run = [self.laid_out(step, following, slot) for slot in slots]
+        finished = {row: block for row, (_, block) in ahead.items()}
+        after = None
+        if self.network.cache is not None and len(slots) + NEXT <= width:
+            after = self.after(step, finished)
+        logits = self.network.logits_of(run if after is None else [*run, after])
+        for i, (slot, parts) in enumerate(zip(slots, map(by_row, run, logits), strict=False)):
+            for row, (level, block) in slot.items():
                 scheduled = following[level][0]
-                ids[row], masked[row] = torch.tensor(block), scheduled.masked[row]
-                t[row] = scheduled.t[row]
-            start, end = step.window
-            parts = (step.tokens[:, :start], ids.to(step.tokens.device), step.tokens[:, end:])
-            states.append(replace(step, tokens=torch.cat(parts, 1), masked=masked, t=t))
-        for i, logits in enumerate(self.network.logits_of(states)):
-            parts = logits.split(states[i].masked.sum(-1).tolist())
-            for row, level, block in ((r, *x[i]) for r, x in ahead.items() if i < len(x)):
-                scheduled = following[level][0]
-                masked = scheduled.masked[row].nonzero()[:, 0].tolist()
                 state = state_of(block, scheduled.t[row])
-                self.known[row][state] = Known(masked, parts[row])
+                self.known[row][state] = Known.of(scheduled, row, parts[row])
                 if i:
                     self.drafted[row].add(scheduled.index)
+        if after is not None:
+            window, parts = (step.window[0], after.window[0]), by_row(after, logits[-1])
+            blocks_after = after.tokens[:, slice(*after.window)].tolist()
+            self.carried = Carried(
+                self.network.passes,
+                window,
+                after.tokens[:, slice(*window)].cpu(),
+                len(slots) * step.masked.shape[1],
+                {
+                    row: (
+                        state_of(tuple(blocks_after[row]), after.t[row]),
+                        Known.of(after, row, part),
+                    )
+                    for row, part in enumerate(parts)
+                    if len(part)
+                },
+            )
+
+    def laid_out(
+        self, step: Step, following: list[Scheduled], slot: dict[int, tuple[int, Block]]
+    ) -> Step:
+        """Return the step that holds one state of each row in ``slot``, and nothing of others."""
+        masked, t = torch.zeros_like(step.masked), step.t.clone()
+        for row, (level, _) in slot.items():
+            masked[row], t[row] = following[level][0].masked[row], following[level][0].t[row]
+        blocks = {row: block for row, (_, block) in slot.items()}
+        return replace(step, tokens=with_blocks(step, blocks), masked=masked, t=t)
+
+    def after(self, step: Step, finished: dict[int, Block | None]) -> Step | None:
+        """Return the first step of the next block; None where rows do not come to the end of this.
+
+        Args:
+            step: the state that the loop has come to.
+            finished: this block's tokens after its last step, as far as known, by row.
+        """
+        blocks = {row: block for row, block in finished.items() if block is not None}
+        if len(blocks) < len(finished):
+            return None
+        return self.next_block(replace(step, tokens=with_blocks(step, blocks)))
 
     def unknown(
         self, row: int, block: Block, following: list[Scheduled], width: int, start: int
-    ) -> list[tuple[int, Block]]:
+    ) -> tuple[list[tuple[int, Block]], Block | None]:
         """Return a row's next states that have not been run, and forget those that it cannot reach.
 
         Each is a number of steps from now and its tokens: true ones, where all states before it
-        have been run, else drafts.
+        have been run, else drafts. Then the block after its last step; None if that is too far.
         """
         states, reached, source = [], {}, self.last[row]
+        end = None
         for level, (scheduled, reveal) in enumerate(following):
-            if len(states) == width or not bool(scheduled.masked[row].any()):
+            if not bool(scheduled.masked[row].any()):
+                end = block
                 break
             state = state_of(block, scheduled.t[row])
             if state in self.known[row]:
                 source = reached[state] = self.known[row][state]
+            elif len(states) == width:
+                break
             elif not states or states[-1][1] != block:
                 states.append((level, block))
             if source is None:
@@ -212,8 +317,10 @@ class Lookahead:
             offsets = reveal[row].nonzero()[:, 0].tolist()
             drawn = self.draw(source, row, offsets, start)
             block = tuple(drawn.get(offset, token) for offset, token in enumerate(block))
+        else:
+            end = block
         self.known[row] = reached
-        return states
+        return states, end
 
     def draw(self, known: Known, row: int, offsets: list[int], start: int) -> dict[int, int]:
         """Return the tokens that offsets become with the logits of a state, each drawn once."""

@@ -15,7 +15,7 @@ unequal length, filling in and text longer than the context, ``step_forward.py``
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -85,36 +85,44 @@ class Loop:
         """
         network, canvas = self.network, self.network.canvas
         unchanged = Unchanged(network.bridge, self.made_with)
-        ahead = Lookahead(network, self.reveals, self.lookahead)
+        ahead = Lookahead(network, self.reveals, self.lookahead, self.next_block)
         tokens, index = canvas.tokens, 0 if self.start is None else self.start.index
         for block, window in enumerate(canvas.block_windows()):
-            masked = self.masked(tokens, window)
-            if not masked.any():
+            before, times = self.begin(block, window, tokens, index)
+            if not before.masked.any():
                 continue  # every row has ended, or the block is a fork's past
-            times, in_block = self.begin(block, window)
-            while masked.any():
+            while before.masked.any():
                 unchanged.require()
-                t = self.reveals.sampler.next_time(masked, times)
-                before = Step(index, block, in_block, window, t, masked, tokens, canvas.mask_id)
                 logits = ahead.logits(before, times)
                 reveal = self.reveals.choose(before, times, logits)
                 step = self.reveals.draw(before, logits, reveal)
                 yield step
-                tokens, masked = step.after, masked & ~reveal
-                index, in_block = index + 1, in_block + 1
+                before = replace(self.reveals.next(before, reveal, times), tokens=step.after)
+            tokens, index = before.tokens, before.index
             network.store(step)
             self.stop.after_block(step)
         self.made_with.require_weights(network.bridge)
+
+    def begin(
+        self, block: int, window: tuple[int, int], tokens: Tensor, index: int
+    ) -> tuple[Step, Float[Tensor, "batch block"]]:
+        """Return the first step of a block, and the block's reveal times."""
+        times, in_block = self.reveals.noise.times(len(tokens), *window), 0
+        if self.start is not None and block == self.start.block:
+            times, in_block = times * self.start.ceiling[:, None], self.start.step
+        masked, mask_id = self.masked(tokens, window), self.network.canvas.mask_id
+        t = self.reveals.sampler.next_time(masked, times)
+        return Step(index, block, in_block, window, t, masked, tokens, mask_id), times
+
+    def next_block(self, step: Step) -> Step | None:
+        """Return the first step of the next block, if no row ends before; None after the last."""
+        for block, window in enumerate(self.network.canvas.block_windows()):
+            if block > step.block and self.masked(step.tokens, window).any():
+                return self.begin(block, window, step.tokens, step.index)[0]
+        return None
 
     def masked(self, tokens: Tensor, window: tuple[int, int]) -> Bool[Tensor, "batch block"]:
         """Return which positions of a block are left to reveal, on the CPU."""
         part = slice(*window)
         left = (tokens[:, part] == self.network.canvas.mask_id).cpu() & self.wanted[:, part]
         return left & ~self.stop.stopped[:, None]
-
-    def begin(self, block: int, window: tuple[int, int]) -> tuple[Float[Tensor, "batch pos"], int]:
-        """Return a block's reveal times, and the number of its first step: 0 but in a fork."""
-        times = self.reveals.noise.times(self.network.canvas.tokens.shape[0], *window)
-        if self.start is None or block != self.start.block:
-            return times, 0
-        return times * self.start.ceiling[:, None], self.start.step

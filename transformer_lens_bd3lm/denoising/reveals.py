@@ -135,9 +135,15 @@ class Reveals:
             except (_OrderNeedsLogits, BD3LMError):  # what is wrong is said when its step comes
                 return
             yield step, reveal
-            masked = step.masked & ~reveal
-            t = self.sampler.next_time(masked, times)
-            step = replace(step, index=step.index + 1, step=step.step + 1, masked=masked, t=t)
+            step = self.next(step, reveal, times)
+
+    def next(
+        self, step: Step, reveal: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]
+    ) -> Step:
+        """Return the step after one that reveals these positions, with the tokens before it."""
+        masked = step.masked & ~reveal
+        t = self.sampler.next_time(masked, times)
+        return replace(step, index=step.index + 1, step=step.step + 1, masked=masked, t=t)
 
 
 def log_p_at(

@@ -10,6 +10,7 @@ It decides nothing about tokens; see ``loop.py``.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class Network:
         """Return raw logits of each state's masked positions, from one pass.
 
         Args:
-            states: states of one block: one, or several while the network is :attr:`plain`.
+            states: one, or several while the network is :attr:`plain`: states of the active block,
+                and with the cache, of a later block after a state of the active one.
 
         Raises:
             NotExactError: for a model in training.
@@ -117,15 +119,10 @@ class Network:
         require_eval(self.bridge)
         step, (start, end) = states[0], states[0].window
         first = self.canvas.first_visible(start) if self.cache is None else self.cache.length
-        ids, t = self.laid_out(states, first)
+        ids, t, predicted = self.laid_out(states, first)
         fns = self.step_hooks(step, first, end - first)
         fns += self.recording(step, first, end - first)
-        model, masked = self.bridge.original_model, torch.stack([state.masked for state in states])
-        state, row, offset = masked.nonzero().unbind(-1)
-        if self.cache is None:
-            predicted = torch.stack([state * len(step.tokens) + row, offset], -1)
-        else:
-            predicted = torch.stack([row, state * (end - start) + offset], -1)
+        model = self.bridge.original_model
         predicted = predicted.to(ids.device)  # before the pass: copying waits for what is queued
         wide = torch.promote_types(self.bridge.embed.weight.dtype, torch.float32)
         sigma = torch.zeros(len(t), device=ids.device, dtype=wide)
@@ -133,34 +130,60 @@ class Network:
             sigma = sigma_of(t).to(sigma)
         with attached(self.points, fns, step):
             x = model.backbone.vocab_embed(ids)
-            routing = self.routing(first, end, ids, x, len(states))
+            routing = self.routing(first, ids, x, [state.window for state in states])
             logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
         if self.cache is not None:
             self.cache.commit(start)
         self.passes += 1
-        return list(logits.split(masked.sum((1, 2)).tolist()))
+        return list(logits.split([int(state.masked.sum()) for state in states]))
 
     def laid_out(
         self, states: Sequence[Step], first: int
-    ) -> tuple[Int[Tensor, "batch_of_pass row"], Float[Tensor, " batch_of_pass"]]:
-        """Return ids and times of a pass: states as further rows of the batch, or of the block.
+    ) -> tuple[
+        Int[Tensor, "batch_of_pass row"],
+        Float[Tensor, " batch_of_pass"],
+        Int[Tensor, "masked 2"],
+    ]:
+        """Return ids and times of a pass, and where its masked positions are, state by state.
 
-        With the cache they read the same stored keys, so they follow each other in one batch row.
+        Without the cache states are further rows of the batch; a place is (row, position of the
+        block). With it they read the same stored keys, so they follow each other in one row, each
+        from the active block on.
         """
-        (start, end), t = states[0].window, states[0].t
+        start, t, batch = states[0].window[0], states[0].t, len(states[0].tokens)
+        places, rows = [state.masked.nonzero() for state in states], []
         if self.cache is None:
-            ids = torch.cat([state.tokens[:, first:end] for state in states])
-            return ids, torch.cat([state.t for state in states])
-        further = [state.tokens[:, start:end] for state in states[1:]]
-        return torch.cat([states[0].tokens[:, first:end], *further], dim=1), t
+            rows = [state.tokens[:, first : state.window[1]] for state in states]
+            shifts = [(i * batch, 0) for i in range(len(states))]
+            ids, t = torch.cat(rows), torch.cat([state.t for state in states])
+        else:
+            rows = [state.tokens[:, start : state.window[1]] for state in states]
+            ends = [0, *accumulate(part.shape[1] for part in rows)]
+            shifts = [
+                (0, begin + state.window[0] - start)
+                for begin, state in zip(ends, states, strict=False)
+            ]
+            ids = torch.cat([states[0].tokens[:, first:start], *rows], dim=1)
+        moved = [x + x.new_tensor(shift) for x, shift in zip(places, shifts, strict=True)]
+        return ids, t, torch.cat(moved)
 
-    def routing(self, first: int, end: int, ids: Tensor, x: Tensor, states: int = 1) -> Routing:
-        """Return how rows ``first:end``, and those of further states, read what is stored."""
+    def routing(
+        self, first: int, ids: Tensor, x: Tensor, windows: Sequence[tuple[int, int]]
+    ) -> Routing:
+        """Return how rows from ``first`` on read each other and what is stored.
+
+        Args:
+            first: position of the first row.
+            ids: the pass's ids.
+            x: their embedding.
+            windows: block of each state.
+        """
         model, size, reach = self.bridge.original_model, self.canvas.block_size, self.canvas.reach
-        inv_freq = frequencies(model, x.device)
-        if self.cache is not None and (first > 0 or reach is not None or states > 1):
+        inv_freq, (start, end) = frequencies(model, x.device), windows[0]
+        branches = [(start, high) for _, high in windows[1:]]
+        if self.cache is not None and (first > 0 or reach is not None or branches):
             self.cache.reserve(first + x.shape[1])
-            routing = Routing.of_window(first, end, size, self.cache, inv_freq, x, reach, states)
+            routing = Routing.of_window(first, end, size, self.cache, inv_freq, x, reach, branches)
         else:
             kind = "block" if model.config.cross_attn else "open"
             view = View(ids, end - first, size, kind, dual=False)

@@ -16,7 +16,7 @@ them.
 """
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -61,6 +61,28 @@ def sampling_mask(
     q_block = k_block[keys - queries :, None]
     self_and_earlier = k_block[None, :] <= q_block
     return self_and_earlier if reach is None else self_and_earlier & (k_block > q_block - reach)
+
+
+def branching_mask(
+    queries: tuple[Int[Tensor, " q"], Int[Tensor, " q"]],
+    keys: tuple[Int[Tensor, " k"], Int[Tensor, " k"]],
+    block_size: int,
+    reach: int | None = None,
+) -> Bool[Tensor, "q k"]:
+    """Return the mask of the sampling view where a text goes on in several ways, in one pass.
+
+    A row reads its block and earlier ones, of the common beginning and of its own branch.
+
+    Args:
+        queries: position and branch of each row that reads; branch 0 is the common beginning.
+        keys: position and branch of each row that is read.
+        block_size: tokens per block.
+        reach: most blocks that a block reads, itself included: a context that slides.
+    """
+    (q_position, q_branch), (k_position, k_branch) = queries, keys
+    q_block, k_block = q_position[:, None] // block_size, k_position[None] // block_size
+    visible = (k_block <= q_block) & ((k_branch == 0) | (k_branch == q_branch[:, None]))
+    return visible if reach is None else visible & (k_block > q_block - reach)
 
 
 def causal_mask(

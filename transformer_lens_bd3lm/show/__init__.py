@@ -13,6 +13,7 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
@@ -40,6 +41,7 @@ TABLES = {
     Price: "sweep:price_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    Speed: "speed:speed_table",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
 }

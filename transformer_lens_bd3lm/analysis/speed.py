@@ -1,0 +1,220 @@
+"""Speed of the denoising loop on this machine: each exact lever as a ratio, in one run.
+
+A pass over a few rows reads every weight once, so on most machines it takes at least the time that
+memory needs for that: ``weights / bandwidth``, the memory bound. What is compared takes turns, and
+the least time of each counts: whatever else a machine does only adds to a run.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.texts import bos_of
+from transformer_lens_bd3lm.checks import check_int
+from transformer_lens_bd3lm.denoising.denoise import denoise
+from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.progress import progress_bar
+from transformer_lens_bd3lm.result import Result, plain_values
+
+BASE = "one by one"
+COPIED = 2**28  # bytes read to measure the memory: larger than any cache
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One way to write the same text, and what it took.
+
+    Attributes:
+        seconds: the least of its rounds.
+        tokens: tokens written, in all rows.
+        passes: passes of the network.
+        block_size: tokens per block.
+        rows: rows of the batch.
+    """
+
+    seconds: float
+    tokens: int
+    passes: int
+    block_size: int
+    rows: int = 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written in a second, in all rows."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass gives each row."""
+        return self.tokens / self.rows / self.passes
+
+    @property
+    def pass_seconds(self) -> float:
+        """Seconds a pass, drawing and bookkeeping included."""
+        return self.seconds / self.passes
+
+
+@dataclass(frozen=True, repr=False)
+class Speed(Result):
+    """Speed of a bridge on a machine.
+
+    Attributes:
+        model: the checkpoint's name.
+        device: where it runs.
+        instructions: instruction set that torch uses on the CPU; empty elsewhere.
+        threads: CPU threads.
+        dtype: dtype of the weights.
+        weight_bytes: bytes of weights that a pass reads.
+        bytes_per_second: bytes that one reduction reads from memory in a second.
+        lines: what was measured, by name; the first is the loop that recomputes the prefix.
+    """
+
+    model: str
+    device: str
+    instructions: str
+    threads: int
+    dtype: str
+    weight_bytes: int
+    bytes_per_second: float
+    lines: dict[str, Timed] = field(repr=False)
+
+    @property
+    def bound(self) -> float:
+        """Seconds that memory takes to give a pass its weights."""
+        return self.weight_bytes / self.bytes_per_second
+
+    def ratio(self, name: str) -> float:
+        """Return tokens per second of a line, in those of the cached loop, one by one."""
+        return self.lines[name].tokens_per_second / self.lines[BASE].tokens_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values for JSON."""
+        figures = ("tokens_per_second", "tokens_per_pass", "pass_seconds")
+        lines = {
+            name: vars(line) | {each: getattr(line, each) for each in figures}
+            for name, line in self.lines.items()
+        }
+        bound = {"memory_bound_seconds": self.bound}
+        return plain_values(vars(self) | bound | {"lines": lines})
+
+    def __repr__(self) -> str:
+        line = self.lines[BASE]
+        return (
+            f"Speed({self.model} on {self.device}, {line.tokens_per_second:.1f} tokens/s one by "
+            f"one, {line.pass_seconds * 1e3:.1f} ms a pass, {self.bound * 1e3:.1f} ms to read its "
+            "weights)"
+        )
+
+
+def measure_speed(
+    bridge: Bridge,
+    *,
+    tokens: int = 32,
+    rounds: int = 2,
+    progress: bool | None = None,
+) -> Speed:
+    """Measure how fast a bridge writes on this machine, and what each lever gives.
+
+    Every line writes from BOS alone, under the same noise.
+
+    Args:
+        bridge: a BD3LM bridge, or a checkpoint's name, which is booted.
+        tokens: tokens that each run writes, rounded up to whole blocks.
+        rounds: turns of each line, of which the fastest counts.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        Seconds, tokens and passes of each line, and the time that reading the weights takes.
+
+    Raises:
+        InputError: for fewer than 8 tokens or 1 round, or a model that denoises nothing.
+        CheckpointError: for a name whose checkpoint cannot be loaded.
+    """
+    bridge = read_bridge(bridge)
+    context = bridge.original_model.config.model_length
+    check_int("tokens", tokens, 8, context - 1, f"give 8..{context - 1}")
+    check_int("rounds", rounds, 1)
+    ways = _ways(bridge, tokens)
+    taken: dict[str, Timed] = {}
+    with progress_bar("measuring", len(ways) * (rounds + 1), progress) as update:
+        for turn in range(rounds + 1):  # the first round warms up
+            for name, (scope, options) in ways.items():
+                with scope():
+                    line = _timed(bridge, tokens, options)
+                if turn and (name not in taken or line.seconds < taken[name].seconds):
+                    taken[name] = line
+                update(advance=1)
+    weight = bridge.embed.weight
+    on_cpu = weight.device.type == "cpu"
+    return Speed(
+        model=str(bridge.cfg.model_name),
+        device=str(weight.device),
+        instructions=torch.backends.cpu.get_cpu_capability() if on_cpu else "",
+        threads=torch.get_num_threads(),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        weight_bytes=weight_bytes(bridge),
+        bytes_per_second=bytes_per_second(weight.device),
+        lines=taken,
+    )
+
+
+Scope = Callable[[], AbstractContextManager[Any]]
+
+
+def _ways(bridge: Bridge, tokens: int) -> dict[str, tuple[Scope, dict[str, Any]]]:
+    """Return the lines of the table: a scope to run in, and keywords of :func:`denoise`."""
+    config = bridge.original_model.config
+    cached = config.cross_attn and not config.time_conditioning
+    one = {"lookahead": 1}
+    ways: dict[str, tuple[Scope, dict[str, Any]]] = {}
+    if cached:
+        ways["prefix recomputed"] = (nullcontext, one | {"kv_cache": False})
+    ways |= {
+        BASE: (nullcontext, one),
+        "lookahead": (nullcontext, {}),
+    }
+    if cached and config.model_length >= 16:
+        ways["lookahead, blocks of 16"] = (nullcontext, {"block_size": 16})
+    return ways | {
+        "8 rows": (nullcontext, one | {"rows": 8}),
+        "32 rows": (nullcontext, one | {"rows": 32}),
+    }
+
+
+def _timed(bridge: Bridge, tokens: int, options: dict[str, Any]) -> Timed:
+    """Write once, and return what it took."""
+    rows = options.get("rows", 1)
+    keywords = {name: value for name, value in options.items() if name != "rows"}
+    first = int(bridge.cfg.mask_token_id == 0) if bridge.tokenizer is None else bos_of(bridge)
+    bos = torch.full((rows, 1), first, device=bridge.embed.weight.device)
+    start = time.perf_counter()
+    run: Run = denoise(bridge, bos, max_new_tokens=tokens, progress=False, **keywords)
+    seconds = time.perf_counter() - start
+    written = int((run.commit_step_all >= 0).sum())
+    return Timed(seconds, written, run.passes, run.block_size, rows)
+
+
+def weight_bytes(bridge: Bridge) -> int:
+    """Return the bytes of weights that a pass reads; the embedding is looked up, not read."""
+    read = sum(p.numel() * p.element_size() for p in bridge.original_model.parameters())
+    table: Tensor = bridge.embed.weight
+    return read - table.numel() * table.element_size()
+
+
+def bytes_per_second(device: torch.device) -> float:
+    """Measure how fast a device reads its memory: the best of ten sums over 256 MiB."""
+    x = torch.ones(COPIED // 4, device=device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        float(x.sum())  # a value, so that it has been computed
+        return time.perf_counter() - start
+
+    return COPIED / min(seconds() for _ in range(10))

@@ -1,0 +1,263 @@
+"""Kernels of a linear layer over few rows, and the choice of the fastest on this machine.
+
+A step of denoising sends a few rows through each weight, and how near that comes to the speed of
+memory depends on the machine's library: between kernels that compute the same sums from the same
+weight lies a factor of two or three, and another one wins at another number of rows, dtype or
+processor. So the choice is a measurement, once a process for each power of two of rows, dtype and
+number of threads, at the first such call. It takes about 0.1 s, 20 ms of them calls, and the rest
+to lay out weights that no cache holds.
+
+``F.linear`` stays unless another kernel is clearly faster (15%, in its second best time against the
+best of ``F.linear``), so that results do not change in their last digits from process to process.
+A kernel that this machine lacks, or that multiplies in a lower precision, is left out. While the
+machine is busy with other work, the speed of one thread decides.
+
+Float64 is always ``F.linear``, as are weights of less than 2^18 numbers, which caches keep.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle
+from threading import RLock
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from transformer_lens_bd3lm.bridge.fused import is_transformed
+
+MOST_ROWS = 64
+LEAST_WEIGHTS = 2**18
+CLEARLY = 1.15
+HALVES = (torch.bfloat16, torch.float16)
+
+# Weights of the measurement: square, and together more than a cache holds. Rankings at the other
+# shapes of the released size were the same.
+_SIDE, _BYTES = 768, 40 * 2**20
+_LEAST_TURNS, _MOST_TURNS, _SECONDS = 4, 12, 0.02
+_PART = 2**18
+# Errors of the chosen kernel against those of F.linear: oneDNN's are three times as large in
+# float32, and a kernel that multiplies in half precision would be a thousand times off.
+_ROUNDING = 8
+
+Rows = Float[Tensor, "row width"]
+Weight = Float[Tensor, "out width"]
+Bias = Float[Tensor, " out"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute ``x W^T + bias``.
+
+    Attributes:
+        run: function of rows, a weight and a bias or None; returns contiguous rows.
+        pack: function of a weight and a number of rows that returns the copy which ``run`` takes in
+            place of the weight. None for a kernel that takes the weight itself.
+        dtypes: dtypes of the rows that it is for.
+    """
+
+    run: Callable[..., Tensor]
+    pack: Callable[[Tensor, int], Tensor] | None = None
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
+
+
+def transposed(x: Rows, weight: Weight, bias: Bias | None) -> Float[Tensor, "row out"]:
+    """Compute ``(W x^T + bias)^T``, which lays out the rows anew and not the weight."""
+    if len(x) == 1:
+        return (weight @ x[0] if bias is None else torch.addmv(bias, weight, x[0]))[None]
+    y = weight @ x.T if bias is None else torch.addmm(bias[:, None], weight, x.T)
+    return y.T.contiguous()
+
+
+def onednn(x: Rows, weight: Tensor, bias: Bias | None) -> Float[Tensor, "row out"]:
+    """Compute ``x W^T + bias`` in oneDNN, from a weight as it is or in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+def widened(x: Rows, weight: Weight, bias: Bias | None) -> Float[Tensor, "row out"]:
+    """Compute in float32, a part of the weight at a time that caches hold, and round once."""
+    wide, step = x.float().T, max(1, _PART // weight.shape[1])
+    y = torch.cat([part.float() @ wide for part in weight.split(step)])
+    y = y if bias is None else y + bias[:, None]
+    return y.T.to(x.dtype).contiguous()
+
+
+KERNELS: dict[str, Kernel] = {
+    "F.linear": Kernel(F.linear),
+    "(W x^T)^T": Kernel(transposed),
+    "oneDNN": Kernel(onednn),
+    "float32 parts": Kernel(widened, dtypes=HALVES),
+}
+"""Kernels that take the weight as it is, the plain one first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice depends on: rows (a power of two), dtype, threads, and the kernels compared."""
+
+    rows: int
+    dtype: torch.dtype
+    threads: int
+    names: tuple[str, ...]
+    mkldnn: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Result of one measurement.
+
+    Attributes:
+        case: what was measured.
+        name: the kernel that was chosen.
+        times: ascending seconds of each kernel's calls, without those that were left out.
+        bytes: size of the weight that each call read, in the dtype of the rows.
+    """
+
+    case: Case
+    name: str
+    times: Mapping[str, list[float]]
+    bytes: int
+    kernel: Kernel = field(repr=False)
+
+    def speed(self, name: str) -> float:
+        """Return gigabytes of weights per second in a kernel's best call."""
+        return self.bytes / self.times[name][0] / 1e9
+
+
+_choices: dict[Case, Choice] = {}
+_lock = RLock()  # a kernel may itself choose another
+
+
+def choose(rows: int, dtype: torch.dtype, kernels: Mapping[str, Kernel] = KERNELS) -> Choice:
+    """Return the choice for a number of rows, after a measurement where there is none yet.
+
+    Args:
+        rows: rows of a call; the next power of two counts.
+        dtype: dtype of rows and weights.
+        kernels: the kernels to choose from, by name, the plain one first.
+    """
+    names = tuple(name for name, kernel in kernels.items() if dtype in kernel.dtypes)
+    case = Case(
+        1 << (rows - 1).bit_length(),
+        dtype,
+        torch.get_num_threads(),
+        names,
+        torch._C._get_mkldnn_enabled(),  # pyright: ignore
+    )
+    choice = _choices.get(case)
+    if choice is None:
+        with _lock:
+            choice = _choices.get(case)
+            if choice is None:
+                choice = _choices[case] = _measured(case, kernels)
+    return choice
+
+
+def choices() -> list[Choice]:
+    """Return the choices that this process has made so far."""
+    return sorted(_choices.values(), key=lambda choice: (str(choice.case.dtype), choice.case.rows))
+
+
+def forget() -> None:
+    """Forget every choice, so that the next call measures again."""
+    with _lock:
+        _choices.clear()
+
+
+def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """Return the number of rows where a kernel may be chosen for them; 0 for ``F.linear``.
+
+    The kernels are for plain CPU tensors of one dtype, where no derivative is taken, nothing is
+    compiled, traced, transformed or dispatched elsewhere, and no autocast changes the dtype. Some
+    have no derivative; so in a pass with gradients every linear is ``F.linear``.
+    """
+    if torch.compiler.is_compiling():
+        return 0
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors) or x.dtype == torch.float64:
+        return 0
+    rows = x.shape[:-1].numel()
+    fits = 0 < rows <= MOST_ROWS and weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
+    if not fits or weight.numel() < LEAST_WEIGHTS or x.dtype not in (torch.float32, *HALVES):
+        return 0
+    if any(
+        t.dtype != x.dtype or t.device.type != "cpu" or t.layout != torch.strided for t in tensors
+    ):
+        return 0
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if differentiated or forward_ad._current_level >= 0 or is_transformed():
+        return 0
+    dispatched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+    contiguous = all(t.is_contiguous() for t in tensors[1:])
+    if dispatched or not contiguous or torch.is_autocast_enabled("cpu"):
+        return 0
+    return rows
+
+
+@torch.no_grad()
+def _measured(case: Case, kernels: Mapping[str, Kernel]) -> Choice:
+    """Time the kernels in turns over weights that no cache holds, and choose one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    x, weight, bias = (
+        t.to(case.dtype)
+        for t in (normal(case.rows, _SIDE), normal(_SIDE, _SIDE) / _SIDE**0.5, normal(_SIDE))
+    )
+    size = weight.numel() * weight.element_size()
+    weights = list(weight.expand(_BYTES // size, -1, -1).contiguous())
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    allowed = _ROUNDING * float((F.linear(x, weight, bias).double() - exact).abs().max())
+    allowed += torch.finfo(x.dtype).eps * float(exact.abs().max())
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name in case.names:
+        try:
+            call = _over(weights, kernels[name], x, bias)
+            error = float((call().double() - exact).abs().max())
+        except (RuntimeError, AttributeError):  # what torch raises for a kernel that is not there
+            continue
+        if error <= allowed:
+            calls[name] = call
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    try:
+        # On a busy machine threads wait for each other, and only one by itself shows the kernel.
+        for threads in sorted({case.threads, 1}, reverse=True):
+            torch.set_num_threads(threads)
+            _take_turns(calls, times)
+    finally:
+        torch.set_num_threads(case.threads)
+    times = {name: sorted(taken) for name, taken in times.items()}
+    best = case.names[0]
+    for name in times:
+        # The second best time is no accident of a busy machine.
+        if times[name][1] * CLEARLY < times[best][0]:
+            best = name
+    return Choice(case, best, times, size, kernels[best])
+
+
+def _take_turns(
+    calls: Mapping[str, Callable[[], Tensor]], times: Mapping[str, list[float]]
+) -> None:
+    """Append the seconds of each call, in turns until the time is up."""
+    started = time.perf_counter()
+    for turn in range(_MOST_TURNS):
+        if turn >= _LEAST_TURNS and time.perf_counter() - started > _SECONDS:
+            return
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+
+
+def _over(
+    weights: list[Tensor], kernel: Kernel, x: Tensor, bias: Tensor
+) -> Callable[[], Float[Tensor, "row out"]]:
+    """Return a function whose calls run a kernel over one weight after another."""
+    pack = kernel.pack
+    turns = cycle(weights if pack is None else [pack(weight, len(x)) for weight in weights])
+    return lambda: kernel.run(x, next(turns), bias)

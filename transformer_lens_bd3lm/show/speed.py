@@ -1,0 +1,31 @@
+"""Speed of a bridge on a machine, as a table."""
+
+from rich.table import Table
+
+from transformer_lens_bd3lm.analysis.speed import BASE, Speed
+from transformer_lens_bd3lm.show.tables import new_table
+
+
+def speed_table(speed: Speed) -> Table:
+    """Lay out one way to write a line: tokens, passes, and how near a pass comes to its bound."""
+    machine = f"{speed.device}, {speed.dtype}"
+    if speed.instructions:
+        machine += f", {speed.instructions}, {speed.threads} threads"
+    caption = (
+        f"{machine}. A pass reads {speed.weight_bytes / 1e6:,.0f} MB of weights, which takes "
+        f"{speed.bound * 1e3:.1f} ms at the {speed.bytes_per_second / 1e9:.1f} GB/s that this "
+        f"memory gives. Ratios are to {BASE!r}, in tokens/s."
+    )
+    columns = ("how", "block\nsize", "tokens/s", "ratio", "tokens\na pass", "ms\na pass", "bound")
+    table = new_table(f"{speed.model}: writing", columns, ("how",), caption)
+    for name, line in speed.lines.items():
+        table.add_row(
+            name,
+            str(line.block_size),
+            f"{line.tokens_per_second:.1f}",
+            f"{speed.ratio(name):.2f}",
+            f"{line.tokens_per_pass:.2f}",
+            f"{line.pass_seconds * 1e3:.1f}",
+            f"{speed.bound / line.pass_seconds:.0%}",
+        )
+    return table
