@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.analysis.verify import verify
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.block_size import block_size, set_block_size
 from transformer_lens_bd3lm.bridge.boot import boot_lightning
+from transformer_lens_bd3lm.bridge.cuda_graphs import cuda_graphs
 from transformer_lens_bd3lm.bridge.packed import packed
 from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save
@@ -83,6 +84,7 @@ __all__ = [
     "compare_models",
     "Confidence",
     "convert_lightning",
+    "cuda_graphs",
     "current_step",
     "denoise",
     "denoise_many",

@@ -66,8 +66,7 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
         routing: Routing,
         gate: Float[Tensor, "batch row_or_1 d_model"] | None = None,
         fork: "Fork | None" = None,
-        queries: slice | None = None,
-    ) -> Float[Tensor, "batch query d_model"]:
+    ) -> Float[Tensor, "batch row d_model"]:
         """Compute what attention writes, before its gate; after it with ``use_attn_result``.
 
         Args:
@@ -75,27 +74,20 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
             routing: which rows read which.
             gate: adaLN's ``gate_msa``, for ``use_attn_result`` alone; None is 1.
             fork: the residual and its norm, when the split input hooks are on.
-            queries: the rows whose write is wanted, in a pass without hooks; all rows are keys.
         """
         if fork is None:
             h = self.hook_in(h)
-            q, k, v = self.q(h if queries is None else h[:, queries]), self.k(h), self.v(h)
+            q, k, v = self.q(h), self.k(h), self.v(h)
         else:
             q, k, v = self.project_forked(fork)
         q, k, v = (x.view(*x.shape[:2], -1, self.config.d_head) for x in (q, k, v))
-        read = slice(None) if queries is None else queries
-        q = self.hook_rot_q(rotated(q, routing.cos[read], routing.sin[read]).transpose(1, 2))
+        q = self.hook_rot_q(rotated(q, routing.cos, routing.sin).transpose(1, 2))
         k = self.hook_rot_k(rotated(k, routing.cos, routing.sin).transpose(1, 2))
-        v = v.transpose(1, 2)
-        if routing.cache is not None:
-            k, v = routing.cache.extend(cast(int, self._layer_idx), k, v)
-            k, v = k[:, :, routing.first_key :], v[:, :, routing.first_key :]
-        # A pass that names its queries has no hooks here; another thread may have added one since.
-        if queries is None and watched(self.hook_attn_scores, self.hook_pattern):
+        k, v = routing.stored(self._layer_idx, k, v.transpose(1, 2))
+        if watched(self.hook_attn_scores, self.hook_pattern):
             z = self.explicit(q, k, v, routing.dense())
         else:
-            tiles = routing.tiles if queries is None else routing.tiles_of(queries)
-            z = routing.fused(q, k, v, tiles)
+            z = routing.fused(q, k, v, routing.tiles)
         z = z.transpose(1, 2).flatten(2)
         if self.config.use_attn_result:
             return self.write_by_head(self.o.hook_in(z), gate)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from transformer_lens_bd3lm.bridge.attention import Fork
 from transformer_lens_bd3lm.bridge.conditioning import MODULATION, modulate
 from transformer_lens_bd3lm.bridge.host import Bridge, Config
+from transformer_lens_bd3lm.bridge.plain_layer import PlainLayer, add_write
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.watched import read_only, watched
 from transformer_lens_bd3lm.errors import NotExactError
@@ -65,15 +67,16 @@ def _add_write(
     hook: HookPoint,
 ) -> Float[Tensor, "batch row d_model"]:
     """Compute ``x + hook(gate * write)``, in one kernel while the gated write has no hook."""
-    if gate is None:
-        return x + hook(write)
-    return x + hook(gate * write) if watched(hook) else torch.addcmul(x, gate, write)
+    if not watched(hook):
+        return add_write(x, gate, write)
+    return x + hook(write if gate is None else gate * write)
 
 
 class BD3LMBlockBridge(BlockBridge):
     """Transformer layer with this package's forward over the checkpoint's own weights."""
 
     config: Config
+    _plain: PlainLayer | None = None
 
     def __init__(self, name: str, config: Any, submodules: dict[str, Any]):
         super().__init__(name, config=config, submodules=submodules)
@@ -108,8 +111,9 @@ class BD3LMBlockBridge(BlockBridge):
         """
         (x,), _ = self._maybe_inject_start_residual((hidden_states,), {})
         self._check_stop_at_layer(x)
-        if readout is not None and not self.training and not self.is_watched():
-            return self.read_out(x, c, routing, readout)
+        plain = self.plain()
+        if plain is not None:
+            return plain(x, self.modulation(c, routing), routing, self.attn, readout)
         x = self.hook_in(x)
         vectors = self.modulation(c, routing)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -135,12 +139,7 @@ class BD3LMBlockBridge(BlockBridge):
         """Return adaLN's six vectors; where c is constant in a run, they are computed once."""
         if c is None or (self.adaln.folded == MODULATION and not watched(*self.adaln.modules())):
             return (None,) * 6
-        if routing.constants is None or watched(*self.adaln.modules()):
-            return self.adaln(c)
-        layer = self.attn._layer_idx
-        if layer not in routing.constants:
-            routing.constants[layer] = self.adaln(c)
-        return routing.constants[layer]
+        return routing.of_constant(self.adaln, c)
 
     @property
     def drops(self) -> bool:
@@ -199,22 +198,16 @@ class BD3LMBlockBridge(BlockBridge):
             "are hook_attn_out and hook_mlp_out. Then run again"
         )
 
-    def is_watched(self) -> bool:
-        """Whether this layer has a hook, or a flag that gives its heads copies or results."""
+    def plain(self) -> PlainLayer | None:
+        """Return the layer without its hook points, if nobody would miss them.
+
+        It is None where the layer or one of its parts has a hook or a class of its own, where a
+        flag gives its heads copies or results, in training with dropout, and under compilers.
+        """
         flags = self.attn.config
         forked = flags.use_split_qkv_input or flags.use_attn_in or flags.use_attn_result
-        return forked or watched(*self.modules())
-
-    def read_out(
-        self, x: Tensor, c: Tensor | None, routing: Routing, readout: slice
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """Compute the layer for the rows ``readout`` alone, with every row a key."""
-        vectors = self.modulation(c, routing)
-        read = [v if v is None or v.shape[1] == 1 else v[:, readout] for v in vectors]
-        gate_msa, shift_mlp, scale_mlp, gate_mlp = read[2:]
-        h = modulate(self.ln1(x), vectors[0], vectors[1])
-        x = _add_write(
-            x[:, readout], gate_msa, self.attn(h, routing, queries=readout), self.hook_attn_out
-        )
-        h = modulate(self.ln2(x), shift_mlp, scale_mlp)
-        return _add_write(x, gate_mlp, self.mlp(h), self.hook_mlp_out)
+        if forked or self.drops or torch.compiler.is_compiling() or _has_any_global_hook():
+            return None
+        if self._plain is None or not self._plain.tree.is_current():
+            self._plain = PlainLayer(self)
+        return None if self._plain.is_watched() else self._plain

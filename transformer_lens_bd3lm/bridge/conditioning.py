@@ -133,9 +133,19 @@ class BD3LMUnembeddingBridge(UnembeddingBridge):
         logits = linear(h)
         if hasattr(linear, "mask"):
             difference = h @ linear.mask.weight + linear.mask.bias
-            column = torch.tensor([linear.mask_id], device=logits.device)
+            # Filled on the device: a tensor of a list would be copied there, and the copy waits.
+            column = torch.full((1,), linear.mask_id, device=logits.device)
             logits = logits.index_add(-1, column, difference[..., None])
         return self.hook_out(logits)
+
+
+def layer_norm(
+    x: Float[Tensor, "*dims d_model"], weight: Float[Tensor, " d_model"], eps: float
+) -> Float[Tensor, "*dims d_model"]:
+    """Compute a layer norm times a weight in one kernel, in float32 or wider."""
+    # The kernel computes in float32 or wider, and would round a wider weight first.
+    wide = x if x.dtype == weight.dtype else at_least_float32(x)
+    return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), eps=eps).to(x.dtype)
 
 
 class BD3LMNormBridge(NormalizationBridge):
@@ -150,12 +160,7 @@ class BD3LMNormBridge(NormalizationBridge):
         x = self.hook_in(hidden_states)
         if watched(self.hook_scale, self.hook_normalized):
             return self.hook_out(self._python_norm_forward(x))
-        # The kernel computes in float32 or wider, and would round a wider weight first.
-        wide = x if x.dtype == self.weight.dtype else at_least_float32(x)
-        weight = self.weight.to(wide.dtype)
-        return self.hook_out(
-            F.layer_norm(wide, x.shape[-1:], weight, eps=self.config.eps).to(x.dtype)
-        )
+        return self.hook_out(layer_norm(x, self.weight, self.config.eps))
 
     def observe(
         self, x: Float[Tensor, "batch row d_model"], why: str

@@ -74,7 +74,7 @@ def before_unembedding(
     if c is not None and c.ndim == 3:
         c = c[:, readout]
         c = c[:, 0] if bool((c == c[:, :1]).all()) else c
-    shift, scale = (None, None) if c is None else output.adaLN_modulation(c)
+    shift, scale = (None, None) if c is None else routing.of_constant(output.adaLN_modulation, c)
     return modulate(h, shift, scale)
 
 
@@ -90,7 +90,13 @@ def through_layers(
     The last layer computes only the rows ``readout``, if it can; see :class:`BD3LMBlockBridge`.
     """
     backbone = model.backbone
-    c = F.silu(backbone.sigma_map(sigma)) if hasattr(backbone, "sigma_map") else None
+    c = None
+    if hasattr(backbone, "sigma_map"):
+        c = F.silu(routing.of_constant(backbone.sigma_map, sigma))
+    if model.graphs is not None:
+        replayed = model.graphs.replay(model, x, c, routing)
+        if replayed is not None:
+            return replayed, c
     last = len(backbone.blocks) - 1
     for layer, block in enumerate(backbone.blocks):
         x = block(x, c, routing, readout if layer == last else None)
@@ -139,9 +145,11 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
 
     Attributes:
         warned_off_distribution: whether it has warned of blocks that read masks in earlier ones.
+        graphs: captured layers, within :func:`.cuda_graphs`.
     """
 
     warned_off_distribution = False
+    graphs: Any = None
 
     backbone: Backbone
     config: BD3LMConfig

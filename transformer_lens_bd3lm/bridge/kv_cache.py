@@ -13,16 +13,17 @@ and a pass reads from the first one that is still in view. Which one that is, th
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class KVCache:
     """Keys and values ``[layer, batch, head, pos, d_head]``; the first ``length`` are final.
 
-    ``constants`` holds adaLN's vectors by layer, which are the same in every pass of the run too.
+    ``constants`` holds what the conditioning's components return: the same in every pass of a run.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
-        self.constants: dict[int, tuple[Tensor, ...]] = {}
+        self.constants: dict[nn.Module, Any] = {}
 
     def extend(
         self,

@@ -10,14 +10,15 @@ Queries, keys and values come from ``attention``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
+from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.model.inputs import View
 from transformer_lens_bd3lm.model.masks import branching_mask, dual_mask, sampling_mask
 from transformer_lens_bd3lm.model.modules import rotary_tables
@@ -157,7 +158,8 @@ class Routing:
         dense: returns the mask as one ``[*batch, row, key]``; None where everything is visible.
         cache: where finished blocks' keys and values are kept, if this pass reads them.
         first_key: number of stored keys that have slid out of view of all rows.
-        constants: adaLN's vectors by layer, kept between the passes of a run with constant c.
+        constants: outputs of the conditioning's components, kept between the passes of a run whose
+            time is the same in all of them to the network.
     """
 
     cos: Float[Tensor, "row d_head"]
@@ -166,7 +168,7 @@ class Routing:
     dense: Callable[[], Bool[Tensor, "*batch row key"] | None]
     cache: Store | None = None
     first_key: int = 0
-    constants: dict[int, tuple[Tensor, ...]] | None = None
+    constants: dict[nn.Module, Any] | None = None
 
     @classmethod
     def of_view(
@@ -284,10 +286,29 @@ class Routing:
                 narrowed.append(Tile(tuple(kept), tile.keys, mask))
         return narrowed
 
+    def of_constant(self, component: nn.Module, given: Tensor) -> Any:
+        """Return what a component of the conditioning computes; once a run where it is constant."""
+        if self.constants is None or watched(*modules_of(component)):
+            return component(given)
+        if component not in self.constants:
+            self.constants[component] = component(given)
+        return self.constants[component]
+
+    def stored(
+        self, layer: Any, k: Tensor, v: Tensor
+    ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
+        """Store a layer's keys and values where the pass has a cache; return all that it reads."""
+        if self.cache is None:
+            return k, v
+        k, v = self.cache.extend(layer, k, v)
+        return k[:, :, self.first_key :], v[:, :, self.first_key :]
+
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]
     ) -> Float[Tensor, "batch head row d_head"]:
         """Compute ``z`` tile by tile, without scores in memory."""
+        if len(tiles) == 1 and len(tiles[0].queries) == 1:
+            return attend(q, _rows(k, tiles[0].keys), _rows(v, tiles[0].keys), tiles[0].mask)
         parts: list[tuple[int, Tensor]] = []
         for tile in tiles:
             z = attend(_rows(q, tile.queries), _rows(k, tile.keys), _rows(v, tile.keys), tile.mask)

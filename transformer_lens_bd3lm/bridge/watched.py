@@ -30,14 +30,17 @@ def watched(*modules: nn.Module) -> bool:
 
     Tracing tools set a ``forward`` on the instance and register nothing.
     """
-    return any(
-        module._forward_hooks
-        or module._backward_hooks
-        or module._forward_pre_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for module in modules
-    )
+    for module in modules:
+        held = module.__dict__  # asked of hundreds of modules at every pass: half the time
+        if (
+            held["_forward_hooks"]
+            or held["_backward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_pre_hooks"]
+            or "forward" in held
+        ):
+            return True
+    return False
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
@@ -49,6 +52,23 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
                 seen.add(id(child))
                 held.append(child)
     return held
+
+
+class ModuleTree:
+    """A module and all that it holds, listed once for as long as they are the same."""
+
+    def __init__(self, module: nn.Module):
+        self.modules = modules_of(module)
+        self._holders = [each for each in self.modules if not isinstance(each, HookPoint)]
+        self._state = self._now()
+
+    def is_current(self) -> bool:
+        """Whether no module was put in or taken out since, or changed its class."""
+        return self._now() == self._state
+
+    def _now(self) -> list[Any]:
+        children = [child for module in self._holders for child in module._modules.values()]
+        return children + [module.__class__ for module in self._holders]
 
 
 class OwningHookPoint(HookPoint):

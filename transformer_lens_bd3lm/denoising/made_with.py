@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from xxhash import xxh3_64_intdigest
 
 from transformer_lens_bd3lm.bridge.conditioning import autocasts
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.bridge.watched import modules_of
+from transformer_lens_bd3lm.bridge.watched import ModuleTree
 from transformer_lens_bd3lm.denoising.hook_rows import is_step_hook
 from transformer_lens_bd3lm.errors import NotExactError
 
@@ -171,7 +171,8 @@ class Unchanged:
 
     def __init__(self, bridge: Bridge, made_with: MadeWith):
         self.bridge, self.made_with = bridge, made_with
-        self.tensors = _live(bridge)
+        self.tree = ModuleTree(bridge)
+        self.tensors = _live(self.tree.modules)
 
     def require(self) -> None:
         """Refuse a next step on other weights.
@@ -179,7 +180,9 @@ class Unchanged:
         Raises:
             NotExactError: if tensors have changed their values or their device.
         """
-        now = _live(self.bridge)
+        if not self.tree.is_current():
+            self.tree = ModuleTree(self.bridge)
+        now = _live(self.tree.modules)
         if len(now) == len(self.tensors) and all(
             x is y and rest == before
             for (x, *rest), (y, *before) in zip(now, self.tensors, strict=True)
@@ -195,11 +198,11 @@ class Unchanged:
         self.tensors = now
 
 
-def _live(bridge: Bridge) -> list[tuple[Tensor, int, int]]:
-    """Return every tensor of a bridge, with its version counter and address."""
+def _live(modules: list[nn.Module]) -> list[tuple[Tensor, int, int]]:
+    """Return every tensor of these modules, with its version counter and address."""
     tensors = [
         x
-        for module in modules_of(bridge)
+        for module in modules
         for held in (module._parameters, module._buffers)
         for x in held.values()
         if x is not None
