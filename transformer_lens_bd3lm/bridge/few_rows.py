@@ -194,7 +194,7 @@ def _is_plain(t: Tensor, dtype: torch.dtype) -> bool:
     """Return whether a tensor is of no subclass, strided, on the CPU, and of a dtype."""
     kind = type(t)
     plain = kind is Tensor or kind is nn.Parameter
-    return plain and t.is_cpu and t.dtype == dtype and t.layout == torch.strided
+    return plain and t.is_cpu and t.dtype is dtype and t.layout is torch.strided
 
 
 @torch.no_grad()
