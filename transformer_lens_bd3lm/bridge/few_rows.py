@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from threading import RLock
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ MOST_ROWS = 64
 LEAST_WEIGHTS = 2**18
 CLEARLY = 1.15
 HALVES = (torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float32, *HALVES))
 
 # Weights of the measurement: square, and together more than a cache holds. Rankings at the other
 # shapes of the released size were the same.
@@ -94,9 +96,8 @@ KERNELS: dict[str, Kernel] = {
 """Kernels that take the weight as it is, the plain one first."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a choice depends on: rows (a power of two), dtype, threads, and the kernels compared."""
+class Case(NamedTuple):
+    """What a choice depends on: rows (a power of two), dtype, threads, and the kernels' names."""
 
     rows: int
     dtype: torch.dtype
@@ -139,14 +140,9 @@ def choose(rows: int, dtype: torch.dtype, kernels: Mapping[str, Kernel] = KERNEL
         dtype: dtype of rows and weights.
         kernels: the kernels to choose from, by name, the plain one first.
     """
-    names = tuple(name for name, kernel in kernels.items() if dtype in kernel.dtypes)
-    case = Case(
-        1 << (rows - 1).bit_length(),
-        dtype,
-        torch.get_num_threads(),
-        names,
-        torch._C._get_mkldnn_enabled(),  # pyright: ignore
-    )
+    rows = 1 << (rows - 1).bit_length()
+    mkldnn = torch._C._get_mkldnn_enabled()  # pyright: ignore
+    case = Case(rows, dtype, torch.get_num_threads(), tuple(kernels), mkldnn)
     choice = _choices.get(case)
     if choice is None:
         with _lock:
@@ -158,7 +154,9 @@ def choose(rows: int, dtype: torch.dtype, kernels: Mapping[str, Kernel] = KERNEL
 
 def choices() -> list[Choice]:
     """Return the choices that this process has made so far."""
-    return sorted(_choices.values(), key=lambda choice: (str(choice.case.dtype), choice.case.rows))
+    with _lock:
+        made = list(_choices.values())
+    return sorted(made, key=lambda choice: (str(choice.case.dtype), choice.case.rows))
 
 
 def forget() -> None:
@@ -176,25 +174,27 @@ def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """
     if torch.compiler.is_compiling():
         return 0
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if any(type(t) not in (Tensor, nn.Parameter) for t in tensors) or x.dtype == torch.float64:
+    dtype, tensors = x.dtype, (x, weight) if bias is None else (x, weight, bias)
+    if dtype not in _DTYPES or not all([_is_plain(t, dtype) for t in tensors]):
         return 0
     rows = x.shape[:-1].numel()
     fits = 0 < rows <= MOST_ROWS and weight.ndim == 2 and x.shape[-1:] == weight.shape[1:]
-    if not fits or weight.numel() < LEAST_WEIGHTS or x.dtype not in (torch.float32, *HALVES):
+    if not fits or weight.numel() < LEAST_WEIGHTS or not weight.is_contiguous():
         return 0
-    if any(
-        t.dtype != x.dtype or t.device.type != "cpu" or t.layout != torch.strided for t in tensors
-    ):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
         return 0
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if differentiated or forward_ad._current_level >= 0 or is_transformed():
+    if forward_ad._current_level >= 0 or is_transformed() or torch.is_autocast_enabled("cpu"):
         return 0
-    dispatched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
-    contiguous = all(t.is_contiguous() for t in tensors[1:])
-    if dispatched or not contiguous or torch.is_autocast_enabled("cpu"):
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return 0
-    return rows
+    return rows if bias is None or bias.is_contiguous() else 0
+
+
+def _is_plain(t: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor is of no subclass, strided, on the CPU, and of a dtype."""
+    kind = type(t)
+    plain = kind is Tensor or kind is nn.Parameter
+    return plain and t.is_cpu and t.dtype is dtype and t.layout is torch.strided
 
 
 @torch.no_grad()
@@ -216,6 +216,8 @@ def _measured(case: Case, kernels: Mapping[str, Kernel]) -> Choice:
     allowed += torch.finfo(x.dtype).eps * float(exact.abs().max())
     calls: dict[str, Callable[[], Tensor]] = {}
     for name in case.names:
+        if case.dtype not in kernels[name].dtypes:
+            continue
         try:
             call = _over(weights, kernels[name], x, bias)
             error = float((call().double() - exact).abs().max())
