@@ -6,6 +6,7 @@ the least time of each counts: whatever else a machine does only adds to a run.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.cuda_graphs import cuda_graphs
+from transformer_lens_bd3lm.bridge.few_rows import KERNELS, PLAIN, choices
 from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.packed import packed
 from transformer_lens_bd3lm.bridge.texts import bos_of
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.denoising.denoise import denoise
@@ -61,6 +65,23 @@ class Timed:
         return self.seconds / self.passes
 
 
+@dataclass(frozen=True)
+class KernelSpeed:
+    """The kernel that linears run over so many rows, and how fast it reads weights.
+
+    Attributes:
+        rows: most rows; half of them and fewer may have another kernel.
+        name: the kernel.
+        bytes_per_second: bytes of weights that it reads in a second.
+        plain_bytes_per_second: the same of ``F.linear``.
+    """
+
+    rows: int
+    name: str
+    bytes_per_second: float
+    plain_bytes_per_second: float
+
+
 @dataclass(frozen=True, repr=False)
 class Speed(Result):
     """Speed of a bridge on a machine.
@@ -74,6 +95,7 @@ class Speed(Result):
         weight_bytes: bytes of weights that a pass reads.
         bytes_per_second: bytes that one reduction reads from memory in a second.
         lines: what was measured, by name; the first is the loop that recomputes the prefix.
+        kernels: kernels that large linears run over few rows, on a CPU.
     """
 
     model: str
@@ -84,6 +106,7 @@ class Speed(Result):
     weight_bytes: int
     bytes_per_second: float
     lines: dict[str, Timed] = field(repr=False)
+    kernels: list[KernelSpeed] = field(repr=False)
 
     @property
     def bound(self) -> float:
@@ -102,7 +125,8 @@ class Speed(Result):
             for name, line in self.lines.items()
         }
         bound = {"memory_bound_seconds": self.bound}
-        return plain_values(vars(self) | bound | {"lines": lines})
+        kernels = [vars(kernel) for kernel in self.kernels]
+        return plain_values(vars(self) | bound | {"lines": lines, "kernels": kernels})
 
     def __repr__(self) -> str:
         line = self.lines[BASE]
@@ -141,8 +165,9 @@ def measure_speed(
     context = bridge.original_model.config.model_length
     check_int("tokens", tokens, 8, context - 1, f"give 8..{context - 1}")
     check_int("rounds", rounds, 1)
-    ways = _ways(bridge, tokens)
-    taken: dict[str, Timed] = {}
+    weight = bridge.embed.weight
+    on_cpu = weight.device.type == "cpu"
+    ways, taken = _ways(bridge), {}
     with progress_bar("measuring", len(ways) * (rounds + 1), progress) as update:
         for turn in range(rounds + 1):  # the first round warms up
             for name, (scope, options) in ways.items():
@@ -151,8 +176,6 @@ def measure_speed(
                 if turn and (name not in taken or line.seconds < taken[name].seconds):
                     taken[name] = line
                 update(advance=1)
-    weight = bridge.embed.weight
-    on_cpu = weight.device.type == "cpu"
     return Speed(
         model=str(bridge.cfg.model_name),
         device=str(weight.device),
@@ -162,30 +185,56 @@ def measure_speed(
         weight_bytes=weight_bytes(bridge),
         bytes_per_second=bytes_per_second(weight.device),
         lines=taken,
+        kernels=_kernels(weight.dtype),
     )
+
+
+def _kernels(dtype: torch.dtype) -> list[KernelSpeed]:
+    """Return the kernels that were chosen in this process for weights of a dtype."""
+    return [
+        KernelSpeed(
+            choice.case.rows,
+            choice.name,
+            choice.speed(choice.name) * 1e9,
+            choice.speed(PLAIN) * 1e9,
+        )
+        for choice in choices()
+        if choice.case.dtype == dtype
+        and choice.case.names
+        == tuple(name for name, kernel in KERNELS.items() if dtype in kernel.dtypes)
+    ]
 
 
 Scope = Callable[[], AbstractContextManager[Any]]
 
 
-def _ways(bridge: Bridge, tokens: int) -> dict[str, tuple[Scope, dict[str, Any]]]:
+def _ways(bridge: Bridge) -> dict[str, tuple[Scope, dict[str, Any]]]:
     """Return the lines of the table: a scope to run in, and keywords of :func:`denoise`."""
-    config = bridge.original_model.config
+    config, one = bridge.original_model.config, {"lookahead": 1}
     cached = config.cross_attn and not config.time_conditioning
-    one = {"lookahead": 1}
     ways: dict[str, tuple[Scope, dict[str, Any]]] = {}
     if cached:
         ways["prefix recomputed"] = (nullcontext, one | {"kv_cache": False})
-    ways |= {
-        BASE: (nullcontext, one),
-        "lookahead": (nullcontext, {}),
-    }
-    if cached and config.model_length >= 16:
-        ways["lookahead, blocks of 16"] = (nullcontext, {"block_size": 16})
-    return ways | {
-        "8 rows": (nullcontext, one | {"rows": 8}),
-        "32 rows": (nullcontext, one | {"rows": 32}),
-    }
+    ways[BASE] = (nullcontext, one)
+    if _packs(bridge):
+        ways["packed weights"] = (lambda: packed(bridge), one)
+    if cached and bridge.embed.weight.device.type == "cuda":
+        ways["CUDA graphs"] = (lambda: cuda_graphs(bridge), one)
+    ways["lookahead"] = (nullcontext, {})
+    if cached and config.model_length >= 32:
+        ways["blocks of 16"] = (nullcontext, one | {"block_size": 16})
+        ways["blocks of 16, lookahead"] = (nullcontext, {"block_size": 16})
+    ways["8 rows"] = (nullcontext, one | {"rows": 8})
+    ways["32 rows"] = (nullcontext, one | {"rows": 32})
+    return ways
+
+
+def _packs(bridge: Bridge) -> bool:
+    """Return whether packed weights are faster on this machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with packed(bridge) as packing:
+            return packing.method is not None
 
 
 def _timed(bridge: Bridge, tokens: int, options: dict[str, Any]) -> Timed:

@@ -87,8 +87,9 @@ def widened(x: Rows, weight: Weight, bias: Bias | None) -> Float[Tensor, "row ou
     return y.T.to(x.dtype).contiguous()
 
 
+PLAIN = "F.linear"
 KERNELS: dict[str, Kernel] = {
-    "F.linear": Kernel(F.linear),
+    PLAIN: Kernel(F.linear),
     "(W x^T)^T": Kernel(transposed),
     "oneDNN": Kernel(onednn),
     "float32 parts": Kernel(widened, dtypes=HALVES),

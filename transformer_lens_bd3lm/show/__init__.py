@@ -43,7 +43,7 @@ TABLES = {
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
     Runs: "run_tables:runs_table",
-    Speed: "speed:speed_table",
+    Speed: "speed:speed_tables",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
 }

@@ -1,12 +1,29 @@
 """Speed of a bridge on a machine, as a table."""
 
+from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.speed import BASE, Speed
 from transformer_lens_bd3lm.show.tables import new_table
 
 
-def speed_table(speed: Speed) -> Table:
+def speed_tables(speed: Speed) -> Group:
+    """Lay out the ways to write a text, and the kernels for few rows where some were chosen."""
+    return Group(_ways_table(speed), *([_kernel_table(speed)] if speed.kernels else []))
+
+
+def _kernel_table(speed: Speed) -> Table:
+    """Lay out the kernel of a number of rows a line."""
+    columns = ("rows\nup to", "kernel", "GB/s", "F.linear\nGB/s")
+    caption = "Chosen by a measurement, once a process: F.linear unless another is clearly faster."
+    table = new_table("kernels of large linears", columns, ("kernel",), caption)
+    for kernel in speed.kernels:
+        rates = (kernel.bytes_per_second, kernel.plain_bytes_per_second)
+        table.add_row(str(kernel.rows), kernel.name, *(f"{rate / 1e9:.1f}" for rate in rates))
+    return table
+
+
+def _ways_table(speed: Speed) -> Table:
     """Lay out one way to write a line: tokens, passes, and how near a pass comes to its bound."""
     machine = f"{speed.device}, {speed.dtype}"
     if speed.instructions:
