@@ -41,12 +41,10 @@ def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
     for states in WIDTHS:
         if not 1 < states <= most:
             continue
-        took = seconds(bridge, states * rows)
-        if states / took <= best:  # even if all were right
+        speed = sum(share**i for i in range(states)) / seconds(bridge, states * rows)
+        if speed <= best:  # more of them would cost more, and come out right less often
             break
-        count = sum(share**i for i in range(states))
-        if count / took > best:
-            best, width = count / took, states
+        best, width = speed, states
     return width
 
 
