@@ -123,7 +123,7 @@ def test_every_prompt_has_its_run_alone_with_every_sampler(bridge, sampler):
         {"stop": [LowEntropy(1.4, 4), EndOfText(6)]},
         {"stop": lambda step: step.after[:, step.window[0]].cpu() % (2 + step.block) == 0},
     ],
-    ids=str,
+    ids=["3", "full", "recomputed", "cut short", "filled in", "end", "low entropy", "own rule"],
 )
 def test_and_with_every_setting(bridge, settings):
     as_alone(bridge, **settings)

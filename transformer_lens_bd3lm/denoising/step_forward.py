@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.watched import modules_of, watched
+from transformer_lens_bd3lm.bridge.watched import ModuleTree, watched
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
@@ -58,6 +58,7 @@ class Network:
         recorded: indices of the recorded steps.
         passes: number of passes so far.
         points: hook points by name.
+        tree: modules of the bridge.
     """
 
     bridge: Bridge
@@ -70,8 +71,10 @@ class Network:
     recorded: list[int] = field(default_factory=list, init=False)
     passes: int = field(default=0, init=False)
     points: dict[str, HookPoint] = field(init=False)
+    tree: ModuleTree = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.tree = ModuleTree(self.bridge)
         kept = dict.fromkeys(self.record.names if self.record else ())
         self.kept = {name: [] for name in kept}
         self.points = resolve(self.bridge, [hook.name for hook in self.hooks.hooks] + list(kept))
@@ -84,7 +87,13 @@ class Network:
     @property
     def plain(self) -> bool:
         """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
-        return not (self.hooks.hooks or self.kept or watched(*modules_of(self.bridge)))
+        return not (self.hooks.hooks or self.kept or self.bridge_watched())
+
+    def bridge_watched(self) -> bool:
+        """Whether any module of the bridge has a hook of its own."""
+        if not self.tree.is_current():
+            self.tree = ModuleTree(self.bridge)
+        return watched(*self.tree.modules)
 
     def watches(self, step: Step) -> bool:
         """Whether a pass of this step has hooks or is recorded."""
@@ -93,7 +102,7 @@ class Network:
         first = step.window[0] if self.cache is None else self.cache.length
         hooked = self.step_hooks(step, first, step.window[1] - first)
         recorded = self.record is not None and self.record.wants(step)
-        return bool(hooked) or recorded or watched(*modules_of(self.bridge))
+        return bool(hooked) or recorded or self.bridge_watched()
 
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Return raw logits of the step's masked positions, in row-major order.

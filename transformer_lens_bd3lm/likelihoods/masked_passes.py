@@ -312,7 +312,7 @@ def _placed(
 def _is_hooked(bridge: Bridge) -> bool:
     """Whether the network has hooks, or flags that give its heads copies or results."""
     model = bridge.original_model
-    return watched(*model.modules()) or any(block.is_watched() for block in bridge.blocks)
+    return watched(*model.modules()) or any(b.plain() is None for b in bridge.blocks)
 
 
 def read_masked_passes(
