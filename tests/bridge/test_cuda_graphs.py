@@ -67,7 +67,7 @@ def poisoned():
 @pytest.mark.parametrize("lookahead", [1, 4])
 @pytest.mark.parametrize(
     ("name", "size", "batch", "new"),
-    [("adaln", 4, 1, 9), ("adaln", 8, 3, 40), ("no adaln", 1, 3, 9), ("processed", 4, 3, 9)],
+    [("adaln", 4, 1, 9), ("adaln", 8, 3, 24), ("no adaln", 1, 3, 9), ("processed", 4, 3, 9)],
 )
 def test_runs_write_the_same(
     folders, device, poisoned, monkeypatch, name, size, batch, new, lookahead

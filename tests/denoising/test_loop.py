@@ -1063,7 +1063,7 @@ def test_adaln_is_computed_once_a_run_unless_somebody_looks(bridge, monkeypatch)
     wanted = steps(bridge, None, max_new_tokens=11, kv_cache=False, lookahead=1)
     assert ran.count(bridge.blocks[1].adaln) == len(wanted) == 11
     ran.clear()
-    assert_same(steps(bridge, None, max_new_tokens=11), wanted)
+    assert_same(steps(bridge, None, max_new_tokens=11, lookahead=1), wanted)
     assert ran.count(bridge.blocks[1].adaln) == 1
     for name in ("timestep_embed.hook_out", "blocks.1.adaln.hook_in", "blocks.1.adaln.hook_out"):
         hooks = StepHooks().add(name, edit, index=[2, 5])
