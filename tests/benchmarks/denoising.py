@@ -51,13 +51,13 @@ BLOCK, EARLY, FEW, TOKENS, LENGTHS = 4, 48, 48, 128, 9
 class PlainNetwork(Network):
     """The loop's network without bridge and cache: plain modules over everything so far."""
 
-    plain: BD3LM
+    modules: BD3LM
 
     @torch.no_grad()
     def logits(self, step: Step) -> Float[Tensor, "masked d_vocab"]:
         """Raw logits of the step's masked positions, out of those of the whole prefix."""
         start, end = step.window
-        return self.plain(step.tokens[:, :end])[:, start:][step.masked]
+        return self.modules(step.tokens[:, :end])[:, start:][step.masked]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def plainly(plain: BD3LM, bridge: Any) -> Tensor:
     canvas = read_canvas(bridge, bos(), TOKENS - 1, None, True)
     loop = Request(kv_cache=False, lookahead=1).loop(bridge, canvas)
     network = PlainNetwork(bridge, canvas, loop.network.hooks, None, None)
-    network.plain, loop.network = plain, network
+    network.modules, loop.network = plain, network
     final = canvas.tokens
     for step in loop.steps():
         final = step.after

@@ -340,6 +340,9 @@ def test_auto_takes_as_many_states_as_pay(bridge, monkeypatch):
     monkeypatch.setattr(pass_cost, "seconds", lambda bridge, rows: 1 + max(rows - 16, 0))
     assert pass_cost.best_width(bridge, 4, 0.9, 64) == 4
     assert pass_cost.best_width(bridge, 4, 0.05, 64) == 1
+    takes = {4: 1.0, 8: 1.8, 16: 1.9}  # a kernel for more rows that is faster
+    monkeypatch.setattr(pass_cost, "seconds", lambda bridge, rows: takes.get(rows, float(rows)))
+    assert pass_cost.best_width(bridge, 4, 0.9, 64) == 4
 
 
 def test_rows_are_measured_once(bridge, monkeypatch):

@@ -208,8 +208,8 @@ class Lookahead:
     def schedule(self, step: Step, times: Float[Tensor, "batch block"]) -> list[Scheduled]:
         """Return the steps of a block that is begun; none where running ahead is of no use."""
         if self.width == "auto":
-            named = type(self.reveals.sampler) in SAMPLERS.values()
-            if not named or states_at_once(self.network, step, self.width, 2) == 1:
+            named, most = type(self.reveals.sampler) in SAMPLERS.values(), step.masks_left.max()
+            if not named or states_at_once(self.network, step, self.width, int(most)) == 1:
                 return []
         elif self.width == 1:
             return []

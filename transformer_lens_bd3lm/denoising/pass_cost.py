@@ -16,7 +16,8 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.model.inputs import View
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+WIDTHS = (2, 4, 6, 8, 12, 16, 24, 32)
+PATIENCE = 2  # widths in turn that could not pay, before no wider one is measured
 LAYERS = 3  # in turn, so that their weights come from memory
 REPEATS = 3
 WORTH = 1.2  # least gain for which a wider pass is taken: drafts cost a little too
@@ -36,15 +37,16 @@ def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
     weight = bridge.embed.weight
     if most == 1 or weight.is_meta or isinstance(weight, FakeTensor):
         return 1
-    one = seconds(bridge, rows)
-    best, width = WORTH / one, 1
+    best, width, useless = WORTH / seconds(bridge, rows), 1, 0
     for states in WIDTHS:
-        if not 1 < states <= most:
-            continue
-        speed = sum(share**i for i in range(states)) / seconds(bridge, states * rows)
-        if speed <= best:  # more of them would cost more, and come out right less often
+        if states > most or useless == PATIENCE:
             break
-        best, width = speed, states
+        took = seconds(bridge, states * rows)
+        speed = sum(share**i for i in range(states)) / took
+        if speed > best:
+            best, width = speed, states
+        # Even if all were right; another kernel may make still more rows cheaper again.
+        useless = useless + 1 if states / took <= best else 0
     return width
 
 
