@@ -183,6 +183,16 @@ def test_sweep_draws_the_dial_and_says_what_the_bound_costs(corpus, tmp_path):
     assert "looseness" in words(result)
 
 
+def test_bench_tells_speeds_and_the_memory_bound(tmp_path):
+    told = tmp_path / "speed.json"
+    result = run("bench", "--tokens", "8", "--rounds", "1", "--json", str(told))
+    assert result.exit_code == 0, result.output
+    assert "one by one" in result.output and "MB of weights" in words(result)
+    found = json.loads(told.read_text())
+    assert found["lines"]["one by one"]["passes"] == 11  # three blocks, BOS given
+    assert found["lines"]["32 rows"]["rows"] == 32 and found["memory_bound_seconds"] > 0
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
