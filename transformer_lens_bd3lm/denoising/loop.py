@@ -115,7 +115,7 @@ class Loop:
         return Step(index, block, in_block, window, t, masked, tokens, mask_id), times
 
     def next_block(self, step: Step) -> Step | None:
-        """Return the first step of the next block, if no row ends here; None after the last block."""
+        """Return the first step of the next block, if no row ends here; None after the last."""
         for block, window in enumerate(self.network.canvas.block_windows()):
             if block > step.block and self.masked(step.tokens, window).any():
                 return self.begin(block, window, step.tokens, step.index)[0]

@@ -228,7 +228,7 @@ def log_probs_along(
     Args:
         network: runs the passes, and stores each block when it is finished.
         steps: steps of a run, in order; of each block that is written, all but some first ones.
-        lookahead: most states of a row in a pass, or "auto".
+        lookahead: most states of a batch row in a pass, or "auto".
     """
     for _, group in groupby(steps, key=lambda step: step.block):
         block = list(group)

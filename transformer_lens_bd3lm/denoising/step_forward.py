@@ -1,8 +1,8 @@
 """The network as the denoising loop sees it: a pass of one state or several, its hooks and records.
 
 With the cache a pass runs only the rows that are not final yet: the active block, and on its first
-step the block just finished, whose keys and values it stores. Without it everything in view is run
-anew; within the context both are exact.
+step the block just finished, whose keys and values it stores. Without the cache, a pass runs all
+that the block can read; within the context both are exact.
 
 It decides nothing about tokens; see ``loop.py``.
 """
@@ -45,14 +45,14 @@ from transformer_lens_bd3lm.model.inputs import View
 
 @dataclass
 class Network:
-    """Passes of the loop: which rows each runs, cached or not, and which rows each hook sees.
+    """Passes of the loop: which rows each runs, with or without the cache, and which its hooks see.
 
     Attributes:
         bridge: a BD3LM bridge.
-        canvas: what is filled in.
+        canvas: the texts that are written.
         hooks: the step hooks of the run.
         record: which activations are kept.
-        cache: finished blocks' keys and values; None where the prefix is run anew.
+        cache: finished blocks' keys and values; None where each pass recomputes the prefix.
         finished: the last step of each finished block, as hooks see it when the block is stored.
         kept: recorded activations by name, a tensor a recorded step.
         recorded: indices of the recorded steps.
@@ -86,7 +86,7 @@ class Network:
 
     @property
     def plain(self) -> bool:
-        """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
+        """Whether the run is not watched: no step hooks, no record, no hooks on the bridge."""
         return not (self.hooks.hooks or self.kept or self.bridge_watched())
 
     def bridge_watched(self) -> bool:
@@ -118,8 +118,8 @@ class Network:
         """Return raw logits of each state's masked positions, from one pass.
 
         Args:
-            states: one, or several while the network is :attr:`plain`: states of the active block,
-                and with the cache, of a later block after a state of the active one.
+            states: one state, or several while the network is :attr:`plain`: states of the active
+                block, and with the cache also of the next block, after a state of the active one.
 
         Raises:
             NotExactError: for a model in training.
@@ -153,14 +153,14 @@ class Network:
         Float[Tensor, " batch_of_pass"],
         Int[Tensor, "masked 2"],
     ]:
-        """Return ids and times of a pass, and where its masked positions are, state by state.
+        """Return the ids and times of a pass, and where its masked positions are, state by state.
 
-        Without the cache states are further rows of the batch; a place is (row, position of the
-        block). With it they read the same stored keys, so they follow each other in one row, each
-        from the active block on.
+        Without the cache each state has its own batch rows, and a mask is at (batch row, offset in
+        the block). With the cache all states read the same stored keys. So they follow each other
+        in one batch row, each from the active block on.
         """
         start, t, batch = states[0].window[0], states[0].t, len(states[0].tokens)
-        places, rows = [state.masked.nonzero() for state in states], []
+        masks, rows = [state.masked.nonzero() for state in states], []
         if self.cache is None:
             rows = [state.tokens[:, first : state.window[1]] for state in states]
             shifts = [(i * batch, 0) for i in range(len(states))]
@@ -173,13 +173,13 @@ class Network:
                 for begin, state in zip(ends, states, strict=False)
             ]
             ids = torch.cat([states[0].tokens[:, first:start], *rows], dim=1)
-        moved = [x + x.new_tensor(shift) for x, shift in zip(places, shifts, strict=True)]
+        moved = [x + x.new_tensor(shift) for x, shift in zip(masks, shifts, strict=True)]
         return ids, t, torch.cat(moved)
 
     def routing(
         self, first: int, ids: Tensor, x: Tensor, windows: Sequence[tuple[int, int]]
     ) -> Routing:
-        """Return how rows from ``first`` on read each other and what is stored.
+        """Return how rows from ``first`` on read each other and the stored keys.
 
         Args:
             first: position of the first row.
