@@ -27,8 +27,8 @@ def speed(bridge):
 def test_each_line_is_a_run_of_its_own(speed):
     lines = speed.lines
     assert lines[BASE].passes == lines[BASE].tokens >= 12 and lines[BASE].block_size == 4
-    assert lines["8 rows"].tokens == 8 * lines[BASE].tokens
-    assert lines["8 rows"].tokens_per_pass == lines[BASE].tokens_per_pass == 1
+    assert lines["8 texts"].tokens == 8 * lines[BASE].tokens
+    assert lines["8 texts"].tokens_per_pass == lines[BASE].tokens_per_pass == 1
     assert lines["blocks of 16"].block_size == 16
     assert all(line.seconds > 0 and line.passes <= line.tokens for line in lines.values())
     assert speed.ratio(BASE) == 1 and speed.bound == speed.weight_bytes / speed.bytes_per_second

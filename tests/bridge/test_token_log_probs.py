@@ -75,3 +75,20 @@ def test_ties_and_certain_tokens(bridge, device):
     ):
         slopes.append(torch.autograd.grad(values.sum(), weight)[0])
     torch.testing.assert_close(*slopes)
+
+
+def test_a_hook_on_all_modules_of_the_process_acts(bridge, device):
+    """On the unembedding, as one that is set on it."""
+    h, where, tokens = inputs(device)
+    unembed = bridge.original_model.backbone.output_layer.linear
+
+    def raised(found, given, result):
+        return result + torch.arange(12.0, device=device) if found is unembed else None
+
+    plain = token_log_probs(unembed, h, where, tokens, 11)
+    with_hook = []
+    for register in (nn.modules.module.register_module_forward_hook, unembed.register_forward_hook):
+        handle = register(raised)
+        with_hook.append(token_log_probs(unembed, h, where, tokens, 11))
+        handle.remove()
+    assert torch.equal(*with_hook) and not torch.allclose(with_hook[0], plain)

@@ -190,7 +190,7 @@ def test_bench_tells_speeds_and_the_memory_bound(tmp_path):
     assert "one by one" in result.output and "MB of weights" in words(result)
     found = json.loads(told.read_text())
     assert found["lines"]["one by one"]["passes"] == 11  # three blocks, BOS given
-    assert found["lines"]["32 rows"]["rows"] == 32 and found["memory_bound_seconds"] > 0
+    assert found["lines"]["32 texts"]["rows"] == 32 and found["memory_bound_seconds"] > 0
 
 
 @pytest.mark.parametrize(

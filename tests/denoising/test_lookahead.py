@@ -260,6 +260,94 @@ def test_logits_that_are_nan_are_named_at_their_own_step(bridge, monkeypatch):
     assert told[0] == told[1] and told[0][0] == 8
 
 
+def test_a_draft_that_overflows_spoils_no_state_of_the_run(bridge):
+    """A token that the run never writes, and that drafts hold, has an embedding of NaN."""
+    broken = copy.deepcopy(bridge)
+    kwargs = {"block_size": 8, "max_new_tokens": 29}
+    spoiled = 0
+    for token in range(1, 11):
+        with torch.no_grad():
+            weight = broken.embed.weight
+            weight.copy_(bridge.embed.weight)
+            weight[token] = torch.nan
+        for seed in range(3):
+            told = []
+            for width in (1, 64):
+                try:
+                    run = bd3lm.denoise(broken, [[0]], lookahead=width, seed=seed, **kwargs)
+                    told.append(run)
+                except bd3lm.InputError as error:
+                    told.append(str(error))
+            if isinstance(told[0], str):
+                assert told[0] == told[1]
+            else:
+                assert_same(told[1], told[0])
+                spoiled += 1
+    assert spoiled
+
+
+def test_hooks_on_all_modules_of_the_process_see_the_states_of_the_run(bridge):
+    shapes: list[tuple[int, ...]] = []
+
+    def look(module, given, result):
+        if module is bridge.unembed:
+            shapes.append(tuple(result.shape))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        found, _ = both(bridge, small.prompt_of(1, 3), block_size=8)
+    finally:
+        handle.remove()
+    assert found.passes == len(found.steps) and len(shapes) == 2 * found.passes
+    assert shapes[: found.passes] == shapes[found.passes :]
+
+
+@pytest.mark.parametrize("what", ["activation", "class", "eps"])
+def test_code_that_changes_between_two_steps_is_run_from_the_next_one(bridge, what):
+    class Doubled(type(bridge.blocks[1].ln2)):
+        def forward(self, x, **kwargs):
+            return 2 * super().forward(x, **kwargs)
+
+    runs = []
+    for width in (64, 1):
+        changed = copy.deepcopy(bridge)
+        steps = bd3lm.denoise_steps(
+            changed, small.prompt_of(1, 3), max_new_tokens=13, block_size=16, lookahead=width
+        )
+        taken = [next(steps) for _ in range(2)]
+        if what == "activation":
+            changed.blocks[1].mlp.original_component[1] = torch.nn.ReLU()
+        elif what == "class":
+            changed.blocks[1].ln2.__class__ = Doubled
+        else:
+            changed.cfg.eps = 1.0
+        runs.append([*taken, *steps])
+    for found, wanted in zip(*runs, strict=True):
+        torch.testing.assert_close(
+            found.masked_logits, wanted.masked_logits, rtol=EXACT, atol=EXACT
+        )
+
+
+def test_an_error_of_a_sampler_comes_at_its_own_step(bridge):
+    class Late(bd3lm.FirstHitting):
+        def reveal(self, masked, times, t, log_p):
+            if int(masked.sum()) == 2:
+                raise ValueError("two are left")
+            return super().reveal(masked, times, t, log_p)
+
+    taken = []
+    for width in (64, 1):
+        steps = bd3lm.denoise_steps(
+            bridge, small.prompt_of(1, 3), max_new_tokens=5, block_size=8, sampler=Late(),
+            lookahead=width,
+        )  # fmt: skip
+        taken.append(0)
+        with pytest.raises(ValueError, match="two are left"):
+            for _ in steps:
+                taken[-1] += 1
+    assert taken == [3, 3]
+
+
 # Runs that come out of a run.
 
 

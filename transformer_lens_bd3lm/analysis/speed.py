@@ -1,8 +1,8 @@
-"""Speed of the denoising loop on this machine: each exact lever as a ratio, in one run.
+"""Measure the speed of the denoising loop on this machine, for each exact way to write faster.
 
-A pass over a few rows reads every weight once, so on most machines it takes at least the time that
-memory needs for that: ``weights / bandwidth``, the memory bound. What is compared takes turns, and
-the least time of each counts: whatever else a machine does only adds to a run.
+A pass over a few rows reads every weight once. So on most machines it takes at least the time in
+which memory gives them, the memory bound: ``weights / bandwidth``. The ways take turns, and the
+least time of each counts, since other work on the machine only adds time.
 """
 
 import time
@@ -28,19 +28,19 @@ from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Result, plain_values
 
 BASE = "one by one"
-COPIED = 2**28  # bytes read to measure the memory: larger than any cache
+COPIED = 2**28  # bytes that are read to measure the memory: more than any cache holds
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One way to write the same text, and what it took.
+    """Time of one way to write a text.
 
     Attributes:
-        seconds: the least of its rounds.
-        tokens: tokens written, in all rows.
+        seconds: least time of its rounds.
+        tokens: tokens written, in all texts.
         passes: passes of the network.
         block_size: tokens per block.
-        rows: rows of the batch.
+        rows: number of texts in the batch.
     """
 
     seconds: float
@@ -51,29 +51,29 @@ class Timed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens written in a second, in all rows."""
+        """Tokens written per second, in all texts."""
         return self.tokens / self.seconds
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a pass gives each row."""
+        """Tokens that a pass gives each text, on average."""
         return self.tokens / self.rows / self.passes
 
     @property
     def pass_seconds(self) -> float:
-        """Seconds a pass, drawing and bookkeeping included."""
+        """Seconds per pass, with the time for drawing tokens and bookkeeping."""
         return self.seconds / self.passes
 
 
 @dataclass(frozen=True)
 class KernelSpeed:
-    """The kernel that linears run over so many rows, and how fast it reads weights.
+    """Kernel that linear layers run over a number of rows, and how fast it reads weights.
 
     Attributes:
-        rows: most rows; half of them and fewer may have another kernel.
-        name: the kernel.
-        bytes_per_second: bytes of weights that it reads in a second.
-        plain_bytes_per_second: the same of ``F.linear``.
+        rows: largest number of rows that run it; half as many and fewer may run another kernel.
+        name: the kernel's name.
+        bytes_per_second: bytes of weights that the kernel reads per second.
+        plain_bytes_per_second: bytes of weights that ``F.linear`` reads per second.
     """
 
     rows: int
@@ -84,18 +84,20 @@ class KernelSpeed:
 
 @dataclass(frozen=True, repr=False)
 class Speed(Result):
-    """Speed of a bridge on a machine.
+    """Speed at which a bridge writes text on a machine, in several ways.
 
     Attributes:
         model: the checkpoint's name.
-        device: where it runs.
-        instructions: instruction set that torch uses on the CPU; empty elsewhere.
-        threads: CPU threads.
+        device: device of the bridge.
+        instructions: instruction set that torch uses on the CPU; empty on other devices.
+        threads: number of CPU threads.
         dtype: dtype of the weights.
         weight_bytes: bytes of weights that a pass reads.
-        bytes_per_second: bytes that one reduction reads from memory in a second.
-        lines: what was measured, by name; the first is the loop that recomputes the prefix.
-        kernels: kernels that large linears run over few rows, on a CPU.
+        bytes_per_second: bytes per second that a sum over a large tensor reads from memory.
+        lines: the time of each way, by name, in the order of the table; ``"one by one"``, with the
+            cache and one state in a pass, is the one that others are compared with.
+        kernels: kernels that large linear layers run over few rows; empty on other devices than a
+            CPU.
     """
 
     model: str
@@ -110,11 +112,11 @@ class Speed(Result):
 
     @property
     def bound(self) -> float:
-        """Seconds that memory takes to give a pass its weights."""
+        """Memory bound of a pass: seconds in which memory gives all weights once."""
         return self.weight_bytes / self.bytes_per_second
 
     def ratio(self, name: str) -> float:
-        """Return tokens per second of a line, in those of the cached loop, one by one."""
+        """Return the tokens per second of a line divided by those of ``"one by one"``."""
         return self.lines[name].tokens_per_second / self.lines[BASE].tokens_per_second
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,18 +146,19 @@ def measure_speed(
     rounds: int = 2,
     progress: bool | None = None,
 ) -> Speed:
-    """Measure how fast a bridge writes on this machine, and what each lever gives.
+    """Measure how fast a bridge writes text on this machine, in several ways.
 
-    Every line writes from BOS alone, under the same noise.
+    The ways are those of ``docs/speed.md`` that this machine and checkpoint have. Each writes from
+    BOS alone, under the same noise; packed weights are left out where no copy is faster.
 
     Args:
         bridge: a BD3LM bridge, or a checkpoint's name, which is booted.
-        tokens: tokens that each run writes, rounded up to whole blocks.
-        rounds: turns of each line, of which the fastest counts.
-        progress: show a bar; by default on a terminal.
+        tokens: tokens that each run writes to each text; the last block is written to its end.
+        rounds: number of times that each way is timed; the fastest counts.
+        progress: show a progress bar; by default on a terminal.
 
     Returns:
-        Seconds, tokens and passes of each line, and the time that reading the weights takes.
+        Seconds, tokens and passes of each way, and the memory bound of a pass.
 
     Raises:
         InputError: for fewer than 8 tokens or 1 round, or a model that denoises nothing.
@@ -209,7 +212,7 @@ Scope = Callable[[], AbstractContextManager[Any]]
 
 
 def _ways(bridge: Bridge) -> dict[str, tuple[Scope, dict[str, Any]]]:
-    """Return the lines of the table: a scope to run in, and keywords of :func:`denoise`."""
+    """Return the ways by name: a scope to run in, and keywords of :func:`denoise`."""
     config, one = bridge.original_model.config, {"lookahead": 1}
     cached = config.cross_attn and not config.time_conditioning
     ways: dict[str, tuple[Scope, dict[str, Any]]] = {}
@@ -224,8 +227,8 @@ def _ways(bridge: Bridge) -> dict[str, tuple[Scope, dict[str, Any]]]:
     if cached and config.model_length >= 32:
         ways["blocks of 16"] = (nullcontext, one | {"block_size": 16})
         ways["blocks of 16, lookahead"] = (nullcontext, {"block_size": 16})
-    ways["8 rows"] = (nullcontext, one | {"rows": 8})
-    ways["32 rows"] = (nullcontext, one | {"rows": 32})
+    ways["8 texts"] = (nullcontext, one | {"rows": 8})
+    ways["32 texts"] = (nullcontext, one | {"rows": 32})
     return ways
 
 
@@ -238,7 +241,7 @@ def _packs(bridge: Bridge) -> bool:
 
 
 def _timed(bridge: Bridge, tokens: int, options: dict[str, Any]) -> Timed:
-    """Write once, and return what it took."""
+    """Write once, and return the time."""
     rows = options.get("rows", 1)
     keywords = {name: value for name, value in options.items() if name != "rows"}
     first = int(bridge.cfg.mask_token_id == 0) if bridge.tokenizer is None else bos_of(bridge)

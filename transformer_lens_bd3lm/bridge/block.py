@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
@@ -24,7 +23,7 @@ from transformer_lens_bd3lm.bridge.conditioning import MODULATION, modulate
 from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.bridge.plain_layer import PlainLayer, add_write
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.watched import read_only, watched
+from transformer_lens_bd3lm.bridge.watched import read_only, watched, watched_everywhere
 from transformer_lens_bd3lm.errors import NotExactError
 
 _REPLACED = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
@@ -206,7 +205,7 @@ class BD3LMBlockBridge(BlockBridge):
         """
         flags = self.attn.config
         forked = flags.use_split_qkv_input or flags.use_attn_in or flags.use_attn_result
-        if forked or self.drops or torch.compiler.is_compiling() or _has_any_global_hook():
+        if forked or self.drops or torch.compiler.is_compiling() or watched_everywhere():
             return None
         if self._plain is None or not self._plain.tree.is_current():
             self._plain = PlainLayer(self)

@@ -1,13 +1,13 @@
-"""Layers of a cached pass as CUDA graphs: one launch where there were hundreds.
+"""Replay the layers of a cached pass as a CUDA graph: one launch in place of hundreds.
 
 On a GPU a pass of a few rows takes as long as launching its kernels one by one. A CUDA graph
-launches all of them at once, on the memory that they had when it was captured. So what changes from
-pass to pass is copied into buffers of fixed size, and keys are read up to a multiple of ``SPAN``,
-with a mask of what is stored, in place of a slice that grows.
+launches all of them at once, on the memory that they had when it was captured. So all that changes
+from pass to pass is copied into buffers of fixed size. Keys are read up to a multiple of ``SPAN``
+with a mask that hides those not stored yet, and not as a slice that grows.
 
-A graph belongs to the keys and values of one run. It holds the weights that it reads, and a run
-refuses weights that change. Passes with hooks, of many rows, or without stored keys are run as
-everywhere else.
+A graph belongs to the stored keys and values of one run. It holds the weights that it reads, and a
+run refuses weights that change. Passes with hooks, of many rows, or without stored keys run without
+a graph.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,17 +26,17 @@ from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing, Tile
 from transformer_lens_bd3lm.errors import InputError
 
-SPAN, MOST_ROWS, WARM_UP = 128, 128, 3
+SPAN, MOST_GRAPH_ROWS, WARM_UP = 128, 128, 3
 
 
 @contextmanager
 def cuda_graphs(bridge: Bridge) -> Iterator[None]:
-    """Replay the layers of cached passes as CUDA graphs, within a ``with`` statement.
+    """Replay the layers of cached passes as CUDA graphs within a ``with`` block.
 
-    For :func:`denoise` and everything that runs its loop, on a bridge on a GPU. Each number of
-    rows, and each 128 positions, costs a capture, once a run: the time of about four passes.
-    Logits are those of the other path to rounding. Hooks fire as without it: a pass in which a
-    layer has hooks is not replayed.
+    It is for :func:`denoise` and everything that runs its loop, on a bridge on a GPU. In each run,
+    each number of rows and each further 128 positions cost one capture, which takes about as long
+    as four passes. Logits are those of passes without graphs, up to rounding. Hooks fire as usual,
+    since a pass in which a layer has hooks runs without a graph.
 
     Args:
         bridge: a BD3LM bridge whose weights are on a CUDA device.
@@ -49,8 +49,7 @@ def cuda_graphs(bridge: Bridge) -> Iterator[None]:
     if device.type != "cuda":
         raise InputError(
             f"cuda_graphs(bridge): the bridge is on {device}, and CUDA graphs run on a GPU alone: "
-            'move it there with bridge.to("cuda"), or leave the scope out; passes without hooks '
-            "take few calls in any case"
+            'move it there with bridge.to("cuda"), or leave the scope out'
         )
     model = bridge.original_model
     before, model.graphs = model.graphs, Graphs()
@@ -61,11 +60,11 @@ def cuda_graphs(bridge: Bridge) -> Iterator[None]:
 
 
 class StoreAt:
-    """Stored keys and values as a pass of fixed shape sees them: written at indices on the device.
+    """Stored keys and values of a pass of fixed shape, written at indices on the device.
 
     Attributes:
         cache: the keys and values of a run.
-        at: where the pass's rows are written.
+        at: positions at which the pass's rows are written.
         keys: number of keys that are read, stored or not.
     """
 
@@ -78,7 +77,7 @@ class StoreAt:
         k: Float[Tensor, "batch head row d_head"],
         v: Float[Tensor, "batch head row d_head"],
     ) -> tuple[Float[Tensor, "batch head key d_head"], Float[Tensor, "batch head key d_head"]]:
-        """Write the pass's rows; return the first ``keys``."""
+        """Write a layer's new keys and values; return the first ``keys`` of all."""
         stored = self.cache.keys[layer], self.cache.values[layer]
         keys, values = (
             x.index_copy_(2, self.at, new)[:, :, : self.keys]
@@ -88,9 +87,9 @@ class StoreAt:
 
 
 def of_fixed_shape(routing: Routing) -> Routing:
-    """Return the routing of a cached pass whose shapes depend on no position within ``SPAN``.
+    """Return the routing of a cached pass with shapes that stay the same within ``SPAN`` positions.
 
-    The mask hides what is not stored. It hides numbers, so whatever is there must be finite.
+    The mask hides keys that are not stored. It is added to their scores, so they must be finite.
     """
     cache, tile = routing.cache, routing.tiles[0]
     assert isinstance(cache, KVCache)
@@ -111,13 +110,13 @@ def of_fixed_shape(routing: Routing) -> Routing:
 
 
 def clear_unstored(cache: KVCache) -> None:
-    """Overwrite what is behind the stored keys and values, which may be any bits, with zeros."""
+    """Fill the memory after the stored keys and values, which may hold any bits, with zeros."""
     for stored in (cache.keys, cache.values):
         stored[:, :, :, cache.length :] = 0
 
 
 def through_blocks(model: Any, x: Tensor, c: Tensor | None, routing: Routing) -> Tensor:
-    """Run every layer, at all rows: what a graph captures."""
+    """Run every layer at all rows; a graph captures this function."""
     for block in model.backbone.blocks:
         x = block(x, c, routing)
     return x
@@ -133,7 +132,7 @@ class _Graph(NamedTuple):
 
 
 class Graphs:
-    """The graphs that were captured within one scope, by the run's stored keys."""
+    """CUDA graphs that were captured within one ``with`` block, by the run's stored keys."""
 
     def __init__(self) -> None:
         self._of_run: WeakKeyDictionary[KVCache, dict[Any, _Graph | None]] = WeakKeyDictionary()
@@ -143,7 +142,7 @@ class Graphs:
     ) -> Float[Tensor, "batch row d_model"] | None:
         """Return the residual stream after the last layer; None for a pass that has no graph.
 
-        The first pass of its shape in a run has none: it may be the only one.
+        The first pass of a shape in a run has none, since it may be the only one.
         """
         if not is_capturable(model, x, c, routing):
             return None
@@ -169,11 +168,11 @@ class Graphs:
 
 
 def is_capturable(model: Any, x: Tensor, c: Tensor | None, routing: Routing) -> bool:
-    """Whether a pass reads stored keys by one tile, without hooks, derivatives or a changing c."""
+    """Whether a pass reads stored keys in one tile, without hooks, gradients or a changing c."""
     tiles = routing.tiles
     if not isinstance(routing.cache, KVCache) or len(tiles) != 1 or len(tiles[0].queries) != 1:
         return False
-    if x.shape[1] > MOST_ROWS or torch.is_grad_enabled() or autocasts(x.device.type):
+    if x.shape[1] > MOST_GRAPH_ROWS or torch.is_grad_enabled() or autocasts(x.device.type):
         return False
     if c is not None and routing.constants is None:
         return False
@@ -183,7 +182,7 @@ def is_capturable(model: Any, x: Tensor, c: Tensor | None, routing: Routing) -> 
 def _captured(
     run: Callable[[], Tensor], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Capture a function that launches kernels alone, after it has chosen and loaded them."""
+    """Capture a function that only launches kernels, after calls that choose and load them."""
     with torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)

@@ -1,18 +1,18 @@
-"""Kernels of a linear layer over few rows, and the choice of the fastest on this machine.
+"""Choose the fastest kernel on this machine for a linear layer over few rows.
 
-A step of denoising sends a few rows through each weight, and how near that comes to the speed of
-memory depends on the machine's library: between kernels that compute the same sums from the same
-weight lies a factor of two or three, and another one wins at another number of rows, dtype or
-processor. So the choice is a measurement, once a process for each power of two of rows, dtype and
-number of threads, at the first such call. It takes about 0.1 s, 20 ms of them calls, and the rest
-to lay out weights that no cache holds.
+A step of denoising sends a few rows through each weight, and the time should be that of reading the
+weight from memory. Kernels that compute the same sums differ by a factor of two or three, and which
+is the fastest depends on the number of rows, the dtype and the processor. So they are measured:
+once per process for each power of two of rows, each dtype and each number of threads, at the first
+such call. It takes about 0.1 s: 20 ms of calls, and the rest to make weights larger than the
+processor's caches.
 
-``F.linear`` stays unless another kernel is clearly faster (15%, in its second best time against the
-best of ``F.linear``), so that results do not change in their last digits from process to process.
-A kernel that this machine lacks, or that multiplies in a lower precision, is left out. While the
-machine is busy with other work, the speed of one thread decides.
+``F.linear`` is kept unless another kernel is 1.15 times as fast, by its second best time against
+the best time of ``F.linear``, so that results do not change in their last digits from process to
+process. A kernel that this machine lacks, or that multiplies in a lower precision, is left out.
 
-Float64 is always ``F.linear``, as are weights of less than 2^18 numbers, which caches keep.
+In float64, and for weights of less than 2^18 numbers, which fit into caches, the kernel is always
+``F.linear``.
 """
 
 import time
@@ -36,13 +36,13 @@ CLEARLY = 1.15
 HALVES = (torch.bfloat16, torch.float16)
 _DTYPES = frozenset((torch.float32, *HALVES))
 
-# Weights of the measurement: square, and together more than a cache holds. Rankings at the other
-# shapes of the released size were the same.
+# Weights of the measurement: square, and together larger than the caches. At the other shapes of
+# the released size the order of the kernels was the same.
 _SIDE, _BYTES = 768, 40 * 2**20
 _LEAST_TURNS, _MOST_TURNS, _SECONDS = 4, 12, 0.02
 _PART = 2**18
-# Errors of the chosen kernel against those of F.linear: oneDNN's are three times as large in
-# float32, and a kernel that multiplies in half precision would be a thousand times off.
+# Largest allowed error of a kernel, in errors of F.linear: oneDNN's are three times as large in
+# float32, and those of a kernel that multiplies in half precision a thousand times.
 _ROUNDING = 8
 
 Rows = Float[Tensor, "row width"]
@@ -56,9 +56,9 @@ class Kernel:
 
     Attributes:
         run: function of rows, a weight and a bias or None; returns contiguous rows.
-        pack: function of a weight and a number of rows that returns the copy which ``run`` takes in
-            place of the weight. None for a kernel that takes the weight itself.
-        dtypes: dtypes of the rows that it is for.
+        pack: function from a weight and a number of rows to the copy that ``run`` takes in place of
+            the weight; None for a kernel that takes the weight itself.
+        dtypes: dtypes of rows that the kernel is for.
     """
 
     run: Callable[..., Tensor]
@@ -67,7 +67,7 @@ class Kernel:
 
 
 def transposed(x: Rows, weight: Weight, bias: Bias | None) -> Float[Tensor, "row out"]:
-    """Compute ``(W x^T + bias)^T``, which lays out the rows anew and not the weight."""
+    """Compute ``(W x^T + bias)^T``: the rows are copied into another layout, the weight is not."""
     if len(x) == 1:
         return (weight @ x[0] if bias is None else torch.addmv(bias, weight, x[0]))[None]
     y = weight @ x.T if bias is None else torch.addmm(bias[:, None], weight, x.T)
@@ -80,7 +80,7 @@ def onednn(x: Rows, weight: Tensor, bias: Bias | None) -> Float[Tensor, "row out
 
 
 def widened(x: Rows, weight: Weight, bias: Bias | None) -> Float[Tensor, "row out"]:
-    """Compute in float32, a part of the weight at a time that caches hold, and round once."""
+    """Compute in float32, one part of the weight at a time that fits into caches; round once."""
     wide, step = x.float().T, max(1, _PART // weight.shape[1])
     y = torch.cat([part.float() @ wide for part in weight.split(step)])
     y = y if bias is None else y + bias[:, None]
@@ -98,7 +98,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 class Case(NamedTuple):
-    """What a choice depends on: rows (a power of two), dtype, threads, and the kernels' names."""
+    """Key of a choice: rows (a power of two), dtype, threads, and the kernels' names."""
 
     rows: int
     dtype: torch.dtype
@@ -114,7 +114,7 @@ class Choice:
     Attributes:
         case: what was measured.
         name: the kernel that was chosen.
-        times: ascending seconds of each kernel's calls, without those that were left out.
+        times: ascending seconds of each kernel's calls; kernels that were left out have none.
         bytes: size of the weight that each call read, in the dtype of the rows.
     """
 
@@ -125,7 +125,7 @@ class Choice:
     kernel: Kernel = field(repr=False)
 
     def speed(self, name: str) -> float:
-        """Return gigabytes of weights per second in a kernel's best call."""
+        """Return the speed of a kernel's best call, in gigabytes of weights per second."""
         return self.bytes / self.times[name][0] / 1e9
 
 
@@ -134,10 +134,10 @@ _lock = RLock()  # a kernel may itself choose another
 
 
 def choose(rows: int, dtype: torch.dtype, kernels: Mapping[str, Kernel] = KERNELS) -> Choice:
-    """Return the choice for a number of rows, after a measurement where there is none yet.
+    """Return the choice for a number of rows; measure first where there is none yet.
 
     Args:
-        rows: rows of a call; the next power of two counts.
+        rows: rows of a call, rounded up to a power of two.
         dtype: dtype of rows and weights.
         kernels: the kernels to choose from, by name, the plain one first.
     """
@@ -156,8 +156,8 @@ def choose(rows: int, dtype: torch.dtype, kernels: Mapping[str, Kernel] = KERNEL
 def choices() -> list[Choice]:
     """Return the choices that this process has made so far."""
     with _lock:
-        made = list(_choices.values())
-    return sorted(made, key=lambda choice: (str(choice.case.dtype), choice.case.rows))
+        so_far = list(_choices.values())
+    return sorted(so_far, key=lambda choice: (str(choice.case.dtype), choice.case.rows))
 
 
 def forget() -> None:
@@ -167,11 +167,11 @@ def forget() -> None:
 
 
 def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """Return the number of rows where a kernel may be chosen for them; 0 for ``F.linear``.
+    """Return the number of rows, if a kernel may be chosen for them; 0 if it must be ``F.linear``.
 
-    The kernels are for plain CPU tensors of one dtype, where no derivative is taken, nothing is
-    compiled, traced, transformed or dispatched elsewhere, and no autocast changes the dtype. Some
-    have no derivative; so in a pass with gradients every linear is ``F.linear``.
+    The kernels are for plain CPU tensors of one dtype, where nothing is compiled, traced,
+    transformed or dispatched elsewhere, and no autocast changes the dtype. Some of them have no
+    derivative, so passes with gradients run ``F.linear``.
     """
     if torch.compiler.is_compiling():
         return 0
@@ -192,7 +192,7 @@ def rows_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
 
 
 def _is_plain(t: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a tensor is of no subclass, strided, on the CPU, and of a dtype."""
+    """Return whether a tensor is a strided Tensor or Parameter on the CPU, of this dtype."""
     kind = type(t)
     plain = kind is Tensor or kind is nn.Parameter
     return plain and t.is_cpu and t.dtype is dtype and t.layout is torch.strided
@@ -200,7 +200,7 @@ def _is_plain(t: Tensor, dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def _measured(case: Case, kernels: Mapping[str, Kernel]) -> Choice:
-    """Time the kernels in turns over weights that no cache holds, and choose one."""
+    """Time the kernels in turns over weights larger than the caches, and choose one."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -222,22 +222,16 @@ def _measured(case: Case, kernels: Mapping[str, Kernel]) -> Choice:
         try:
             call = _over(weights, kernels[name], x, bias)
             error = float((call().double() - exact).abs().max())
-        except (RuntimeError, AttributeError):  # what torch raises for a kernel that is not there
+        except (RuntimeError, AttributeError):  # torch's errors for a kernel that it lacks
             continue
         if error <= allowed:
             calls[name] = call
     times: dict[str, list[float]] = {name: [] for name in calls}
-    try:
-        # On a busy machine threads wait for each other, and only one by itself shows the kernel.
-        for threads in sorted({case.threads, 1}, reverse=True):
-            torch.set_num_threads(threads)
-            _take_turns(calls, times)
-    finally:
-        torch.set_num_threads(case.threads)
+    _take_turns(calls, times)
     times = {name: sorted(taken) for name, taken in times.items()}
     best = case.names[0]
     for name in times:
-        # The second best time is no accident of a busy machine.
+        # The best time alone could be an accident of a busy machine.
         if times[name][1] * CLEARLY < times[best][0]:
             best = name
     return Choice(case, best, times, size, kernels[best])

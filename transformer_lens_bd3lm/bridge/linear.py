@@ -1,8 +1,8 @@
-"""Linear layer that is fast for the few rows of a denoising step.
+"""Linear layer that runs the fastest kernel for the few rows of a denoising step.
 
-The kernel is the fastest on this machine for so many rows; see ``few_rows``. Within
-``bd3lm.packed`` it may read a second copy of the weight. A linear with hooks of its own, and every
-call that ``few_rows.rows_of`` names, is ``F.linear``.
+``few_rows`` measures which kernel that is on this machine. Within ``bd3lm.packed`` it may read a
+second copy of the weight. A linear layer with hooks of its own runs ``F.linear``, and so does every
+call for which ``few_rows.rows_of`` returns 0.
 """
 
 from collections.abc import MutableMapping
@@ -27,7 +27,7 @@ class Pack(Protocol):
 
 
 packs: MutableMapping[nn.Linear, Pack] = WeakKeyDictionary()
-"""The second copies that are in use. They are no part of their linears, so copies have none."""
+"""Second copies in use, kept outside of their layers, so that copies of layers lack them."""
 
 
 class Linear(nn.Linear):

@@ -1,16 +1,16 @@
-"""Noisy blocks of texts behind one another in one pass: each reads its clean past and itself.
+"""Run noisy blocks of any texts side by side in one pass; each reads its clean past and itself.
 
 A noisy block of the dual view reads the clean blocks before it and its own positions, and no other
 noisy block. So blocks of any texts, under any mask patterns, can be rows of one pass. They share
-the keys and values of the clean stream, which are neither repeated for a pattern nor computed
-again, and a block that nobody asks for is not computed. Masked rows come first, so that the last
-layer and the read-out take a slice of them::
+the keys and values of the clean stream, which are computed once and not repeated for each pattern.
+Only the blocks that are asked for are computed. Masked rows come first, so that the last layer and
+the read-out take a slice of them::
 
     rows   masked of block 0, masked of block 1, ... | revealed of block 0, revealed of block 1, ...
     keys   clean of each text                        | rows
 
-Hooks would see none of TransformerLens's axes in such a pass: hooked passes have a batch row for
-each text and mask pattern.
+Such a pass has none of the axes that hooks expect, so passes with hooks have a batch row for each
+text and mask pattern instead. A *place* is a position counted within its block.
 """
 
 import itertools
@@ -28,13 +28,13 @@ from transformer_lens_bd3lm.bridge.routing import TILE, Routing, Tile
 
 @dataclass(frozen=True)
 class NoisyBlocks:
-    """Noisy blocks of one pass, sorted by text and start; on the CPU.
+    """Noisy blocks of one pass, sorted by text and start. All tensors are on the CPU.
 
     Attributes:
         length: number of positions of each text.
-        text: text of each block.
+        text: number of each block's text.
         start: first position of each block.
-        masked: masked places of each block, none of them past the end of the text.
+        masked: which places of each block are masked; none after the end of the text.
     """
 
     length: int
@@ -63,12 +63,12 @@ class NoisyBlocks:
 
     @property
     def _clean(self) -> tuple[slice, slice]:
-        """Texts and positions whose clean keys the pass has: up to the start of the last block."""
+        """Texts and positions with clean keys in the pass: up to the start of the last block."""
         first, last = int(self.text[0]), int(self.text[-1])
         return slice(first, last + 1), slice(0, int(self.start.max()))
 
     def routing(self, stream: CleanStream, inv_freq: Tensor, like: Tensor) -> Routing:
-        """Return the routing of the pass over the clean stream's stored keys, and itself."""
+        """Return the routing of the pass over the clean stream's stored keys and its own."""
         texts, past = self._clean
         owner = torch.arange(texts.start, texts.stop).repeat_interleave(past.stop)
         position = torch.arange(past.stop).repeat(texts.stop - texts.start)
@@ -88,9 +88,9 @@ class NoisyBlocks:
         )
 
     def _tiles(self, device: torch.device) -> Iterator[Tile]:
-        """Tile the pass: a few blocks of one text, all that is clean before them, and themselves.
+        """Yield tiles of the pass: a few blocks of one text, their clean past, and themselves.
 
-        A block is one tile at least, and a tile of one block needs no mask.
+        A tile has at least one whole block, and a tile of one block needs no mask.
         """
         (texts, past), (block, _), size = self._clean, self.rows, self.masked.shape[1]
         clean, start = (texts.stop - texts.start) * past.stop, self.start.to(device)
@@ -112,7 +112,7 @@ class NoisyBlocks:
 
 
 def _spans(texts: list[int], blocks: int) -> Iterator[tuple[int, int]]:
-    """Yield spans ``(first, last)`` of at most so many blocks of one text."""
+    """Yield spans ``(first, last)`` of at most ``blocks`` blocks of one text."""
     last = 0
     for _, group in itertools.groupby(texts):
         first, last = last, last + len(list(group))

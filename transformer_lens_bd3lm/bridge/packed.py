@@ -1,13 +1,13 @@
-"""Second copies of a bridge's weights, in a layout that is read faster, for a while.
+"""Keep second copies of a bridge's weights that are read faster, within a ``with`` block.
 
-The layout is oneDNN's own, or, for weights in a half precision that the processor does not multiply
-in, the same numbers in float32: then a result is rounded once, at the end.
+A copy is in oneDNN's own layout. Or, for weights in a half precision in which the processor cannot
+multiply, it holds the same numbers in float32; then a result is rounded once, at the end.
 
-A copy goes stale when its weight is edited. Before each use a linear compares the weight with what
-was copied: the same parameter, storage and version, and the same numbers along a line that meets
-every row and every column. Where they differ, it copies again. What goes past PyTorch's version
-counter (``weight.data[...]``, NumPy views) and misses that line is found when the scope ends, by a
-hash of every weight, and raises.
+A copy goes stale when its weight is edited. Before each use a linear layer compares the weight with
+the one that was copied: is it the same parameter, storage and version, with the same numbers along
+a line that meets every row and every column? Where it is not, it is copied again. Edits that
+PyTorch's version counter does not count (``weight.data[...]``, NumPy views) may miss that line.
+Then a hash of every weight finds them when the block ends, which raises.
 """
 
 import warnings
@@ -62,11 +62,11 @@ PACKINGS = {
 
 @dataclass(frozen=True)
 class Packing:
-    """What a scope of :func:`packed` did.
+    """Result of :func:`packed`.
 
     Attributes:
-        method: ``"onednn"``, ``"float32"``, or None where no copy is faster and nothing was done.
-        bytes: size of all second copies.
+        method: ``"onednn"``, ``"float32"``, or None where no copy is faster and none was made.
+        bytes: size of all second copies, in bytes.
         choice: the measurement; None where the method was given.
     """
 
@@ -77,11 +77,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class _Copy:
-    """Second copy of a weight, and what the weight was when it was made."""
+    """Second copy of a weight, and the state of the weight when it was copied."""
 
     packed: Tensor
     weight: Tensor
-    # Shares the storage, and keeps it: no other can be allocated at its address.
+    # Shares the weight's storage and keeps it alive, so that no other is allocated at its address.
     alias: Tensor
     version: int
     line: Tensor
@@ -119,7 +119,7 @@ def _digest(weight: Tensor) -> bytes:
 
 
 class _PackedLinear:
-    """Second copy of one linear's weight, made again whenever the weight is another."""
+    """Second copy of one linear layer's weight, made again whenever the weight has changed."""
 
     def __init__(self, weight: Tensor, method: str, rows: int, measured: bool):
         self.kernel = PACKINGS[method]
@@ -130,7 +130,7 @@ class _PackedLinear:
     def __call__(
         self, x: Float[Tensor, "row width"], weight: Tensor, bias: Tensor | None
     ) -> Float[Tensor, "row out"]:
-        """Compute ``x W^T + bias``, from the copy where that is the fastest."""
+        """Compute ``x W^T + bias``, from the copy where that is fastest."""
         if weight.dtype != self.dtype or weight.is_inference():
             return choose(len(x), x.dtype).kernel.run(x, weight, bias)
         kernel = self.kernel
@@ -156,7 +156,7 @@ class _Open:
     """Scopes that are open over one model, and the copies that they share."""
 
     packing: Packing
-    made: dict[nn.Linear, _PackedLinear]
+    copies: dict[nn.Linear, _PackedLinear]
     scopes: int = 0
 
 
@@ -168,32 +168,32 @@ _lock = RLock()
 def packed(bridge: Any, method: str = "auto", rows: int | None = None) -> Iterator[Packing]:
     """Keep a second, packed copy of a bridge's weights within a ``with`` block.
 
-    Passes without gradients then read the copies, in every linear over up to 64 rows on a CPU,
-    under no autocast and without hooks of its own. Everything else is as without. Results are the
-    same to rounding. Edited weights are copied again at their next use.
+    Passes without gradients then read the copies: on a CPU, in every linear layer over up to 64
+    rows, without autocast and without hooks of the layer's own. Everything else stays as it is.
+    Results are the same up to rounding. Edited weights are copied again at their next use.
 
-    The copies take as many bytes as the linears' weights (524 MB at the released size in float32),
-    and twice as many for ``"float32"``.
+    The copies take as many bytes as the linear layers' weights (524 MB at the released size in
+    float32), and twice as many for ``"float32"``.
 
-    A scope within a scope, or in another thread, joins the one that is open over the same bridge,
-    whatever its method; the copies go when the last of them ends.
+    A block within a block over the same bridge, also in another thread, shares the copies of the
+    first one, whatever its method. The copies are freed when the last of these blocks ends.
 
     Args:
         bridge: a BD3LM bridge.
         method: ``"onednn"`` for oneDNN's layout, ``"float32"`` for float32 copies of weights in a
             half precision, or ``"auto"`` for whichever is measured to be clearly faster than every
             kernel on the weight as it is. If neither is, nothing is copied.
-        rows: rows of a pass that the layout and the measurement are for: batch times block size.
-            The bridge's block size by default, at most 64.
+        rows: number of rows of a pass that layout and measurement are for: batch times block size,
+            at most 64. The bridge's block size by default.
 
     Yields:
-        What was done: ``method``, ``bytes`` and ``choice``.
+        A ``Packing``: the method, the bytes of all copies, and the measurement.
 
     Raises:
-        InputError: for a method that this machine or these weights do not have, and for other
-            arguments that do not fit.
-        NotExactError: at the end, if a weight was edited past PyTorch's version counter and that
-            was not seen: results since that edit are those of the old weight.
+        InputError: for a method that does not work on this machine or for these weights, and for
+            other arguments that do not fit.
+        NotExactError: at the end of the block, if an edit of a weight was missed because PyTorch's
+            version counter does not count it; results since that edit are those of the old weight.
 
     Warns:
         UserWarning: if no copy is faster here.
@@ -206,7 +206,7 @@ def packed(bridge: Any, method: str = "auto", rows: int | None = None) -> Iterat
         opened = _scopes.get(model)
         if opened is None:
             opened = _scopes[model] = _opened(model, method, rows)
-            packs.update(opened.made)
+            packs.update(opened.copies)
         opened.scopes += 1
     try:
         yield opened.packing
@@ -215,13 +215,13 @@ def packed(bridge: Any, method: str = "auto", rows: int | None = None) -> Iterat
             opened.scopes -= 1
             if not opened.scopes:
                 del _scopes[model]
-                for linear in opened.made:
+                for linear in opened.copies:
                     packs.pop(linear, None)
     _check(opened)
 
 
 def _opened(model: nn.Module, method: str, rows: int) -> _Open:
-    """Make the copies of a model's weights, or none where none is faster."""
+    """Copy a model's weights, unless no copy is faster."""
     linears: list[nn.Linear] = [m for m in model.modules() if isinstance(m, Linear) and _fits(m)]
     dtypes = {linear.weight.dtype for linear in linears}
     if len(dtypes) != 1:
@@ -242,7 +242,7 @@ def _opened(model: nn.Module, method: str, rows: int) -> _Open:
     if dtype not in PACKINGS[method].dtypes:
         raise InputError(f'method="{method}": the weights are float32 already: give "auto"')
     try:
-        made = {
+        copies = {
             linear: _PackedLinear(linear.weight, method, rows, choice is not None)
             for linear in linears
         }
@@ -250,8 +250,8 @@ def _opened(model: nn.Module, method: str, rows: int) -> _Open:
         raise InputError(
             f'method="{method}": oneDNN does not pack {dtype} here: give "auto"'
         ) from error
-    size = sum(linear.weight.nbytes for linear in made) * (2 if method == "float32" else 1)
-    return _Open(Packing(method, size, choice), made)
+    size = sum(linear.weight.nbytes for linear in copies) * (2 if method == "float32" else 1)
+    return _Open(Packing(method, size, choice), copies)
 
 
 def _nothing(why: str, choice: Choice | None = None) -> _Open:
@@ -261,7 +261,7 @@ def _nothing(why: str, choice: Choice | None = None) -> _Open:
 
 
 def _fits(linear: nn.Linear) -> bool:
-    """Return whether a linear's weight is one that a copy can be kept of."""
+    """Return whether a copy of a linear layer's weight can be kept."""
     weight = linear._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.is_inference() or weight.numel() < LEAST_WEIGHTS:
         return False
@@ -270,14 +270,14 @@ def _fits(linear: nn.Linear) -> bool:
 
 
 def _check(opened: _Open) -> None:
-    """Refuse results of copies that had gone stale unseen.
+    """Refuse results of copies that went stale without notice.
 
     Raises:
-        NotExactError: if a weight is another one than was copied, at the same version.
+        NotExactError: if a weight is not what was copied, although its version is the same.
     """
-    stale = [made for made in opened.made.values() if made.is_stale()]
+    stale = [each for each in opened.copies.values() if each.is_stale()]
     if stale and not opened.scopes:
-        shapes = ", ".join(str(tuple(made.copy.weight.shape)) for made in stale[:3])
+        shapes = ", ".join(str(tuple(each.copy.weight.shape)) for each in stale[:3])
         raise NotExactError(
             f"{len(stale)} weights (shapes {shapes}) were edited past PyTorch's version counter "
             "within bd3lm.packed, as weight.data[...] and NumPy views do, and their old numbers "

@@ -1,11 +1,11 @@
-"""A layer without its hook points: the same operations on the same modules, in fewer calls.
+"""Run a layer without its hook points: the same operations on the same modules, in fewer calls.
 
-Around each of a layer's few operations stand the components that hooks need. In a pass of a few
-rows calling them takes longer than computing. So a layer that nobody watches runs here: on the
-modules that the components wrap, with the same functions in the same order, and so with the same
-numbers to the bit. Weights are read from those modules at every call.
+Each operation of a layer is wrapped in the components that hooks need. In a pass of a few rows,
+calling them takes longer than computing. So a layer without hooks runs here: on the modules that
+the components wrap, with the same functions in the same order, and so with the same numbers to the
+bit. Weights are read from those modules at every call.
 
-``block.py`` has the layer with its hook points, and decides between the two.
+``block.py`` has the layer with its hook points, and chooses between the two.
 """
 
 from typing import Any, NamedTuple
@@ -36,14 +36,14 @@ class _Wrapped(NamedTuple):
 
 
 class PlainLayer:
-    """The modules of a layer's computation, as long as the layer is made of the same modules."""
+    """Layer on the modules that its components wrap; made again when a module is replaced."""
 
     def __init__(self, block: nn.Module):
         self.tree = ModuleTree(block)
         self.wrapped = _wrapped(block)
 
     def is_watched(self) -> bool:
-        """Whether these modules have hooks, or there are components whose forward is unknown."""
+        """Whether these modules have hooks, or are components whose forward is unknown."""
         return self.wrapped is None or watched(*self.tree.modules)
 
     def __call__(
@@ -54,13 +54,13 @@ class PlainLayer:
         attention: BD3LMAttentionBridge,
         readout: slice | None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Return the residual stream after the layer, at the rows ``readout``; None is all rows.
+        """Compute the residual stream after the layer, at the rows ``readout``; None is all rows.
 
         Args:
             x: the residual stream before it.
             vectors: adaLN's six vectors; None where there is none.
             routing: which rows read which.
-            attention: settings and number of the layer.
+            attention: the layer's attention component, for its settings and the layer's number.
             readout: the only rows that are computed. The others still give keys and values.
         """
         assert self.wrapped is not None

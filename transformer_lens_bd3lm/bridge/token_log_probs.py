@@ -1,12 +1,12 @@
-"""Log-probability of one token a row, without the logits of a whole vocabulary in memory.
+"""Compute log-probabilities of given tokens without the logits of a whole vocabulary in memory.
 
-Of ``log_softmax(logits)`` a likelihood reads one number a row. So the vocabulary is unembedded in
-parts that stay in the processor's cache, and of each part only the largest logit ``top`` and
-``log_sum = log sum exp(logits - top)`` are kept::
+A likelihood reads one number of ``log_softmax(logits)`` at each position. So the vocabulary is
+unembedded in parts that stay in the processor's cache. For each part only the largest logit ``top``
+and ``log_sum = log sum exp(logits - top)`` are kept::
 
     log p(x) = logit(x) - log sum_parts exp(top + log_sum)
 
-All of it is in float32 or wider.
+All of this is computed in float32 or wider.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.linear import Linear
-from transformer_lens_bd3lm.bridge.watched import watched
+from transformer_lens_bd3lm.bridge.watched import watched, watched_everywhere
 from transformer_lens_bd3lm.model.modules import at_least_float32
 
-ROWS, WORDS = 1024, 4096  # rows and vocabulary of the logits in memory at once
+ROWS, WORDS = 1024, 4096  # positions and tokens of the vocabulary with logits in memory at once
 
 
 def token_log_probs(
@@ -31,18 +31,18 @@ def token_log_probs(
     tokens: Int[Tensor, " token"],
     mask_id: int,
 ) -> Float[Tensor, " token"]:
-    """Compute ``log p`` of one token at each of some masked positions, nats, float32 or wider.
+    """Compute ``log p`` in nats of one token at each of some masked positions, float32 or wider.
 
     Args:
         unembed: the unembedding of a bridge. With hooks it runs whole, so that they see every
             position.
-        h: what it reads.
+        h: input of the unembedding.
         where: pairs of (batch row, position).
         tokens: the tokens whose log-probability is computed, none of them the mask.
         mask_id: id of the mask token, whose probability is zero.
     """
     linear, at = unembed.original_component, where.unbind(-1)
-    if watched(*unembed.modules()):
+    if watched_everywhere() or watched(*unembed.modules()):
         logits = unembed(h)[at]
         few = max(ROWS * WORDS // logits.shape[-1], 1)
         chunks = ([part] for part in logits.split(few))

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from transformer_lens_bd3lm.errors import InputError
@@ -31,7 +32,7 @@ def watched(*modules: nn.Module) -> bool:
     Tracing tools set a ``forward`` on the instance and register nothing.
     """
     for module in modules:
-        held = module.__dict__  # asked of hundreds of modules at every pass: half the time
+        held = module.__dict__  # twice as fast as attributes, for hundreds of modules a pass
         if (
             held["_forward_hooks"]
             or held["_backward_hooks"]
@@ -43,8 +44,13 @@ def watched(*modules: nn.Module) -> bool:
     return False
 
 
+def watched_everywhere() -> bool:
+    """Whether a hook is set on all modules of the process (``register_module_forward_hook``)."""
+    return bool(_has_any_global_hook())
+
+
 def modules_of(module: nn.Module) -> list[nn.Module]:
-    """Return a module and all that it holds; faster than ``modules()``, which also makes names."""
+    """Return a module and all modules in it; faster than ``modules()``, which also makes names."""
     held, seen = [module], {id(module)}
     for each in held:
         for child in each._modules.values():
@@ -55,7 +61,7 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
 
 
 class ModuleTree:
-    """A module and all that it holds, listed once for as long as they are the same."""
+    """List of a module and all modules in it, which knows when it is out of date."""
 
     def __init__(self, module: nn.Module):
         self.modules = modules_of(module)
@@ -63,7 +69,7 @@ class ModuleTree:
         self._state = self._now()
 
     def is_current(self) -> bool:
-        """Whether no module was put in or taken out since, or changed its class."""
+        """Whether no module has been added, removed or given another class since."""
         return self._now() == self._state
 
     def _now(self) -> list[Any]:

@@ -1,17 +1,18 @@
-"""Cut many canvases into batches that need few passes and stay within a memory budget.
+"""Sort canvases into batches that need few passes and stay within a memory budget.
 
-A batch runs a block for all of its rows as soon as one of them has masks there, so rows that write
-the same blocks belong together. Sorted by the blocks that they write, a row joins the batch before
-it if that is less work than running apart, and if memory allows it::
+A row is one canvas. A batch runs a block for all of its rows as soon as one of them has masks
+there, so rows that write the same blocks belong together. Rows are sorted by the blocks that they
+write. Each joins the batch before it if that is less work than running apart, and if the batch
+stays within the budget::
 
     work  = steps x (fixed part of a pass + rows x positions of a pass)
     bytes = rows x (stored keys and values + the larger of activations and draws + logits) x 8/7
 
-Both follow from sizes alone, so the same prompts under the same budget make the same batches.
+Both depend on sizes alone, so the same prompts under the same budget make the same batches.
 
-Rows whose text would depend on each other never share a batch: without blocks, rows of unequal
-length; where the last block is cut short, rows of another length; and rows longer than the context
-with rows that are not.
+Rows never share a batch if their texts would then depend on each other: rows of unequal length
+without blocks, or with a last block that is cut short; and rows longer than the context with rows
+that are not.
 """
 
 from collections.abc import Hashable
@@ -23,15 +24,16 @@ from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.samplers import Drawing, FirstHitting
 from transformer_lens_bd3lm.errors import InputError
 
-# Positions whose arithmetic takes as long as the fixed part of a pass: reading weights, and calls.
+# How many positions' arithmetic takes as long as the fixed part of a pass: weights, and calls.
 FIXED_ON_CPU, FIXED_ELSEWHERE = 64, 512
 
-# What is in memory at once, at most. Of a position in a layer: vectors of d_model and of d_mlp, and
-# scores, where they are computed. Of a token that is drawn: float64 vectors of d_vocab (log p,
-# Gumbels and their sum), and with a temperature or nucleus those that sort and normalize it.
+# What is in memory at once, at most. For a position in a layer: how many vectors of d_model and of
+# d_mlp, and how many scores of a query and key by head, where they are computed. For a token that
+# is drawn: how many float64 vectors of d_vocab (log p, Gumbels, their sum; with a temperature or a
+# nucleus also those that sort and normalize it).
 D_MODELS, D_MLPS, SCORES = 6, 2, 4
 DRAWN, DRAWN_FROM_NUCLEUS = 5, 12
-# Of a position of the text: numbers of 8 bytes (ids, reveal steps, log p, lead), and copies.
+# For a position of the text: numbers of 8 bytes (ids, reveal steps, log p, lead), and copies.
 NUMBERS = 12
 # Added for what is not counted: Python's objects, workspaces of libraries, the allocator's margins.
 UNCOUNTED = 1 / 7
@@ -39,13 +41,13 @@ UNCOUNTED = 1 / 7
 
 @dataclass(frozen=True)
 class Extent:
-    """What one row or a batch of rows spans; its work and its memory follow from it.
+    """Size of one row or of a batch of rows, from which its work and its memory follow.
 
     Attributes:
         rows: number of rows.
         positions: positions of the longest row.
-        masks: masks of each block that is written, by the block's first position; of several rows
-            the most.
+        masks: number of masks in each block that is written, by the block's first position; the
+            largest over the rows.
         block_size: tokens per block.
     """
 
@@ -62,7 +64,7 @@ class Extent:
         return cls(1, canvas.tokens.shape[1], by_block, canvas.block_size)
 
     def beside(self, other: "Extent") -> "Extent":
-        """Return the extent of both in one batch."""
+        """Return the extent of a batch of both."""
         masks = {
             start: max(self.masks.get(start, 0), other.masks.get(start, 0))
             for start in {**self.masks, **other.masks}
@@ -83,13 +85,13 @@ class Extent:
 
 @dataclass(frozen=True)
 class Cost:
-    """What batches cost in one model, under one sampler.
+    """Work and memory of batches in one model, under one sampler.
 
     Attributes:
         bridge: a BD3LM bridge.
         sampler: chooses what is revealed, and as which token.
         cached: whether finished blocks are stored.
-        hooked: whether hooks may ask for attention scores.
+        hooked: whether there are hooks, which may need attention scores.
     """
 
     bridge: Bridge
@@ -124,7 +126,7 @@ class Cost:
         return extent.rows * int(row * (1 + UNCOUNTED))
 
     def _drawn(self) -> int:
-        """Return the bytes of drawing one token."""
+        """Return the bytes that drawing one token takes."""
         sampler = self.sampler
         plain = isinstance(sampler, Drawing) and sampler.nucleus_p == 1
         plain = plain and sampler.temperature in (0, 1)
@@ -136,8 +138,8 @@ class Batch:
     """Rows that run together.
 
     Attributes:
-        numbers: number of the canvas of each row.
-        extent: what the rows span.
+        numbers: the number of each row's canvas.
+        extent: size of the batch.
     """
 
     numbers: list[int]
@@ -147,14 +149,14 @@ class Batch:
 def batches_of(
     canvases: list[Canvas], cost: Cost, max_bytes: int | float, same_blocks: bool
 ) -> list[Batch]:
-    """Cut canvases of one row each into batches.
+    """Sort canvases of one row each into batches.
 
     Args:
         canvases: canvas of each row.
-        cost: what batches cost.
+        cost: work and memory of batches.
         max_bytes: most bytes that a batch may take.
-        same_blocks: whether the rows of a batch must write the same blocks, so that blocks have the
-            same numbers in it as alone.
+        same_blocks: whether all rows of a batch must write the same blocks, so that each block has
+            the same number in the batch as in the row alone.
 
     Raises:
         InputError: for a row that takes more than ``max_bytes`` by itself.
@@ -183,7 +185,7 @@ def batches_of(
 
 
 def _kind(canvas: Canvas, row: Extent, same_blocks: bool) -> Hashable:
-    """Return what rows of one batch have in common, so that none depends on another."""
+    """Return a key that is equal for rows which may share a batch."""
     length, size = canvas.tokens.shape[1], canvas.block_size
     cut_short = length if length % size else None
     blocks = tuple(sorted(row.masks)) if same_blocks else None

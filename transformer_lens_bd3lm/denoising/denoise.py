@@ -65,7 +65,7 @@ def denoise_steps(
         stop: rules that end a row.
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length.
-        lookahead: most states of a block that one pass may run.
+        lookahead: largest number of states of each text that one pass runs, or "auto".
         temperature: short for ``sampler=FirstHitting(temperature=...)``.
         nucleus_p: short for ``sampler=FirstHitting(nucleus_p=...)``.
         seed: short for ``noise=Noise(seed)``.
@@ -131,11 +131,11 @@ def denoise(
         force: tokens or an order of reveals that are decided beforehand.
         pad_block: denoise the last block at its full length, as it was trained, and cut off what
             exceeds ``max_new_tokens``; False denoises a shorter last block.
-        lookahead: most states of a block that one pass may run, where noise alone decides the order
-            of reveals; 1 runs one by one, "auto" decides by what rows cost on this device. Tokens
-            and steps are the same (``log_p`` up to rounding: a row of a larger pass may round
-            differently); ``run.passes`` counts. While anything is watched (step hooks, a record,
-            hooks on the bridge) states are run one by one.
+        lookahead: largest number of states of each text that one pass runs: the next ones beside
+            the present one, where noise alone decides the order of reveals. 1 runs one by one;
+            "auto" chooses by what a wider pass costs on this device. Tokens and steps are the same,
+            and ``log_p`` up to rounding; only ``run.passes`` differs. With step hooks, a record or
+            hooks on the bridge, states are run one by one.
         progress: show a bar; by default for long runs on a terminal.
         on_step: called with every finished step, logits included.
         temperature: short for ``sampler=FirstHitting(temperature=...)``; 0 is the argmax.

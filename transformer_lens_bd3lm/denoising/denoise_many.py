@@ -1,7 +1,7 @@
-"""``denoise_many``: prompts of any number and length, in batches by a memory budget.
+"""``denoise_many``: write texts for prompts of any number and length, within a memory budget.
 
-``batches.py`` cuts them into batches, the denoising loop runs each, and ``runs.py`` gives every
-prompt's own run back.
+``batches.py`` sorts the prompts into batches, the denoising loop runs each batch, and ``runs.py``
+cuts each prompt's own run out of its batch.
 """
 
 import math
@@ -53,30 +53,30 @@ def denoise_many(
 ) -> Runs:
     """Write a text for each of many prompts, in batches that stay within a memory budget.
 
-    Prompt i has noise row i, so its run is that of ``denoise(bridge, prompts[i],
-    noise=Noise(seed, rows=[i]))``, whatever is in its batch: the same tokens and steps, and
-    ``log_p`` and ``lead`` up to rounding. In float32 rounding may decide a near tie, as small as
-    its ``lead``. Rows that :func:`denoise` refuses in one batch run in batches of their own.
+    Prompt i has noise row i. So its run is that of ``denoise(bridge, prompts[i],
+    noise=Noise(seed, rows=[i]))``, whatever else is in its batch: the same tokens and steps, and
+    the same ``log_p`` and ``lead`` up to rounding. In float32 rounding may change a token where its
+    ``lead`` is close to 0. Prompts that :func:`denoise` refuses in one batch run in separate ones.
 
     Args:
         bridge: a BD3LM bridge, or a checkpoint's name.
         prompts: strings, rows of ids, or both; or ids ``[prompt, pos]``. Masks are filled in.
-        max_bytes: most bytes that a batch may take, beside the weights and the finished runs: keys
-            and values, activations, logits and draws. It follows from the sizes of the model and
-            the batch. What hooks make of their own is not counted, nor are the copies by head that
-            TransformerLens's flags ask for.
+        max_bytes: most bytes that a batch may take for keys and values, activations, logits and
+            draws. A batch's bytes are computed from its sizes before it runs. Not counted are the
+            weights, the finished runs, tensors that hooks make, and the copies by head that
+            TransformerLens's flags ask for (such as ``use_attn_result``).
         max_new_tokens: masks appended to each prompt.
         block_size: as in :func:`denoise`, and so are the other arguments.
         sampler: first hitting by default.
         noise: all the randomness; ``Noise(seed=0)`` by default.
         kv_cache: whether to store the keys and values of finished blocks.
-        hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``. They see batches
-            of prompts that write the same blocks: ``block`` and ``step``, t and ``masks_left`` are
-            those of each prompt alone, ``step.index`` is not. The selectors ``index`` and ``when``
-            are refused.
+        hooks: ``StepHooks``, or TransformerLens's ``[(name or filter, fn), ...]``. With hooks all
+            prompts of a batch write the same blocks. So ``block``, ``step``, ``t`` and
+            ``masks_left`` are those of each prompt alone; ``step.index`` is the batch's, and the
+            selectors ``index`` and ``when`` are refused.
         stop: rules that end a prompt's text.
         pad_block: denoise the last block at its full length.
-        progress: show one bar over all prompts; by default on a terminal.
+        progress: show one progress bar over all prompts; by default on a terminal.
         on_run: called with the number of each prompt and its run as soon as its batch is finished,
             for example to save it.
         temperature: short for ``sampler=FirstHitting(temperature=...)``.
@@ -87,9 +87,9 @@ def denoise_many(
         The finished runs, in the order of the prompts.
 
     Raises:
-        InputError: as :func:`denoise`, before anything runs, naming the number of the prompt; for
-            no prompts; for ``max_bytes`` that one prompt exceeds by itself; and for hooks that
-            select by ``index`` or ``when``.
+        InputError: as :func:`denoise`, before anything runs, with the number of the prompt; for no
+            prompts; for a prompt that exceeds ``max_bytes`` by itself; and for hooks that select by
+            ``index`` or ``when``.
         HookNameError: for an unknown hook name, before anything runs.
         HookReturnError: for a hook that returns another shape, dtype or device.
         NotExactError: as :func:`denoise`.
@@ -101,7 +101,7 @@ def denoise_many(
     laid = _read_hooks(bridge, hooks)
     sampler, noise = read_sampler_and_noise(canvases[0], sampler, noise)
     noise.row(len(canvases) - 1)
-    # Rows fill the passes: states run ahead would take memory that the budget does not count.
+    # Batch rows fill the passes already, and states run ahead would take uncounted memory.
     request = Request(sampler, noise, kv_cache, laid, None, stop, lookahead=1)
     loop = request.loop(bridge, canvases[0])  # everything is checked before anything runs
     hooked = bool(laid.hooks) or bool(hooks_on(bridge))
@@ -132,7 +132,8 @@ def _read_canvases(
     """Return the canvas of each prompt alone.
 
     Raises:
-        InputError: for anything but a collection of prompts, and naming a prompt that does not fit.
+        InputError: for anything but a collection of prompts, and for a prompt that does not fit,
+            with its number.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise InputError(
@@ -158,10 +159,10 @@ def _read_canvases(
 
 
 def _read_hooks(bridge: Bridge, hooks: Any) -> StepHooks:
-    """Return step hooks of a bridge.
+    """Return the step hooks, with their names checked against the bridge.
 
     Raises:
-        InputError: for hooks that select steps by what a batch has and a prompt does not.
+        InputError: for hooks that select steps by numbers that depend on the batch.
         HookNameError: for a name that the bridge does not have.
     """
     laid = on_bridge(bridge, hooks)
@@ -183,7 +184,7 @@ def _reads_steps(stop: Any) -> bool:
 
 
 def _together(canvases: list[Canvas]) -> Canvas:
-    """Return canvases of one row each as one canvas, with masks behind the shorter rows."""
+    """Join canvases of one row each into one canvas, with masks after the shorter rows."""
     first, length = canvases[0], max(canvas.tokens.shape[1] for canvas in canvases)
     tokens = torch.full((len(canvases), length), first.mask_id, device=first.tokens.device)
     for row, canvas in zip(tokens, canvases, strict=True):

@@ -11,7 +11,7 @@ As in Arriola et al., algorithm 2::
 
 Blocks lie on the grid of absolute positions, as in training; see ``canvas.py`` for prompts of
 unequal length, filling in and text longer than the context, ``step_forward.py`` for the cache, and
-``lookahead.py`` for steps that need no pass of their own.
+``lookahead.py`` for several states in one pass.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ class Loop:
         reveals: sampler, noise, and what is decided beforehand.
         stop: when a row ends.
         start: where a fork goes on from; the canvas is the one before it.
-        lookahead: most states of a row in a pass; see :mod:`.lookahead`.
+        lookahead: most states of a batch row in a pass; see :mod:`.lookahead`.
         made_with: what the bridge is when the run begins; see :mod:`.made_with`.
         wanted: positions that are to be denoised ``[batch, pos]``, on the CPU.
     """
@@ -115,7 +115,7 @@ class Loop:
         return Step(index, block, in_block, window, t, masked, tokens, mask_id), times
 
     def next_block(self, step: Step) -> Step | None:
-        """Return the first step of the next block, if no row ends before; None after the last."""
+        """Return the first step of the next block, if no row ends here; None after the last."""
         for block, window in enumerate(self.network.canvas.block_windows()):
             if block > step.block and self.masked(step.tokens, window).any():
                 return self.begin(block, window, step.tokens, step.index)[0]

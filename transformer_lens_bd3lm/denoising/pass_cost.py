@@ -1,8 +1,9 @@
-"""What a pass of more rows costs, measured on the model's own layers, once a process.
+"""Choose how many states to run in a pass, from the measured time of the model's own layers.
 
-Few rows cost little more than one where a pass is bound by reading weights or by calls, and twice
-as much for twice as many where it is bound by arithmetic. Where that changes depends on the
-machine, the dtype and the model, so it is measured, in milliseconds.
+A few rows cost little more than one, as long as reading weights or calls take most of the time.
+Where arithmetic takes most of it, twice as many rows cost twice as much. Where that changes depends
+on the machine, the dtype and the model. So it is measured, once per process, which takes
+milliseconds.
 """
 
 import time
@@ -16,23 +17,24 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.model.inputs import View
 
-WIDTHS = (2, 4, 6, 8, 12, 16, 24, 32)
-PATIENCE = 2  # widths in turn that could not pay, before no wider one is measured
-LAYERS = 3  # in turn, so that their weights come from memory
+WIDTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # numbers of states that are tried
+PATIENCE = 2  # widths in turn that cannot help, before no wider one is measured
+LAYERS = 3  # one after another, so that their weights come from memory
 REPEATS = 3
-WORTH = 1.2  # least gain for which a wider pass is taken: drafts cost a little too
+WORTH = 1.2  # least gain in steps per second that is worth a wider pass: drafts take time too
 
 _measured: dict[tuple[Any, ...], float] = {}
 
 
 def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
-    """Return how many states to run in a pass, for the most steps in a second.
+    """Return the number of states in a pass that gives the most steps per second.
 
     Args:
         bridge: a BD3LM bridge.
         rows: rows that each state adds to the pass.
-        share: share of drafts that are right: of w states ``1 + share + ... + share^(w-1)`` count.
-        most: most states.
+        share: share of drafts that are right: w states are expected to give
+            ``1 + share + ... + share^(w-1)`` steps.
+        most: largest number of states.
     """
     weight = bridge.embed.weight
     if most == 1 or weight.is_meta or isinstance(weight, FakeTensor):
@@ -52,7 +54,7 @@ def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
 
 @torch.no_grad()
 def seconds(bridge: Bridge, rows: int) -> float:
-    """Return the time of a few layers over this many rows; measured once a process."""
+    """Return the time of a few layers over this many rows, in seconds; measured once."""
     model: Any = bridge.original_model
     weight, layers = bridge.embed.weight, model.backbone.blocks[:LAYERS]
     cfg = bridge.cfg
@@ -77,7 +79,7 @@ def seconds(bridge: Bridge, rows: int) -> float:
 
 
 def _now(device: torch.device) -> float:
-    """Return the time when a device has done all that it was given."""
+    """Return the time in seconds, after the device has finished its queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter()

@@ -228,7 +228,7 @@ def log_probs_along(
     Args:
         network: runs the passes, and stores each block when it is finished.
         steps: steps of a run, in order; of each block that is written, all but some first ones.
-        lookahead: most states of a row in a pass, or "auto".
+        lookahead: most states of a batch row in a pass, or "auto".
     """
     for _, group in groupby(steps, key=lambda step: step.block):
         block = list(group)
@@ -237,9 +237,10 @@ def log_probs_along(
             states = [step.before_draw() for step in block[:at_once]]
             if any(map(network.watches, states)):
                 states = states[:1]
-            for step, logits in zip(states, network.logits_of(states), strict=True):
+            passed = network.logits_of(states)
+            for step, logits in zip(states, passed, strict=False):
                 yield masked_log_probs(logits.cpu().double(), step.mask_id)
-            last, block = block[len(states) - 1], block[len(states) :]
+            last, block = block[len(passed) - 1], block[len(passed) :]
         network.store(last)
 
 

@@ -35,7 +35,7 @@ class Request:
         finished: blocks that were stored before, as hooks of scope "commit" see them.
         start: where a fork goes on from.
         unsaved: names of what a file could not hold.
-        lookahead: most states of a row in a pass, or "auto".
+        lookahead: most states of a batch row in a pass, or "auto".
     """
 
     sampler: Any = None

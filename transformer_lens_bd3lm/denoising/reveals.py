@@ -1,8 +1,8 @@
 """Reveals: which masks become tokens in a step, and which tokens, by sampler, noise and plan.
 
 The sampler chooses positions and the noise draws tokens, unless a plan has decided. Where a sampler
-does not ask for the network's probabilities (first hitting, ancestral), noise alone decides the
-order: a block's steps are then known before any pass, and only their tokens are not.
+does not need the network's probabilities (first hitting, ancestral), noise alone decides the order:
+the positions that each step of a block reveals are then known before any pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from transformer_lens_bd3lm.denoising.forced_reveals import Plan
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.samplers import LogProbs, Sampler
 from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
-from transformer_lens_bd3lm.errors import BD3LMError, InputError
+from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 
@@ -26,6 +26,7 @@ class _OrderNeedsLogits(Exception):
 
 
 def _not_run() -> Tensor:
+    """Refuse log-probabilities of a step that has not been run."""
     raise _OrderNeedsLogits
 
 
@@ -100,7 +101,7 @@ class Reveals:
         row: int,
         positions: Sequence[int],
     ) -> list[int]:
-        """Return the tokens that a row's positions become with these logits, under the noise."""
+        """Return the tokens that these logits and the noise give at a batch row's positions."""
         log_p = masked_log_probs(logits.cpu().double(), mask_id)
         at = torch.tensor(positions)
         best, planned = self._best(log_p, torch.full_like(at, row), at)
@@ -112,15 +113,15 @@ class Reveals:
         row: Int[Tensor, " position"],
         position: Int[Tensor, " position"],
     ) -> tuple[Any, Int[Tensor, " position"]]:
-        """Return the two best scores at each position, and its planned token, -1 for none."""
-        places = list(zip(row.tolist(), position.tolist(), strict=True))
-        if not places:
+        """Return the two best scores at each (row, position), and its planned token; -1 is none."""
+        pairs = list(zip(row.tolist(), position.tolist(), strict=True))
+        if not pairs:
             return log_p.topk(2, dim=-1), self.plan.tokens[row, position]
-        new = [place for place in places if place not in self._gumbels]
+        new = [pair for pair in pairs if pair not in self._gumbels]
         gumbels = self.noise.gumbels_at(new, log_p.shape[-1])
         self._gumbels.update(zip(new, gumbels, strict=True))
-        if len(new) < len(places):
-            gumbels = torch.stack([self._gumbels[place] for place in places])
+        if len(new) < len(pairs):
+            gumbels = torch.stack([self._gumbels[pair] for pair in pairs])
         scores = self.sampler.scores(log_p, gumbels)
         return scores.topk(2, dim=-1), self.plan.tokens[row, position]
 
@@ -129,13 +130,13 @@ class Reveals:
     ) -> Iterator[tuple[Step, Bool[Tensor, "batch block"]]]:
         """Yield a step and those that follow it in its block, with the positions that each reveals.
 
-        All that holds of them before a pass is run: their ``tokens`` are those of ``step``. It ends
-        where the order depends on the network.
+        No pass is run, so the ``tokens`` of all of them are those of ``step``. The steps end early
+        where the order depends on the network's logits.
         """
         while bool(step.masked.any()):
             try:
                 reveal = self.choose(step, times, None)
-            except (_OrderNeedsLogits, BD3LMError):  # what is wrong is said when its step comes
+            except Exception:  # raised again at its step
                 return
             yield step, reveal
             step = self.next(step, reveal, times)

@@ -1,8 +1,4 @@
-"""Finished runs of many prompts, each as if it had been made alone.
-
-The runs were made in batches, and are kept as batches: a prompt's own run is cut out of its batch
-when it is read.
-"""
+"""Finished runs of many prompts, kept by batch; a prompt's own run is cut out when it is read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,8 +25,8 @@ class Runs(Result, Sequence[Run]):
     Attributes:
         canvases: canvas of each prompt alone.
         batches: the run of each batch.
-        numbers: numbers of the prompts in each batch, one a row.
-        bytes: most bytes that a batch was expected to take.
+        numbers: for each batch, the number of each row's prompt.
+        bytes: memory of the largest batch in bytes, as computed before it ran.
     """
 
     canvases: list[Canvas] = field(repr=False)
@@ -66,7 +62,7 @@ class Runs(Result, Sequence[Run]):
 
     @property
     def tokens(self) -> list[Int[Tensor, " pos"]]:
-        """The finished ids of each prompt, prompt included, to its own end."""
+        """The finished ids of each text, prompt included, cut at the text's end."""
         return self._cut("tokens")
 
     @property
@@ -80,7 +76,7 @@ class Runs(Result, Sequence[Run]):
         return self._cut("lead")
 
     def _cut(self, name: str) -> list[Tensor]:
-        """Return a property of the batches, one tensor a prompt, each to the prompt's end."""
+        """Return a property of the batches as one tensor per prompt, cut at the text's end."""
         values = {id(batch): getattr(batch, name) for batch in self.batches}
         return [
             values[id(batch)][row, : int(batch.ends[row])].clone() for batch, row in self._places()
@@ -111,9 +107,9 @@ class Runs(Result, Sequence[Run]):
 
 
 def run_of_row(batch: Run, row: int, canvas: Canvas) -> Run:
-    """Return the run of one row of a batch, as if it had been made alone.
+    """Cut the run of one row out of a batch, as if it had run alone.
 
-    Steps are those in which the row had masks, counted anew.
+    Its steps are those that revealed a token of the row, numbered from 0.
 
     Args:
         batch: a run without forced reveals or records, and no fork.
@@ -122,7 +118,7 @@ def run_of_row(batch: Run, row: int, canvas: Canvas) -> Run:
     """
     length, window = canvas.tokens.shape[1], slice(row, row + 1)
     reveals, timeline = batch.commit_step_all[window, :length], batch.timeline
-    # The index of a step is its place in the timeline, for the batch is no fork.
+    # The index of a step is its number in the timeline, since the batch is no fork.
     own = reveals[reveals >= 0].unique().tolist()
     renumbered = torch.full((len(timeline.index) + 1,), -1)
     renumbered[own] = torch.arange(len(own))

@@ -1,8 +1,8 @@
 """The network as the denoising loop sees it: a pass of one state or several, its hooks and records.
 
 With the cache a pass runs only the rows that are not final yet: the active block, and on its first
-step the block just finished, whose keys and values it stores. Without it everything in view is run
-anew; within the context both are exact.
+step the block just finished, whose keys and values it stores. Without the cache, a pass runs all
+that the block can read; within the context both are exact.
 
 It decides nothing about tokens; see ``loop.py``.
 """
@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.watched import ModuleTree, watched
+from transformer_lens_bd3lm.bridge.watched import ModuleTree, watched, watched_everywhere
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.hook_rows import (
     apply_on_rows,
@@ -45,14 +45,14 @@ from transformer_lens_bd3lm.model.inputs import View
 
 @dataclass
 class Network:
-    """Passes of the loop: which rows each runs, cached or not, and which rows each hook sees.
+    """Passes of the loop: which rows each runs, with or without the cache, and which its hooks see.
 
     Attributes:
         bridge: a BD3LM bridge.
-        canvas: what is filled in.
+        canvas: the texts that are written.
         hooks: the step hooks of the run.
         record: which activations are kept.
-        cache: finished blocks' keys and values; None where the prefix is run anew.
+        cache: finished blocks' keys and values; None where each pass recomputes the prefix.
         finished: the last step of each finished block, as hooks see it when the block is stored.
         kept: recorded activations by name, a tensor a recorded step.
         recorded: indices of the recorded steps.
@@ -85,19 +85,19 @@ class Network:
             )
 
     @property
-    def plain(self) -> bool:
-        """Whether no pass is watched: no step hooks, no record, and no hooks on the bridge."""
+    def unwatched(self) -> bool:
+        """Whether the run is not watched: no step hooks, no record, no hooks on the bridge."""
         return not (self.hooks.hooks or self.kept or self.bridge_watched())
 
     def bridge_watched(self) -> bool:
-        """Whether any module of the bridge has a hook of its own."""
+        """Whether any module of the bridge has a hook, or all modules of the process have one."""
         if not self.tree.is_current():
             self.tree = ModuleTree(self.bridge)
-        return watched(*self.tree.modules)
+        return watched_everywhere() or watched(*self.tree.modules)
 
     def watches(self, step: Step) -> bool:
         """Whether a pass of this step has hooks or is recorded."""
-        if self.plain:
+        if self.unwatched:
             return False
         first = step.window[0] if self.cache is None else self.cache.length
         hooked = self.step_hooks(step, first, step.window[1] - first)
@@ -117,9 +117,12 @@ class Network:
     def logits_of(self, states: Sequence[Step]) -> list[Float[Tensor, "masked d_vocab"]]:
         """Return raw logits of each state's masked positions, from one pass.
 
+        Where there are NaN among those of several states, the first is run again by itself, and
+        its logits alone are returned.
+
         Args:
-            states: one, or several while the network is :attr:`plain`: states of the active block,
-                and with the cache, of a later block after a state of the active one.
+            states: one, or several while the network is :attr:`unwatched`: states of the active
+                block, and with the cache also of the next block, after a state of the active one.
 
         Raises:
             NotExactError: for a model in training.
@@ -141,9 +144,12 @@ class Network:
             x = model.backbone.vocab_embed(ids)
             routing = self.routing(first, ids, x, [state.window for state in states])
             logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
+        self.passes += 1
+        if len(states) > 1 and bool(logits.isnan().any()):
+            # Keys that a row does not read are masked, and a NaN among them spoils it all the same.
+            return self.logits_of(states[:1])
         if self.cache is not None:
             self.cache.commit(start)
-        self.passes += 1
         return list(logits.split([int(state.masked.sum()) for state in states]))
 
     def laid_out(
@@ -153,14 +159,14 @@ class Network:
         Float[Tensor, " batch_of_pass"],
         Int[Tensor, "masked 2"],
     ]:
-        """Return ids and times of a pass, and where its masked positions are, state by state.
+        """Return the ids and times of a pass, and where its masked positions are, state by state.
 
-        Without the cache states are further rows of the batch; a place is (row, position of the
-        block). With it they read the same stored keys, so they follow each other in one row, each
-        from the active block on.
+        Without the cache each state has its own batch rows, and a mask is at (batch row, offset in
+        the block). With the cache all states read the same stored keys. So they follow each other
+        in one batch row, each from the active block on.
         """
         start, t, batch = states[0].window[0], states[0].t, len(states[0].tokens)
-        places, rows = [state.masked.nonzero() for state in states], []
+        masks, rows = [state.masked.nonzero() for state in states], []
         if self.cache is None:
             rows = [state.tokens[:, first : state.window[1]] for state in states]
             shifts = [(i * batch, 0) for i in range(len(states))]
@@ -173,13 +179,13 @@ class Network:
                 for begin, state in zip(ends, states, strict=False)
             ]
             ids = torch.cat([states[0].tokens[:, first:start], *rows], dim=1)
-        moved = [x + x.new_tensor(shift) for x, shift in zip(places, shifts, strict=True)]
+        moved = [x + x.new_tensor(shift) for x, shift in zip(masks, shifts, strict=True)]
         return ids, t, torch.cat(moved)
 
     def routing(
         self, first: int, ids: Tensor, x: Tensor, windows: Sequence[tuple[int, int]]
     ) -> Routing:
-        """Return how rows from ``first`` on read each other and what is stored.
+        """Return how rows from ``first`` on read each other and the stored keys.
 
         Args:
             first: position of the first row.

@@ -1,19 +1,19 @@
 """Log-probabilities of finished texts under given mask patterns, sharing one clean pass.
 
 In the dual view ``[noisy | clean]`` the clean stream never reads the noisy one. So the clean
-stream's keys and values are computed once a text, and any number of mask patterns run over them.
+stream's keys and values are computed once per text, and any number of mask patterns run over them.
 Only masked positions are unembedded.
 
-Without hooks the passes are of noisy blocks: each block with a mask runs once, however many mask
-patterns mask the same of its places. With hooks, on the passes or on the bridge itself, every pass
-is a batch of whole noisy streams ``[batch * pattern, pos, ...]``, and each mask pattern of the
-texts runs once.
+Without hooks a pass runs noisy blocks: each block runs once under each of its distinct masks,
+however many mask patterns share them. With hooks, on the passes or on the bridge itself, a pass is
+a batch of whole noisy streams ``[batch * pattern, pos, ...]``, and each distinct mask pattern of
+the texts runs once. A *place* is a position counted within its block.
 
 The baselines have one stream, which hooks see whole, whatever their scope. For full diffusion the
 text is one block, with nothing before it. For the autoregressive model every token is a block, and
 a token is predicted one position before it.
 
-It needs the conditioning c to be constant. It does not choose the mask patterns, nor sum over them.
+The conditioning c must be constant. ``mask_patterns`` and ``mask_draws`` choose the mask patterns.
 """
 
 from collections.abc import Iterator
@@ -60,10 +60,10 @@ class MaskedPasses:
             them; else empty.
         hooks: hooks on the noisy stream; some also on the clean one, whose keys and values later
             blocks read.
-        hooked: whether the network has hooks, these or others on the bridge itself. Passes are
-            then of whole noisy streams.
-        rows: largest number of positions of a pass, unless one text has more, or with hooks all
-            texts under one mask pattern.
+        hooked: whether the network has hooks, these or others on the bridge itself. Passes then run
+            whole noisy streams.
+        rows: largest number of positions in a pass, unless one text has more, or, with hooks, all
+            texts under one mask pattern have more.
         given: number of leading positions that are never masked and not counted; 1 is BOS alone.
         characters: characters of each text, if they were given as strings and count whole.
     """
@@ -97,7 +97,7 @@ class MaskedPasses:
     def clean_stream(self) -> CleanStream:
         """Return the keys and values of the clean stream, from one pass without a read-out.
 
-        Without hooks, texts of one block have none, since nothing reads it.
+        It is empty for texts of one block without hooks, since nothing would read it.
         """
         model, stream = self.bridge.original_model, CleanStream()
         if not self.hooked and self.block_size == self.tokens.shape[1]:
@@ -113,9 +113,9 @@ class MaskedPasses:
     def log_probs(
         self, masked: Bool[Tensor, "pattern batch pos"]
     ) -> Float[Tensor, "pattern batch pos"]:
-        """Compute ``log p`` of the true token at each masked position, nats; 0 elsewhere.
+        """Compute ``log p`` in nats of the true token at each masked position; 0 elsewhere.
 
-        Returned in float64 on the CPU, computed in float32 or wider.
+        It is computed in float32 or wider, and returned in float64 on the CPU.
 
         Raises:
             NotExactError: if one is NaN, because activations overflow or a hook returned NaN.
@@ -128,9 +128,9 @@ class MaskedPasses:
         return full.flatten(-2)[..., : masked.shape[-1]]
 
     def by_texts(self) -> Iterator[tuple[slice, "MaskedPasses"]]:
-        """Yield the passes over a few texts at a time, whose clean streams are one pass.
+        """Yield a few texts at a time, with their passes; one pass runs their clean streams.
 
-        With hooks these are all texts, which hooks see side by side.
+        With hooks these are all texts, so that hooks see them side by side.
         """
         batch, n = self.tokens.shape
         at_once = batch if self.hooked else max(self.rows // n, 1)
@@ -141,10 +141,10 @@ class MaskedPasses:
     def by_pass(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
     ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
-        """Yield for each pass its noisy blocks, and ``log p`` of the true tokens in their places.
+        """Yield the noisy blocks of each pass, and ``log p`` of the true tokens at their places.
 
-        A block is a (pattern, text, block); together they are all that have a mask. Where nothing
-        is masked ``log p`` is 0.
+        A block is given as (pattern, text, block). All blocks with a mask are yielded. ``log p`` is
+        in nats, and 0 at places that are not masked.
 
         Raises:
             NotExactError: if a prediction is NaN.
@@ -169,7 +169,7 @@ class MaskedPasses:
     def block_passes(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
     ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
-        """Run each distinct noisy block once, behind one another."""
+        """Run each distinct noisy block once, many of them in one pass."""
         blocks = self.by_block(masked)
         first, owner = distinct_blocks(blocks, at)
         for part, here in passes_of(owner, max(self.rows // self.block_size, 1)):
@@ -183,7 +183,7 @@ class MaskedPasses:
             yield at[here], self.of_blocks(stream, noisy)[owner[here] - part.start]
 
     def of_blocks(self, stream: CleanStream, blocks: NoisyBlocks) -> Float[Tensor, "block place"]:
-        """Compute ``log p`` of the true tokens of noisy blocks where masked, 0 elsewhere; a pass.
+        """Compute ``log p`` of the true tokens at masks of noisy blocks, 0 elsewhere, in a pass.
 
         Raises:
             NotExactError: if one is NaN.
@@ -203,9 +203,9 @@ class MaskedPasses:
     def of_streams(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]
     ) -> Float[Tensor, "pattern batch pos"]:
-        """Compute ``log p`` of the true tokens of whole noisy streams where masked; one pass.
+        """Compute ``log p`` of the true tokens at masks of whole noisy streams, in one pass.
 
-        Hooks see its rows, ``batch * pattern``.
+        Its batch rows, ``batch * pattern`` of them, are what hooks see.
 
         Raises:
             NotExactError: if one is NaN.
@@ -221,7 +221,7 @@ class MaskedPasses:
     ) -> tuple[Float[Tensor, "row pos d_model"], Int[Tensor, "token 2"]]:
         """Run whole noisy streams, masked at pairs of (row, position).
 
-        Returns what the unembedding reads, and at which pairs the masked tokens are predicted.
+        Returns the input of the unembedding, and the pairs at which masked tokens are predicted.
         """
         model, n = self.bridge.original_model, ids.shape[1]
         noised = ids.index_put(where.unbind(-1), where.new_tensor(self.bridge.cfg.mask_token_id))
@@ -270,7 +270,7 @@ class _FullDiffusionPasses(MaskedPasses):
         return self.one_stream(ids.index_put(where.unbind(-1), mask_id)), where
 
     def one_stream(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos d_model"]:
-        """Run one stream; return what the unembedding reads."""
+        """Run one stream; return the input of the unembedding."""
         model, n = self.bridge.original_model, ids.shape[1]
         x = model.backbone.vocab_embed(ids)
         view = View(ids, n, self.block_size, self.kind, dual=False)
@@ -287,7 +287,7 @@ class _AutoregressivePasses(_FullDiffusionPasses):
     def block_passes(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"], at: Tensor
     ) -> Iterator[tuple[Int[Tensor, "block 3"], Float[Tensor, "block place"]]]:
-        """Run the texts once: what a token is predicted from does not depend on the masks."""
+        """Run the texts once, since predictions do not depend on the masks."""
         wanted = masked.any(0)
         where = wanted.nonzero().to(self.tokens.device)
         h = self.one_stream(self.tokens)

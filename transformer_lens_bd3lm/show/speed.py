@@ -8,15 +8,15 @@ from transformer_lens_bd3lm.show.tables import new_table
 
 
 def speed_tables(speed: Speed) -> Group:
-    """Lay out the ways to write a text, and the kernels for few rows where some were chosen."""
+    """Lay out the ways to write a text, and the kernels for few rows if any were chosen."""
     return Group(_ways_table(speed), *([_kernel_table(speed)] if speed.kernels else []))
 
 
 def _kernel_table(speed: Speed) -> Table:
-    """Lay out the kernel of a number of rows a line."""
+    """Lay out the kernel of each number of rows, a line each."""
     columns = ("rows\nup to", "kernel", "GB/s", "F.linear\nGB/s")
-    caption = "Chosen by a measurement, once a process: F.linear unless another is clearly faster."
-    table = new_table("kernels of large linears", columns, ("kernel",), caption)
+    caption = "Measured once per process: F.linear, unless another kernel is clearly faster."
+    table = new_table("kernels of large linear layers", columns, ("kernel",), caption)
     for kernel in speed.kernels:
         rates = (kernel.bytes_per_second, kernel.plain_bytes_per_second)
         table.add_row(str(kernel.rows), kernel.name, *(f"{rate / 1e9:.1f}" for rate in rates))
@@ -24,17 +24,18 @@ def _kernel_table(speed: Speed) -> Table:
 
 
 def _ways_table(speed: Speed) -> Table:
-    """Lay out one way to write a line: tokens, passes, and how near a pass comes to its bound."""
+    """Lay out each way to write, a line each: tokens, passes, and how near the memory bound."""
     machine = f"{speed.device}, {speed.dtype}"
     if speed.instructions:
         machine += f", {speed.instructions}, {speed.threads} threads"
     caption = (
         f"{machine}. A pass reads {speed.weight_bytes / 1e6:,.0f} MB of weights, which takes "
         f"{speed.bound * 1e3:.1f} ms at the {speed.bytes_per_second / 1e9:.1f} GB/s that this "
-        f"memory gives. Ratios are to {BASE!r}, in tokens/s."
+        f"memory gives: the memory bound. 'bound' is its share of the time of a pass. Ratios are "
+        f"of tokens/s, to {BASE!r}."
     )
-    columns = ("how", "block\nsize", "tokens/s", "ratio", "tokens\na pass", "ms\na pass", "bound")
-    table = new_table(f"{speed.model}: writing", columns, ("how",), caption)
+    columns = ("way", "block\nsize", "tokens/s", "ratio", "tokens\na pass", "ms\na pass", "bound")
+    table = new_table(f"{speed.model}: writing", columns, ("way",), caption)
     for name, line in speed.lines.items():
         table.add_row(
             name,
