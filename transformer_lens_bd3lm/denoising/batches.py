@@ -32,7 +32,7 @@ FIXED_ON_CPU, FIXED_ELSEWHERE = 64, 512
 # is drawn: how many float64 vectors of d_vocab (log p, Gumbels, their sum; with a temperature or a
 # nucleus also those that sort and normalize it).
 D_MODELS, D_MLPS, SCORES = 6, 2, 4
-DRAWN, DRAWN_FROM_NUCLEUS = 5, 12
+DRAWN, DRAWN_FROM_NUCLEUS = 4, 12
 # For a position of the text: numbers of 8 bytes (ids, reveal steps, log p, lead), and copies.
 NUMBERS = 12
 # Added for what is not counted: Python's objects, workspaces of libraries, the allocator's margins.
