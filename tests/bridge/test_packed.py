@@ -15,7 +15,7 @@ from tests.helpers import small
 from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.bridge.few_rows import KERNELS, choose
 from transformer_lens_bd3lm.bridge.linear import packs
-from transformer_lens_bd3lm.bridge.packed import _line
+from transformer_lens_bd3lm.bridge.packed import PACKINGS, _line
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 IDS = small.prompt_of(1, 8)
@@ -201,8 +201,8 @@ def test_auto_packs_what_is_measured_to_be_faster_and_else_says_so(bridge, half)
             assert "no weight is packed" in str(warned[0].message)
         else:
             assert packing.choice.name == packing.method and not warned
-            again = choose(4, packing.choice.case.dtype, dict.fromkeys(packing.choice.case.names))
-            assert again is packing.choice
+            kernels = KERNELS | {packing.method: PACKINGS[packing.method]}
+            assert choose(4, packing.choice.case.dtype, kernels) is packing.choice
 
 
 def test_what_cannot_be_packed_is_named(bridge, folder, tmp_path):

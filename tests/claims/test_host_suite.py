@@ -11,7 +11,7 @@ from transformer_lens.benchmarks.utils import BenchmarkSeverity
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.bridge import block
+from transformer_lens_bd3lm.bridge import block, plain_layer
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 
 # It asks for the shifted causal loss, which has no meaning for masked diffusion and is refused.
@@ -76,7 +76,8 @@ def test_time_conditioning_fails_only_where_weights_are_processed(golden):
 
 def test_the_suite_would_notice_a_wrong_layer(returns_dicts, monkeypatch):
     """The twin: the norms' modulation left out."""
-    monkeypatch.setattr(block, "modulate", lambda h, shift, scale: h)
+    for layer in (block, plain_layer):
+        monkeypatch.setattr(layer, "modulate", lambda h, shift, scale: h)
     assert failed(judged(returns_dicts, [1])) == {(1, "forward_pass_logits")}
 
 

@@ -145,7 +145,7 @@ class Network:
             routing = self.routing(first, ids, x, [state.window for state in states])
             logits = run(model, x, sigma, routing, slice(start - first, x.shape[1]), predicted)
         self.passes += 1
-        if len(states) > 1 and bool(logits.isnan().any()):
+        if len(states) > 1 and not logits.is_meta and bool(logits.isnan().any()):
             # Keys that a row does not read are masked, and a NaN among them spoils it all the same.
             return self.logits_of(states[:1])
         if self.cache is not None:
