@@ -138,7 +138,9 @@ def against_plain(plain: BD3LM, bridge: Any) -> list[Line]:
                 run = plainly(plain, bridge) if name == first else ours(bridge, TOKENS, **options)
                 best[name] = min(best[name], time.perf_counter() - start)
             texts[name], passes[name] = (run, 0) if name == first else (run.final, run.passes)
-    lines = [Line(f"{TOKENS} tokens: {first}", f"{best[first]:.1f} s")]
+    with packed(bridge) as packing:
+        told = f"  (packed weights: {packing.method or 'none is faster here, nothing is packed'})"
+    lines = [Line(f"{TOKENS} tokens: {first}", f"{best[first]:.1f} s"), Line(told, "")]
     for name in list(ways)[1:]:
         same = "" if torch.equal(texts[name], texts[first]) else ", ANOTHER TEXT"
         ratio = best[first] / best[name]

@@ -20,11 +20,11 @@ from tests.helpers.passes import CachedPasses, boot
 from transformer_lens_bd3lm.bridge import cuda_graphs
 from transformer_lens_bd3lm.bridge.cuda_graphs import (
     Graphs,
-    clear_unstored,
     is_capturable,
     of_fixed_shape,
     through_blocks,
 )
+from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.errors import InputError
 
 EXACT = 1e-12
@@ -49,7 +49,7 @@ class Uncaptured:
             return None
         if routing.cache not in self.seen:
             self.seen.add(routing.cache)
-            clear_unstored(routing.cache)
+            routing.cache.clear_unstored()
         fixed = of_fixed_shape(routing)
         self.passes += 1
         self.shapes.add((x.shape, fixed.cache.keys))
@@ -86,7 +86,7 @@ def test_runs_write_the_same(
 
 
 def test_unwritten_memory_would_be_seen(folders, device, poisoned, monkeypatch):
-    monkeypatch.setitem(Uncaptured.replay.__globals__, "clear_unstored", lambda cache: None)
+    monkeypatch.setattr(KVCache, "clear_unstored", lambda self: None)
     bridge = boot(folders["adaln"], device, torch.float64)
     bridge.original_model.graphs = Uncaptured()
     with pytest.raises(InputError, match="NaN"):

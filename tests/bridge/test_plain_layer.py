@@ -137,8 +137,8 @@ def wrap_forward(bridge):
 
 
 def hook_module(bridge):
-    hook = lambda module, args, output: 2 * output  # noqa: E731
-    bridge.blocks[1].attn.q.original_component.register_forward_hook(hook)
+    q = bridge.blocks[1].attn.q.original_component
+    q.register_forward_hook(lambda module, args, output: 2 * output)
 
 
 def add_hook(bridge):

@@ -328,12 +328,20 @@ def test_code_that_changes_between_two_steps_is_run_from_the_next_one(bridge, wh
         )
 
 
-def test_an_error_of_a_sampler_comes_at_its_own_step(bridge):
+@pytest.mark.parametrize("method", ["reveal", "next_time"])
+def test_an_error_of_a_sampler_comes_at_its_own_step(bridge, method):
     class Late(bd3lm.FirstHitting):
         def reveal(self, masked, times, t, log_p):
-            if int(masked.sum()) == 2:
-                raise ValueError("two are left")
+            self.fail("reveal", masked)
             return super().reveal(masked, times, t, log_p)
+
+        def next_time(self, masked, times):
+            self.fail("next_time", masked)
+            return super().next_time(masked, times)
+
+        def fail(self, here, masked):
+            if here == method and int(masked.sum()) == 2:
+                raise ValueError("two are left")
 
     taken = []
     for width in (64, 1):

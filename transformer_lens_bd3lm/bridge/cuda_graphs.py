@@ -109,12 +109,6 @@ def of_fixed_shape(routing: Routing) -> Routing:
     )
 
 
-def clear_unstored(cache: KVCache) -> None:
-    """Fill the memory after the stored keys and values, which may hold any bits, with zeros."""
-    for stored in (cache.keys, cache.values):
-        stored[:, :, :, cache.length :] = 0
-
-
 def through_blocks(model: Any, x: Tensor, c: Tensor | None, routing: Routing) -> Tensor:
     """Run every layer at all rows; a graph captures this function."""
     for block in model.backbone.blocks:
@@ -149,7 +143,10 @@ class Graphs:
         cache, fixed = routing.cache, of_fixed_shape(routing)
         assert isinstance(cache, KVCache) and isinstance(fixed.cache, StoreAt)
         graphs = self._of_run.setdefault(cache, {})
-        key = (x.shape, fixed.cache.keys, cache.keys.shape, cache.keys.data_ptr())
+        # A layer that is made of other modules, or computes with another eps, is captured anew.
+        layers = tuple(block.plain() for block in model.backbone.blocks)
+        shapes = (x.shape, fixed.cache.keys, cache.keys.shape, cache.keys.data_ptr())
+        key = (*shapes, layers, model.tl_cfg.eps)
         if key not in graphs:
             graphs[key] = None
             return None
@@ -157,7 +154,7 @@ class Graphs:
         assert mask is not None
         inputs = [x.clone(), fixed.cos, fixed.sin, mask, fixed.cache.at]
         if graph is None:
-            clear_unstored(cache)
+            cache.clear_unstored()
             weights = [p.detach() for p in model.parameters()]
             captured = _captured(lambda: through_blocks(model, inputs[0], c, fixed), x.device)
             graph = graphs[key] = _Graph(captured[0], inputs, captured[1], weights)

@@ -70,6 +70,11 @@ class KVCache:
             stored[:, :, :, begin:end] = stored[:, :, :, begin + offset : end + offset].clone()
         self.length = end
 
+    def clear_unstored(self) -> None:
+        """Fill the memory after the stored keys and values, which may hold any bits, with zeros."""
+        for stored in (self.keys, self.values):
+            stored[:, :, :, self.length :] = 0
+
     def commit(self, length: int) -> None:
         """Declare the rows up to ``length`` final."""
         self.length = length

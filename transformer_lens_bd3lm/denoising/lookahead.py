@@ -150,7 +150,6 @@ class Lookahead:
         last: the last state of each batch row.
         carried: the first state of the next block, if it has been run.
         drafted: for each batch row, indices of the steps whose states were run with drafts.
-        autocast: the bridge's autocast dtype when the block began.
         made_with: what the known states depend on besides their tokens, time and weights.
         took: least seconds of a pass, with its drafts, by number of states.
         tried: number of drafts that were compared with the loop's states.

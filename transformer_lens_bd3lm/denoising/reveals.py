@@ -6,6 +6,7 @@ the positions that each step of a block reveals are then known before any pass.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,13 +134,11 @@ class Reveals:
         No pass is run, so the ``tokens`` of all of them are those of ``step``. The steps end early
         where the order depends on the network's logits.
         """
-        while bool(step.masked.any()):
-            try:
+        with suppress(Exception):  # what a sampler raises is raised again at its own step
+            while bool(step.masked.any()):
                 reveal = self.choose(step, times, None)
-            except Exception:  # raised again at its step
-                return
-            yield step, reveal
-            step = self.next(step, reveal, times)
+                yield step, reveal
+                step = self.next(step, reveal, times)
 
     def next(
         self, step: Step, reveal: Bool[Tensor, "batch block"], times: Float[Tensor, "batch block"]

@@ -147,6 +147,8 @@ class Network:
         self.passes += 1
         if len(states) > 1 and not logits.is_meta and bool(logits.isnan().any()):
             # Keys that a row does not read are masked, and a NaN among them spoils it all the same.
+            if self.cache is not None:
+                self.cache.clear_unstored()
             return self.logits_of(states[:1])
         if self.cache is not None:
             self.cache.commit(start)
