@@ -8,6 +8,7 @@ from transformer_lens_bd3lm.analysis.by_depth import by_dependency_depth
 from transformer_lens_bd3lm.analysis.compare_block_sizes import compare_block_sizes
 from transformer_lens_bd3lm.analysis.compare_checkpoints import compare_checkpoints
 from transformer_lens_bd3lm.analysis.compare_models import compare_models
+from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
     RepeatedTokens,
@@ -109,6 +110,7 @@ __all__ = [
     "LossError",
     "LowEntropy",
     "MaskedText",
+    "mean_effects",
     "measure_speed",
     "mediate",
     "nelbo",

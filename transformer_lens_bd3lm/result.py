@@ -6,6 +6,7 @@ matplotlib.
 """
 
 import math
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,28 @@ class Result:
             NotImplementedError: for a result that has no figure.
         """
         return figure_of(self, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """What a measured quantity is: without these four, two figures cannot be compared.
+
+    Attributes:
+        target: the quantity and its unit.
+        edited: what was edited, and where; "nothing" for an observation.
+        fixed: what was held fixed: tokens, noise, reveal order.
+        masks: which masks it was measured under.
+    """
+
+    target: str
+    edited: str
+    fixed: str
+    masks: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.target}; edited: {self.edited}; held fixed: {self.fixed}; masks: {self.masks}"
+        )
 
 
 @singledispatch

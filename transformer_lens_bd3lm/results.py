@@ -7,6 +7,7 @@ from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
@@ -21,12 +22,14 @@ from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Contract, Result
 
 __all__ = [
     "BlockSizeComparison",
     "CheckpointComparison",
+    "Contract",
     "DependencyDepths",
+    "Effects",
     "Exact",
     "ExactEffect",
     "HeadScores",

@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
@@ -31,6 +32,7 @@ TABLES = {
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
     DependencyDepths: "by_depth:by_depth_tables",
+    Effects: "effects:effects_table",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
     HeadScores: "heads:head_table",
@@ -51,6 +53,7 @@ FIGURES = {
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
     DependencyDepths: "by_depth:by_depth_figure",
+    Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
     HeadScores: "heads:head_figure",
     ModelComparison: "compare_models:models_figure",
