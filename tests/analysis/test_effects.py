@@ -126,14 +126,10 @@ def test_the_drawings_show_the_numbers():
     image = figure.axes[0].images[0].get_array()
     assert torch.equal(torch.as_tensor(image.data), effects.mean)
     dots = figure.axes[0].lines[0].get_xydata()
-    assert dots.tolist() == [
-        [column, row] for row, column in effects.significant.nonzero().tolist()
-    ]
-    line = mean_effects(draws(8, 3, seed=9)).plot()
-    assert (
-        line.axes[0].get_lines()[1].get_ydata().tolist()
-        == mean_effects(draws(8, 3, seed=9)).mean.tolist()
-    )
+    assert dots.tolist() == effects.significant.nonzero().flip(-1).tolist()
+    values = draws(8, 3, seed=9)
+    line = mean_effects(values).plot().axes[0].get_lines()[1]
+    assert line.get_ydata().tolist() == mean_effects(values).mean.tolist()
     assert len(effects.table(n=5).rows) == 5
     with pytest.raises(bd3lm.InputError, match="3 axes"):
         mean_effects(draws(8, 2, 2, 2, seed=1)).plot()

@@ -1,4 +1,4 @@
-"""Draw the pictures of a page from the page's own code: ``python -m tests.helpers.pictures causes``.
+"""Draw a page's pictures from its own code: ``python -m tests.helpers.pictures causes``.
 
 A picture ``![...](pictures/NAME.png)`` shows ``figure`` as the last snippet above it has left it.
 """
@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from tests.helpers import TOP
-from tests.helpers.pages import prints
 
 PART = re.compile(
     r"```python\n(?P<code>.*?)```|!\[[^\]]*\]\((?P<picture>pictures/\w+\.png)\)", re.DOTALL
@@ -18,7 +17,7 @@ PART = re.compile(
 def draw(name: str) -> None:
     """Run the snippets of a page from top to bottom, and save each picture that it shows."""
     page = TOP / "docs" / f"{name}.md"
-    namespace: dict[str, Any] = {"prints": prints}
+    namespace: dict[str, Any] = {}
     for part in PART.finditer(page.read_text(encoding="utf-8")):
         if part["code"]:
             exec(compile(part["code"], str(page), "exec"), namespace)
