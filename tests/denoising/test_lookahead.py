@@ -431,6 +431,8 @@ def test_auto_takes_as_many_states_as_pay(bridge, monkeypatch):
     monkeypatch.setattr(pass_cost, "seconds", lambda bridge, rows: 1.0)  # rows cost nothing
     assert pass_cost.best_width(bridge, 4, 0.9, 64) == 32
     assert pass_cost.best_width(bridge, 4, 0.9, 5) == 4
+    assert pass_cost.best_width(bridge, 100, 0.9, 64) == 4  # at most 512 rows are tried
+    assert pass_cost.best_width(bridge, 300, 0.9, 64) == 1
     monkeypatch.setattr(pass_cost, "seconds", lambda bridge, rows: float(rows))  # all that counts
     assert pass_cost.best_width(bridge, 4, 1.0, 64) == 1
     monkeypatch.setattr(pass_cost, "seconds", lambda bridge, rows: 1 + max(rows - 16, 0))

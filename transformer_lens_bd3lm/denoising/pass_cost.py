@@ -18,6 +18,7 @@ from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.model.inputs import View
 
 WIDTHS = (2, 4, 6, 8, 12, 16, 24, 32)  # numbers of states that are tried
+MOST_ROWS = 512  # more rows are not tried: there arithmetic takes most of the time on any device
 PATIENCE = 2  # widths in turn that cannot help, before no wider one is measured
 LAYERS = 3  # one after another, so that their weights come from memory
 REPEATS = 3
@@ -37,7 +38,8 @@ def best_width(bridge: Bridge, rows: int, share: float, most: int) -> int:
         most: largest number of states.
     """
     weight = bridge.embed.weight
-    if most == 1 or weight.is_meta or isinstance(weight, FakeTensor):
+    most = min(most, MOST_ROWS // rows)
+    if most < 2 or weight.is_meta or isinstance(weight, FakeTensor):
         return 1
     best, width, useless = WORTH / seconds(bridge, rows), 1, 0
     for states in WIDTHS:
