@@ -96,7 +96,7 @@ class BD3LM(TemplateLM):
             rows: largest number of positions in one pass of a likelihood.
             batch_size: number of texts that are written at once; ``"auto"`` is 16.
             max_batch_size: unused; the harness passes it on.
-            device: of a checkpoint that is booted.
+            device: of a checkpoint that is booted; TransformerLens's choice by default.
             dtype: of a checkpoint that is booted, a name such as ``"float64"``.
             progress: show a bar; by default on a terminal.
 
@@ -107,6 +107,8 @@ class BD3LM(TemplateLM):
         super().__init__()
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise InputError(f'dtype={dtype!r}: give the name of a torch type, as "float32"')
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # the command's default, which a machine without CUDA cannot mean
         at: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
         self.bridge: Any = read_bridge(pretrained, **at)
         check_tokenizer(self.bridge, "the harness asks about texts; boot it with a tokenizer")
