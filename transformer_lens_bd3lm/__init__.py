@@ -4,10 +4,15 @@ from pathlib import Path
 
 from transformer_lens_bd3lm import grammar, results
 from transformer_lens_bd3lm import show as _show  # noqa: F401  (gives results table and plot)
+from transformer_lens_bd3lm.analysis.attention_over_steps import (
+    attention_over_steps,
+    attention_shares,
+)
 from transformer_lens_bd3lm.analysis.by_depth import by_dependency_depth
 from transformer_lens_bd3lm.analysis.compare_block_sizes import compare_block_sizes
 from transformer_lens_bd3lm.analysis.compare_checkpoints import compare_checkpoints
 from transformer_lens_bd3lm.analysis.compare_models import compare_models
+from transformer_lens_bd3lm.analysis.depth_redundancy import depth_redundancy
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
@@ -71,6 +76,8 @@ GRAMMAR = str(Path(__file__).parent / "checkpoint" / "grammar")
 
 __all__ = [
     "Ancestral",
+    "attention_over_steps",
+    "attention_shares",
     "BD3LMArchitectureAdapter",
     "BD3LMError",
     "block_size",
@@ -90,6 +97,7 @@ __all__ = [
     "denoise",
     "denoise_many",
     "denoise_steps",
+    "depth_redundancy",
     "detect_heads",
     "diffusion_loss",
     "EndOfText",

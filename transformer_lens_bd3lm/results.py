@@ -3,10 +3,12 @@
 Each has ``table()`` and ``to_dict()``; those with a figure have ``plot()`` as well.
 """
 
+from transformer_lens_bd3lm.analysis.attention_over_steps import AttentionOverSteps
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.speed import Speed
@@ -25,10 +27,12 @@ from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import Contract, Result
 
 __all__ = [
+    "AttentionOverSteps",
     "BlockSizeComparison",
     "CheckpointComparison",
     "Contract",
     "DependencyDepths",
+    "DepthRedundancy",
     "Effects",
     "Exact",
     "ExactEffect",

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from transformer_lens_bd3lm.analysis.attention_over_steps import AttentionOverSteps
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
+from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.speed import Speed
@@ -29,9 +31,11 @@ from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import figure_of, table_of
 
 TABLES = {
+    AttentionOverSteps: "attention_over_steps:attention_table",
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
     DependencyDepths: "by_depth:by_depth_tables",
+    DepthRedundancy: "depth_redundancy:depth_table",
     Effects: "effects:effects_table",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
@@ -50,9 +54,11 @@ TABLES = {
     Verification: "verification:verification_tables",
 }
 FIGURES = {
+    AttentionOverSteps: "attention_over_steps:attention_figure",
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
     DependencyDepths: "by_depth:by_depth_figure",
+    DepthRedundancy: "depth_redundancy:depth_figure",
     Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
     HeadScores: "heads:head_figure",

@@ -1,0 +1,62 @@
+"""Cosine and loss of skipped layers, as a table and along the masks that are left."""
+
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
+from transformer_lens_bd3lm.show.effects import line_effects
+from transformer_lens_bd3lm.show.style import BLUE, INK, plain
+from transformer_lens_bd3lm.show.tables import new_table
+
+
+def depth_table(result: DepthRedundancy) -> Table:
+    """Lay out a row a layer: cosine of input and output, and the loss when it is skipped."""
+    loss = result.nats_per_token()
+    caption = (
+        f"skipped at {result.positions} positions; nats a token of the text, in its order; "
+        f"[{loss.level:.0%}] over texts; p corrected for all layers"
+    )
+    columns = ("layer", "cosine", f"nats lost a token [{loss.level:.0%}]", "p")
+    table = new_table(f"depth of {result.model}", columns, ("layer",), caption)
+    for layer, cosine in enumerate(result.mean_cosine.tolist()):
+        p = float(loss.p[layer])
+        table.add_row(
+            str(layer), f"{cosine:.3f}", loss.text(layer), "–" if p != p else f"{p:.4f}"
+        )
+    return table
+
+
+def depth_figure(result: DepthRedundancy) -> Figure:
+    """Draw the loss a layer with its interval, and loss and cosine by masks left."""
+    numbers, loss, cosine = result.by_masks_left()
+    layers = result.loss.shape[-1]
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure.suptitle(
+        f"{result.model}, block size {result.block_size}: skipping one layer at a time",
+        x=0.01, ha="left", color=INK, fontsize=11,
+    )  # fmt: skip
+    left, middle, right = figure.subplots(1, 3)
+    line_effects(left, range(layers), result.nats_per_token(), "loss", BLUE)
+    left.set(xlabel="layer", ylabel="nats lost a token; band: 95% over texts", xticks=range(layers))
+    left.set_title("loss of the text", fontsize=9, loc="left")
+    shades = colormaps["viridis"].resampled(layers + 1)
+    parts = ((middle, loss.mean, "nats lost a masked position"), (right, cosine, "cosine"))
+    for axes, values, name in parts:
+        for layer in range(layers):
+            line = values[:, layer].tolist()
+            axes.plot(
+                numbers, line, color=shades(layer), linewidth=1.4, label=f"layer {layer}",
+                marker="o" if len(numbers) < 3 else None, markersize=4,
+            )  # fmt: skip
+        axes.set(xlabel="masks left", ylabel=name)
+        axes.invert_xaxis()
+    middle.set_title("loss, by masks left", fontsize=9, loc="left")
+    right.set_title("input against output, by masks left", fontsize=9, loc="left")
+    right.set_ylim(min(float(torch.nan_to_num(cosine, 1.0).min()) - 0.02, 0.9), 1.005)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", frameon=False,
+                  fontsize=8)  # fmt: skip
+    for axes in (left, middle, right):
+        plain(axes)
+    return figure
