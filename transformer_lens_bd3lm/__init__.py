@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.analysis.heads import (
     repeated_tokens,
 )
 from transformer_lens_bd3lm.analysis.lens import logit_lens
+from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
 from transformer_lens_bd3lm.analysis.verify import verify
@@ -138,6 +139,7 @@ __all__ = [
     "save",
     "set_block_size",
     "sigma_of",
+    "sinks",
     "Step",
     "StepHooks",
     "sweep_block_sizes",

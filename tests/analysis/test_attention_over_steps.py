@@ -200,7 +200,7 @@ def test_what_cannot_be_measured_is_refused(bridge, golden, device):
         bd3lm.attention_over_steps(golden("autoregressive").path, "w1 w2")
     with pytest.raises(InputError, match="tokens hold no mask"):
         bd3lm.attention_shares(bridge, "w1 w2")
-    with pytest.raises(InputError, match='group="future"|group=\'future\''):
+    with pytest.raises(InputError, match="group=\"future\"|group='future'"):
         bd3lm.attention_over_steps(run).above_uniform("future")
     calls = []
 

@@ -58,12 +58,12 @@ def slow_log_probs(run, step, layer, positions):
 
 @pytest.mark.parametrize(
     ("size", "kv_cache", "positions"),
-    [(4, True, "active"), (4, False, "masked"), (1, True, "masked"), ("full", False, "active")],
+    [(4, True, "active"), (1, True, "masked"), ("full", False, "masked")],
 )
 def test_cosines_and_losses_are_those_of_loops(bridge, size, kv_cache, positions):
     names = [f"blocks.{i}.hook_resid_{x}" for i in range(2) for x in ("pre", "post")]
     run = bd3lm.denoise(
-        bridge, PROMPTS, max_new_tokens=6, block_size=size, kv_cache=kv_cache, record=names
+        bridge, PROMPTS, max_new_tokens=4, block_size=size, kv_cache=kv_cache, record=names
     )
     result = bd3lm.depth_redundancy(run, positions=positions)
     total = torch.zeros(3, 2, dtype=torch.float64)
@@ -129,11 +129,11 @@ def test_a_processed_bridge_loses_as_much(folder, bridge, device):
 
 def test_what_cannot_be_measured_is_refused(bridge, golden):
     run = bd3lm.denoise(bridge, PROMPTS, max_new_tokens=2)
-    with pytest.raises(InputError, match="positions='all': give \"active\" or \"masked\""):
+    with pytest.raises(InputError, match='positions=\'all\': give "active" or "masked"'):
         bd3lm.depth_redundancy(run, positions="all")
     with pytest.raises(InputError, match="autoregressive baseline"):
         bd3lm.depth_redundancy(golden("autoregressive").path, "w1 w2")
-    with pytest.raises(InputError, match="texts hold the mask"):
+    with pytest.raises(InputError, match="tokens hold the mask"):
         bd3lm.depth_redundancy(bridge, torch.tensor([[0, 3, MASK]]))
 
 

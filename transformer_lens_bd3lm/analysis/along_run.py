@@ -72,8 +72,8 @@ def run_of_texts(bridge: Any, texts: Any, block_size: Any, seed: int) -> Run:
             "writes in one order"
         )
     ids = read_ids(bridge, texts, "texts", prepend_bos=True)
-    check_finished("texts", ids, bridge.cfg.mask_token_id)
-    check_bos_given("texts", ids, bridge.cfg.mask_token_id)
+    check_finished("tokens", ids, bridge.cfg.mask_token_id)
+    check_bos_given("tokens", ids, bridge.cfg.mask_token_id)
     if ids.shape[1] < 2:
         raise InputError("texts are BOS alone: give texts of at least one token")
     tokens = ids.clone()

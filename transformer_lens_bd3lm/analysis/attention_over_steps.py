@@ -332,4 +332,3 @@ def attention_shares(
             masks=f"those given, in the {view} view",
         ),
     )
-

@@ -15,7 +15,6 @@ writes: read it beside the loss.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ class _Cosines:
     """Reduces the residuals before and after each layer as a pass runs."""
 
     def __init__(self) -> None:
-        self.before: Tensor | None = None
+        self.before = torch.empty(0)
         self.by_layer: list[Tensor] = []
 
     def keep(self, x: Tensor, hook: Any, step: Step) -> None:

@@ -16,6 +16,7 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
@@ -49,6 +50,7 @@ TABLES = {
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
     Runs: "run_tables:runs_table",
+    Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
@@ -63,6 +65,7 @@ FIGURES = {
     Exact: "exact:exact_figure",
     HeadScores: "heads:head_figure",
     ModelComparison: "compare_models:models_figure",
+    Sinks: "sinks:sinks_figure",
     Sweep: "sweep:sweep_figure",
 }
 

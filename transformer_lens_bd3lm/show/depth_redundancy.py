@@ -22,9 +22,7 @@ def depth_table(result: DepthRedundancy) -> Table:
     table = new_table(f"depth of {result.model}", columns, ("layer",), caption)
     for layer, cosine in enumerate(result.mean_cosine.tolist()):
         p = float(loss.p[layer])
-        table.add_row(
-            str(layer), f"{cosine:.3f}", loss.text(layer), "–" if p != p else f"{p:.4f}"
-        )
+        table.add_row(str(layer), f"{cosine:.3f}", loss.text(layer), "–" if p != p else f"{p:.4f}")
     return table
 
 
