@@ -138,7 +138,8 @@ def test_a_planted_sink_is_found_where_it_is_and_seen_to_move(folder, device, fl
         scores[:, 0, :, 1 + step.index % 2 if floats else 1] += 20.0
         return scores
 
-    run = bd3lm.denoise(uniform(folder, device), PROMPTS[:2], max_new_tokens=5, hooks=[(SCORES, plant)])
+    model = uniform(folder, device)
+    run = bd3lm.denoise(model, PROMPTS[:2], max_new_tokens=5, hooks=[(SCORES, plant)])
     result = bd3lm.sinks(run)
     assert {tuple(x) for x in result.places[:, 2:4].tolist()} == {(1, 0)}
     positions = result.places[:, 4].tolist()

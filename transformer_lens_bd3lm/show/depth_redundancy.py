@@ -3,6 +3,7 @@
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
@@ -49,7 +50,8 @@ def depth_figure(result: DepthRedundancy) -> Figure:
                 marker="o" if len(numbers) < 3 else None, markersize=4,
             )  # fmt: skip
         axes.set(xlabel="masks left", ylabel=name)
-        axes.invert_xaxis()
+        axes.set_xlim(max(numbers) + 0.5, min(numbers) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     middle.set_title("loss, by masks left", fontsize=9, loc="left")
     right.set_title("input against output, by masks left", fontsize=9, loc="left")
     right.set_ylim(min(float(torch.nan_to_num(cosine, 1.0).min()) - 0.02, 0.9), 1.005)
