@@ -1,6 +1,8 @@
 """Block-diffusion language models in TransformerLens; importing this registers the adapter."""
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from transformer_lens_bd3lm import grammar, results
 from transformer_lens_bd3lm import show as _show  # noqa: F401  (gives results table and plot)
@@ -147,5 +149,13 @@ __all__ = [
     "TokenizerError",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import ``bd3lm.lm_eval``, which needs an extra, when it is first asked for."""
+    if name == "lm_eval":
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()
