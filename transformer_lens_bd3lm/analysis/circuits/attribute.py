@@ -77,7 +77,11 @@ class EdgeAttribution(Result):
         """Return the ``n`` edges with the largest absolute attribution: node, reader, nats."""
         mean, readers = self.by_text.mean(0), len(self.reader_names)
         return [
-            (self.node_names[i // readers], self.reader_names[i % readers], float(mean.flatten()[i]))
+            (
+                self.node_names[i // readers],
+                self.reader_names[i % readers],
+                float(mean.flatten()[i]),
+            )
             for i in _strongest(mean, self.exists, n)
         ]
 
@@ -167,7 +171,9 @@ def halves(texts: int, splits: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     if texts < 2:
         raise InputError(f"{texts} text: halves need 2 or more, better 10")
     generator = torch.Generator().manual_seed(check_int("seed", seed, 0, 2**63 - 1))
-    orders = [torch.randperm(texts, generator=generator) for _ in range(check_int("s", splits, 1))]
+    orders = [
+        torch.randperm(texts, generator=generator) for _ in range(check_int("splits", splits, 1))
+    ]
     return [(order[: texts // 2], order[texts // 2 : texts // 2 * 2]) for order in orders]
 
 

@@ -45,11 +45,8 @@ class MaskedPair:
 
     def last_block_only(self, block_size: int) -> bool:
         """Return whether no block reads a mask of an earlier one."""
-        masks = (self.clean != self.corrupted.new_tensor(-1)) & self.masked
-        first = int(masks[0].nonzero()[0, 0]) // block_size
+        first = int(self.at[0]) // block_size
         return self.finished is not None or first == (self.clean.shape[1] - 1) // block_size
-
-    masked: Bool[Tensor, "1 pos"]
 
 
 def read_masked_pairs(
@@ -101,10 +98,10 @@ def read_masked_pairs(
         if torch.equal(a, b) and (finished is None or torch.equal(*finished)):
             raise InputError(f"{name}: clean and corrupted are the same: change some token")
         at = masked[0].nonzero()[:, 0]
-        own = targets[number]
-        if own is None:
-            if finished is None:
-                raise InputError("target=None needs finished texts: give target, or masks=")
+        own, other = targets[number], opposed[number]
+        if own is None and finished is None:
+            raise InputError("target=None needs finished texts: give target, or masks=")
+        if own is None and finished is not None:
             own = finished[0][0, at]
         pairs.append(
             MaskedPair(
@@ -113,10 +110,7 @@ def read_masked_pairs(
                 finished=finished,
                 at=at,
                 target=_at_masks(own, at, "target", name),
-                against=None
-                if opposed[number] is None
-                else _at_masks(opposed[number], at, "against", name),
-                masked=masked,
+                against=None if other is None else _at_masks(other, at, "against", name),
             )
         )
     return pairs
@@ -175,14 +169,15 @@ def _read_each(bridge: Bridge, given: Any, texts: int, name: str) -> list[Tensor
     return result
 
 
-def _at_masks(ids: Tensor, at: Tensor, what: str, name: str) -> Int[Tensor, " token"]:
+def _at_masks(ids: Tensor | None, at: Tensor, what: str, name: str) -> Int[Tensor, " token"]:
     """Return one id for each mask.
 
     Raises:
         InputError: for another number of ids.
     """
-    if len(ids) != len(at):
+    if ids is None or len(ids) != len(at):
+        came = 0 if ids is None else len(ids)
         raise InputError(
-            f"{name}: {what} has {len(ids)} tokens and the text {len(at)} masks: give one for each"
+            f"{name}: {what} has {came} tokens and the text {len(at)} masks: give one for each"
         )
     return ids

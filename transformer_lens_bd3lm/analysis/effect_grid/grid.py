@@ -176,7 +176,7 @@ def effect_grid(
     sites, width = site_names(bridge, site), len(positions[0])
     shape = (len(pairs), seeds, len(masks_left))
     values = torch.full((*shape, len(sites), width), torch.nan, dtype=torch.float64)
-    log_p = torch.full((2, *shape), torch.nan, dtype=torch.float64)
+    log_p = torch.full((*shape, 2), torch.nan, dtype=torch.float64)
     with progress_bar("patching", len(pairs) * seeds * len(masks_left), progress) as update:
         for text, (pair, each) in enumerate(zip(pairs, positions, strict=True)):
             patches = Patches(bridge, pair, sites, rows)
@@ -185,10 +185,10 @@ def effect_grid(
                     if state.masks_left in masks_left:
                         cell = text, number, masks_left.index(state.masks_left)
                         values[cell], *both = patches.effects(state, each)
-                        log_p[:, *cell] = torch.tensor(both, dtype=torch.float64)
+                        log_p[cell] = torch.tensor(both, dtype=torch.float64)
                         update(advance=1)
     by_text = values.nanmean(1).transpose(1, 2)
-    clean_log_p, corrupted_log_p = log_p.nanmean(2)
+    clean_log_p, corrupted_log_p = log_p.nanmean(1).unbind(-1)
     return EffectGrid(
         effects=mean_effects(by_text),
         by_text=by_text,
@@ -203,7 +203,7 @@ def effect_grid(
         contract=Contract(
             target="change of log p of the target at its masks, nats",
             edited=f"{site} at one position or group, at one step: the clean run's in its place",
-            fixed="tokens and reveal order of every step (pinned: a step's effect is its own alone)",
+            fixed="tokens and reveal order (pinned): a step's patch acts on that step alone",
             masks=f"the target's block in {seeds} random order(s) a text, the target last",
         ),
     )
