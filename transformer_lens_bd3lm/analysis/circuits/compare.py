@@ -96,7 +96,7 @@ def compare_circuits(
     target: Any = None,
     against: Any = None,
     *,
-    block_sizes: tuple[int | str, int | str] = (4, "full"),
+    block_sizes: Any = (4, "full"),
     top: int = 50,
     splits: int = 50,
     swaps: int = 1000,

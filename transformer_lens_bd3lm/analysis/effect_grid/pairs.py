@@ -128,7 +128,7 @@ def read_pairs(
 def _read_pair(
     bridge: Bridge,
     clean: Int[Tensor, " pos"],
-    corrupted: Int[Tensor, " pos"],
+    corrupted: Int[Tensor, " other_pos"],
     target: Int[Tensor, " token"],
     block_size: Any,
     position: Any,
@@ -158,6 +158,11 @@ def _read_pair(
     first = int(masks[0]) if len(masks) else len(clean)
     if position is not None:
         first = check_int("position", position, 1, int(masks[-1]) if len(masks) else len(clean))
+    if first < len(clean) and int(clean[first]) != mask_id:
+        raise InputError(
+            f"{name}: position={first} holds a token: the target is predicted at masks; mask it in "
+            "both texts"
+        )
     new = max(first + len(target) - len(clean), 0)
     canvas = read_canvas(bridge, clean[None], new, block_size, True)
     if canvas.reach is not None:

@@ -63,9 +63,10 @@ class Patches:
             layer = int(name.split(".")[1])
             differs = (clean[name] != corrupted[name])[0].any(-1).tolist()
             here = [i for i, group in enumerate(groups) if any(differs[p] for p in group)]
-            for part in torch.tensor(here, dtype=torch.long).split(at_once):
+            for first in range(0, len(here), at_once):
+                part = here[first : first + at_once]
                 patched = corrupted[name].repeat(len(part), 1, 1)
-                for row, group in enumerate(part.tolist()):
+                for row, group in enumerate(part):
                     patched[row, groups[group]] = clean[name][0, groups[group]]
                 stream = corrupted[entries[layer]].expand(len(part), -1, -1)
                 _, log_p = self._run(stream, state, layer, (), (name, patched))
