@@ -65,7 +65,7 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
     scale = figure.add_subplot(grid[0])
     for row, step in enumerate(steps):
         axes = figure.add_subplot(grid[row + 1])
-        name = "share of the clean prediction that is restored"
+        name = "share of the clean prediction that is restored; colors end at ±1"
         values = result.restored[:, step].nan_to_num(0.0)
         heat_map(axes, scale if not row else axes.inset_axes((0, 2, 1, 0.1)), values, 0,
                  (-1.0, 1.0), BOTH_WAYS, name)  # fmt: skip
