@@ -74,8 +74,8 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
         sure = (result.effects.significant[:, step]).nonzero().T
         axes.plot(*sure.flip(0).tolist(), ".", color=INK, markersize=3)
         axes.set_ylabel(_layer(result), color=INK, fontsize=9)
-        masks = count(result.masks_left[step], "mask")
-        axes.text(1.01, 0.5, f"{masks}\nleft", transform=axes.transAxes, fontsize=8, va="center")
+        masks = "all\norders" if result.mode == "exact" else _masks(result.masks_left[step])
+        axes.text(1.01, 0.5, masks, transform=axes.transAxes, fontsize=8, va="center")
         axes.set_yticks(range(0, layers, 1 if layers < 9 else 2))
         last = row == len(steps) - 1
         if width <= SHORT:
@@ -86,6 +86,11 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
             axes.set_xticklabels([])
         plain(axes)
     return figure
+
+
+def _masks(left: int) -> str:
+    """Return a number of masks as two short lines."""
+    return f"{count(left, 'mask')}\nleft"
 
 
 def _layer(result: EffectGrid) -> str:

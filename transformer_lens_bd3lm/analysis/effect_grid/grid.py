@@ -9,6 +9,9 @@ tracing, over the steps of block diffusion)::
 Tokens are pinned, so a patch at a step changes that step's prediction and no other: its direct
 effect. Positions of earlier blocks are read at every step as they are stored: a patch there shows
 what that step reads of them.
+
+With mode "exact" there are no steps: log p is that of the target as a continuation, summed over all
+reveal orders, and a patch acts under every mask pattern.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_bd3lm.analysis.effect_grid.exact_patches import (
+    check_continuation,
+    exact_effects,
+)
 from transformer_lens_bd3lm.analysis.effect_grid.pairs import (
     Pair,
     check_site,
@@ -30,7 +37,7 @@ from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.bridge.block import require_eval
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.checks import check_int
+from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Contract, Result, plain_values
 
@@ -47,7 +54,8 @@ class EffectGrid(Result):
             NaN at a step that a text does not have.
         clean_log_p: log p of the target in the clean run ``[text, step]``, nats.
         corrupted_log_p: the same in the corrupted run.
-        masks_left: number of masks of the block at each step.
+        masks_left: number of masks of the block at each step; those of the target with "exact".
+        mode: ``"pinned"``, or ``"exact"``: one step, which stands for all reveal orders.
         site: what was patched: ``"residual"``, ``"attn_out"`` or ``"mlp_out"``.
         positions: label of each position, or of each group.
         target: the target as text, or its ids.
@@ -61,6 +69,7 @@ class EffectGrid(Result):
     clean_log_p: Float[Tensor, "text step"] = field(repr=False)
     corrupted_log_p: Float[Tensor, "text step"] = field(repr=False)
     masks_left: list[int]
+    mode: str
     site: str
     positions: list[str] = field(repr=False)
     target: str
@@ -98,6 +107,7 @@ class EffectGrid(Result):
         values = {
             "model": self.model,
             "block_size": self.block_size,
+            "mode": self.mode,
             "site": self.site,
             "target": self.target,
             "masks_left": self.masks_left,
@@ -121,12 +131,14 @@ def effect_grid(
     target: Any,
     *,
     block_size: int | str | None = None,
+    mode: str = "pinned",
     site: str = "residual",
     position: int | None = None,
     groups: Any = None,
     steps: int = 8,
     seeds: int = 1,
     seed: int = 0,
+    max_states: int = 256,
     rows: int = 2048,
     progress: bool | None = None,
 ) -> EffectGrid:
@@ -144,6 +156,9 @@ def effect_grid(
         target: the target as a string or the id of a token, for all texts or one for each. Several
             tokens are predicted in parallel, and have to lie in one block.
         block_size: tokens per block, or ``"full"``; the bridge's by default.
+        mode: ``"pinned"``: the direct effect at each step of one order. ``"exact"``: the effect on
+            the exact log p of the target as a continuation, over all reveal orders, where blocks
+            are small; the target may lie in several blocks, and the last one ends with it.
         site: what is patched: ``"residual"``, the stream after each layer; ``"attn_out"`` or
             ``"mlp_out"``, what a layer's attention or MLP adds to it.
         position: where the target begins; by default at the first mask, or behind the text.
@@ -152,6 +167,7 @@ def effect_grid(
         steps: largest number of steps, evenly over those of the target's block.
         seeds: number of reveal orders of each text, averaged.
         seed: random seed of the first order and of its tokens.
+        max_states: with "exact", largest number of mask patterns a block; more are refused.
         rows: largest number of positions in one pass, unless one text has more.
         progress: show a bar; by default on a terminal.
 
@@ -161,24 +177,34 @@ def effect_grid(
             fit, and the autoregressive baseline.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         CheckpointError: for a name whose checkpoint cannot be loaded.
-        NotExactError: in training mode with dropout.
+        NotExactError: in training mode with dropout; with "exact" under time conditioning.
     """
     bridge = read_bridge(bridge)
     require_eval(bridge)
     check_site(site)
+    check_choice("mode", mode, ("pinned", "exact"))
     check_int("steps", steps, 1)
     check_int("seeds", seeds, 1)
     check_int("seed", seed, 0, 2**63 - 1 - seeds)
     check_int("rows", rows, 1)
-    pairs = read_pairs(bridge, clean, corrupted, target, block_size, position)
+    pairs = read_pairs(bridge, clean, corrupted, target, block_size, position, mode)
     names, positions = read_groups(groups, pairs)
     masks_left = _masks_left(pairs, steps)
+    if mode == "exact":
+        masks_left, seeds = [len(pairs[0].at)], 1
+        for number, pair in enumerate(pairs):
+            check_continuation(pair, number)
     sites, width = site_names(bridge, site), len(positions[0])
     shape = (len(pairs), seeds, len(masks_left))
     values = torch.full((*shape, len(sites), width), torch.nan, dtype=torch.float64)
     log_p = torch.full((*shape, 2), torch.nan, dtype=torch.float64)
     with progress_bar("patching", len(pairs) * seeds * len(masks_left), progress) as update:
         for text, (pair, each) in enumerate(zip(pairs, positions, strict=True)):
+            if mode == "exact":
+                parts = exact_effects(bridge, pair, sites, each, rows, max_states)
+                values[text, 0, 0], log_p[text, 0, 0] = parts[0], torch.tensor(parts[1:])
+                update(advance=1)
+                continue
             patches = Patches(bridge, pair, sites, rows)
             for number in range(seeds):
                 for state in pair.states(bridge, seed + number):
@@ -195,17 +221,30 @@ def effect_grid(
         clean_log_p=clean_log_p,
         corrupted_log_p=corrupted_log_p,
         masks_left=masks_left,
+        mode=mode,
         site=site,
         positions=names or _labels(bridge, pairs),
         target=_words(bridge, pairs[0].target) if len(pairs) == 1 else "the target",
         model=Path(bridge.cfg.model_name).name,
         block_size=pairs[0].clean.block_size,
-        contract=Contract(
-            target="change of log p of the target at its masks, nats",
-            edited=f"{site} at one position or group, at one step: the clean run's in its place",
-            fixed="tokens and reveal order (pinned): a step's patch acts on that step alone",
-            masks=f"the target's block in {seeds} random order(s) a text, the target last",
-        ),
+        contract=_contract(mode, site, seeds),
+    )
+
+
+def _contract(mode: str, site: str, seeds: int) -> Contract:
+    """Return what was measured, edited and held fixed."""
+    if mode == "exact":
+        return Contract(
+            target="change of the exact log p of the target as a continuation, nats",
+            edited=f"{site} at one position or group, in every pass and in what is stored",
+            fixed="the tokens of text and target",
+            masks="every mask pattern of the target's blocks, over all reveal orders",
+        )
+    return Contract(
+        target="change of log p of the target at its masks, nats",
+        edited=f"{site} at one position or group, at one step: the clean run's in its place",
+        fixed="tokens and reveal order (pinned): a step's patch acts on that step alone",
+        masks=f"the target's block in {seeds} random order(s) a text, the target last",
     )
 
 

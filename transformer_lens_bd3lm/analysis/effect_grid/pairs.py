@@ -104,9 +104,17 @@ class Pair:
 
 
 def read_pairs(
-    bridge: Bridge, clean: Any, corrupted: Any, target: Any, block_size: Any, position: Any
+    bridge: Bridge,
+    clean: Any,
+    corrupted: Any,
+    target: Any,
+    block_size: Any,
+    position: Any,
+    mode: str = "pinned",
 ) -> list[Pair]:
     """Check texts and targets, before anything is run; the arguments of :func:`.effect_grid`.
+
+    With mode "exact" the target may lie in several blocks, and the last block ends with it.
 
     Raises:
         InputError: for texts that do not fit each other, and targets that do not fit their masks.
@@ -120,7 +128,7 @@ def read_pairs(
         )
     rows = zip(texts, others, targets, strict=True)
     return [
-        _read_pair(bridge, *row, block_size, position, f"text {number}")
+        _read_pair(bridge, *row, block_size, position, mode, f"text {number}")
         for number, row in enumerate(rows)
     ]
 
@@ -132,6 +140,7 @@ def _read_pair(
     target: Int[Tensor, " token"],
     block_size: Any,
     position: Any,
+    mode: str,
     name: str,
 ) -> Pair:
     """Check one pair.
@@ -164,7 +173,7 @@ def _read_pair(
             "both texts"
         )
     new = max(first + len(target) - len(clean), 0)
-    canvas = read_canvas(bridge, clean[None], new, block_size, True)
+    canvas = read_canvas(bridge, clean[None], new, block_size, mode != "exact")
     if canvas.reach is not None:
         raise InputError(
             f"{name}: {canvas.tokens.shape[1]} positions are more than the context of "
@@ -177,13 +186,13 @@ def _read_pair(
             "not all are masked there: put as many masks, or give position="
         )
     blocks = (at // canvas.block_size).unique().tolist()
-    if len(blocks) > 1:
+    if len(blocks) > 1 and mode != "exact":
         raise InputError(
             f"{name}: the target's {len(target)} tokens lie in blocks {blocks} (block size "
             f"{canvas.block_size}): give a shorter target, as its first token, or another "
-            "block_size"
+            'block_size; or mode="exact"'
         )
-    _, end = canvas.window(blocks[0])
+    end = canvas.window(blocks[-1])[1] if mode != "exact" else canvas.tokens.shape[1]
     cut = replace(canvas, tokens=canvas.tokens[:, :end], lengths=torch.tensor([end]))
     other = cut.tokens.clone()
     given = min(len(corrupted), end)
