@@ -1,5 +1,7 @@
 """Effect grids: against single patches, on a circuit set by hand, and on the grammar's copy."""
 
+import math
+
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -130,6 +132,51 @@ def test_both_runs_have_the_same_masks_and_the_target_is_last(bridge):
         assert (state.clean != state.corrupted)[0].nonzero()[:, 0].tolist() == [3]
 
 
+@torch.no_grad()
+def test_an_exact_grid_equals_a_sum_over_orders_of_single_patches(bridge):
+    clean, corrupted = pair_of(6, at=2)
+    target, names = torch.tensor([3, 9, 5]), NAMES["residual"]  # at 6, 7 in one block, 8 in another
+    grid = bd3lm.effect_grid(bridge, clean, corrupted, "w3 w9 w5", block_size=4, mode="exact")
+    full = [torch.cat([x, target[None]], dim=1) for x in (clean, corrupted)]
+
+    def log_p(name, position, revealed, at, end):
+        """log p of one token given which positions of its block are revealed, maybe patched."""
+        name = name if position is not None and position < end else None
+        masked = [p for p in range(at // 4 * 4, end) if p >= 6 and p not in revealed]
+        ids = [x[:, :end].clone() for x in full]
+        for x in ids:
+            x[0, masked] = 11
+        kept = {}
+        hook = [(name, lambda x, hook: kept.update(x=x.clone()))] if name else []
+        bridge.run_with_hooks(ids[0], fwd_hooks=hook, block_size=4)
+
+        def patch(x, hook):
+            x = x.clone()
+            x[:, position] = kept["x"][:, position]
+            return x
+
+        logits = bridge.run_with_hooks(
+            ids[1], fwd_hooks=[(name, patch)] if name else [], block_size=4
+        )
+        return float(bd3lm.log_probs(logits, ids[1], 11)[0, at, full[0][0, at]])
+
+    def total(name=None, position=None):
+        orders = [
+            log_p(name, position, (), a, 8) + log_p(name, position, (a,), b, 8)
+            for a, b in ((6, 7), (7, 6))
+        ]
+        first = torch.tensor(orders, dtype=torch.float64).logsumexp(0) - math.log(2)
+        return float(first) + log_p(name, position, (), 8, 9)
+
+    base = total()
+    assert float(grid.corrupted_log_p[0, 0]) == pytest.approx(base, abs=1e-12)
+    cells = [(i, p) for i in range(3) for p in (2, 4, 6, 8)]
+    slow = torch.tensor([total(names[i], p) - base for i, p in cells], dtype=torch.float64)
+    fast = torch.stack([grid.effects.mean[i, 0, p] for i, p in cells])
+    assert (slow.abs() > 1e-4).sum() > 3
+    torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
+
+
 def test_the_path_of_a_circuit_set_by_hand_is_seen(by_hand):
     def text(name):
         return torch.tensor([[0, 6, name, 7, 8, circuit.ARROW, 9, 10]])
@@ -230,6 +277,15 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
             bd3lm.effect_grid(bridge, a, b, target, **options)
+    gap = masked.clone()
+    gap[0, 3] = bridge.cfg.mask_token_id
+    other = torch.where(gap == bridge.cfg.mask_token_id, gap, corrupted)
+    with pytest.raises(bd3lm.InputError, match='mode="exact": text 0 has a mask at position 5'):
+        bd3lm.effect_grid(bridge, gap, other, 4, mode="exact")
+    with pytest.raises(bd3lm.InputError, match="mode='total'"):
+        bd3lm.effect_grid(bridge, clean, corrupted, 4, mode="total")
+    with pytest.raises(bd3lm.InputError, match="mask patterns"):
+        bd3lm.effect_grid(bridge, clean, corrupted, 4, mode="exact", max_states=2)
     texts = [pair_of(6), pair_of(9)]
     with pytest.raises(bd3lm.InputError, match="give groups="):
         bd3lm.effect_grid(bridge, [t[0][0] for t in texts], [t[1][0] for t in texts], 4)

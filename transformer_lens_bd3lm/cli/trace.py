@@ -29,6 +29,7 @@ def trace(
     corrupted: Annotated[str, typer.Argument(help="As many tokens, some of them others.")],
     target: Annotated[str, typer.Option(help="Token at the first mask, or behind the text.")],
     block_size: BlockSize = None,
+    mode: Annotated[str, typer.Option(help="pinned, or exact: over all orders.")] = "pinned",
     site: Annotated[str, typer.Option(help="residual, attn_out or mlp_out.")] = "residual",
     steps: Annotated[
         int, typer.Option(help="Largest number of steps that are shown.", min=1, max=MOST)
@@ -49,7 +50,7 @@ def trace(
     clean, corrupted, target = (x.replace("\\n", "\n") for x in (clean, corrupted, target))
     result = bd3lm.effect_grid(
         boot(model, device), clean, corrupted, target, block_size=typed_block_size(block_size),
-        site=site, steps=steps, seeds=seeds, seed=seed, rows=rows,
+        mode=mode, site=site, steps=steps, seeds=seeds, seed=seed, rows=rows,
     )  # fmt: skip
     show(result, json, result.to_dict(), plot)
 

@@ -202,7 +202,10 @@ def effect_grid(
         for text, (pair, each) in enumerate(zip(pairs, positions, strict=True)):
             if mode == "exact":
                 parts = exact_effects(bridge, pair, sites, each, rows, max_states)
-                values[text, 0, 0], log_p[text, 0, 0] = parts[0], torch.tensor(parts[1:])
+                values[text, 0, 0], log_p[text, 0, 0] = (
+                    parts[0],
+                    torch.tensor(parts[1:], dtype=values.dtype),
+                )
                 update(advance=1)
                 continue
             patches = Patches(bridge, pair, sites, rows)
