@@ -11,10 +11,12 @@ from transformer_lens_bd3lm.analysis.attention_over_steps import (
     attention_shares,
 )
 from transformer_lens_bd3lm.analysis.by_depth import by_dependency_depth
+from transformer_lens_bd3lm.analysis.circuits import attribute_edges, compare_circuits
 from transformer_lens_bd3lm.analysis.compare_block_sizes import compare_block_sizes
 from transformer_lens_bd3lm.analysis.compare_checkpoints import compare_checkpoints
 from transformer_lens_bd3lm.analysis.compare_models import compare_models
 from transformer_lens_bd3lm.analysis.depth_redundancy import depth_redundancy
+from transformer_lens_bd3lm.analysis.effect_grid import effect_grid
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
@@ -81,6 +83,7 @@ __all__ = [
     "Ancestral",
     "attention_over_steps",
     "attention_shares",
+    "attribute_edges",
     "BD3LMArchitectureAdapter",
     "BD3LMError",
     "block_size",
@@ -92,6 +95,7 @@ __all__ = [
     "Clip",
     "compare_block_sizes",
     "compare_checkpoints",
+    "compare_circuits",
     "compare_models",
     "Confidence",
     "convert_lightning",
@@ -103,6 +107,7 @@ __all__ = [
     "depth_redundancy",
     "detect_heads",
     "diffusion_loss",
+    "effect_grid",
     "EndOfText",
     "exact",
     "exact_backward",

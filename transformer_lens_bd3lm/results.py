@@ -5,10 +5,12 @@ Each has ``table()`` and ``to_dict()``; those with a figure have ``plot()`` as w
 
 from transformer_lens_bd3lm.analysis.attention_over_steps import AttentionOverSteps
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
+from transformer_lens_bd3lm.analysis.circuits import CircuitComparison, EdgeAttribution
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
+from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
@@ -31,9 +33,12 @@ __all__ = [
     "AttentionOverSteps",
     "BlockSizeComparison",
     "CheckpointComparison",
+    "CircuitComparison",
     "Contract",
     "DependencyDepths",
     "DepthRedundancy",
+    "EdgeAttribution",
+    "EffectGrid",
     "Effects",
     "Exact",
     "ExactEffect",

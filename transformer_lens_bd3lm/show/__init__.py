@@ -10,10 +10,12 @@ from typing import Any
 
 from transformer_lens_bd3lm.analysis.attention_over_steps import AttentionOverSteps
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
+from transformer_lens_bd3lm.analysis.circuits import CircuitComparison, EdgeAttribution
 from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointComparison
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
+from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
@@ -35,8 +37,11 @@ TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
+    CircuitComparison: "circuits:comparison_tables",
     DependencyDepths: "by_depth:by_depth_tables",
     DepthRedundancy: "depth_redundancy:depth_table",
+    EdgeAttribution: "circuits:edges_table",
+    EffectGrid: "effect_grid:effect_grid_table",
     Effects: "effects:effects_table",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
@@ -59,8 +64,11 @@ FIGURES = {
     AttentionOverSteps: "attention_over_steps:attention_figure",
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
+    CircuitComparison: "circuits:comparison_figure",
     DependencyDepths: "by_depth:by_depth_figure",
     DepthRedundancy: "depth_redundancy:depth_figure",
+    EdgeAttribution: "circuits:edges_figure",
+    EffectGrid: "effect_grid:effect_grid_figure",
     Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
     HeadScores: "heads:head_figure",

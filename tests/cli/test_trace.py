@@ -1,0 +1,44 @@
+"""``bd3lm trace`` and ``bd3lm circuit``."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers import FIXTURES
+from transformer_lens_bd3lm.cli import app
+
+
+def run(*words):
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "140"})
+
+
+def test_trace_prints_the_best_cells_and_writes_them(tmp_path):
+    texts = ("a b c = a b [MASK]", "a b d = a b [MASK]")
+    values, plot = tmp_path / "grid.json", tmp_path / "grid.png"
+    result = run(
+        "trace", "grammar", *texts, "--target", "c", "--block-size", "full",
+        "--json", str(values), "--plot", str(plot),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "c/d" in result.output and plot.stat().st_size > 1000
+    assert json.loads(values.read_text())["restored"][0][0][3] == pytest.approx(1, abs=0.01)
+
+
+def test_circuit_reads_pairs_or_a_text(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [("a b c", "a b d"), ("b c d", "b c e"), ("d e a", "d e b")]
+    with pairs.open("w") as file:
+        for a, b in rows:
+            row = {"clean": f"{a} = {a[:3]} [MASK]", "corrupted": f"{b} = {b[:3]} [MASK]"}
+            file.write(json.dumps(row | {"target": a[-1], "against": b[-1]}) + "\n")
+    result = run("circuit", "grammar", str(pairs), "--block-sizes", "1,full", "--top", "5")
+    assert result.exit_code == 0, result.output
+    assert "both at block size 1" in result.output and "2.1" in result.output
+    result = run(
+        "circuit", "tiny", str(FIXTURES / "hamlet.txt"), "--texts", "2", "--length", "8",
+        "--steps", "1", "--block-sizes", "1,4", "--last-block",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    pairs.write_text("{}")
+    assert "give an object a line" in run("circuit", "grammar", str(pairs)).output

@@ -1,0 +1,273 @@
+"""Pairs of texts, and the states that both go through in one reveal order.
+
+The clean text's block is denoised once, with the target revealed last, so that the target is masked
+at every step. The corrupted text gets the same tokens at the same steps. So at each step both have
+the same mask pattern, and differ only in the tokens that were given.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.checks import check_choice, check_int, is_int
+from transformer_lens_bd3lm.denoising.canvas import Canvas, read_canvas, read_prompts
+from transformer_lens_bd3lm.denoising.denoise import denoise
+from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
+from transformer_lens_bd3lm.denoising.noise import Noise
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.ids import check_ids
+
+
+@dataclass(frozen=True)
+class State:
+    """One step of a pair: what is read before the step, up to the end of the target's block.
+
+    Attributes:
+        clean: ids of the clean text ``[1, pos]``.
+        corrupted: ids of the corrupted text ``[1, pos]``, with masks at the same positions.
+        t: time of the step ``[1]``.
+        masks_left: number of masks of the block.
+    """
+
+    clean: Int[Tensor, "1 pos"]
+    corrupted: Int[Tensor, "1 pos"]
+    t: Float[Tensor, " 1"]
+    masks_left: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A clean and a corrupted text, up to the end of the block in which the target is written.
+
+    Attributes:
+        clean: canvas of the clean text, cut there.
+        corrupted: ids of the corrupted text ``[1, pos]``, with masks at the same positions.
+        target: ids of the target ``[token]``.
+        at: positions of the target ``[token]``.
+    """
+
+    clean: Canvas
+    corrupted: Int[Tensor, "1 pos"]
+    target: Int[Tensor, " token"]
+    at: Int[Tensor, " token"]
+
+    @property
+    def length(self) -> int:
+        """Positions up to the end of the target's block."""
+        return self.clean.tokens.shape[1]
+
+    def states(self, bridge: Bridge, seed: int) -> list[State]:
+        """Denoise the clean text in an order in which the target comes last, and pair each state.
+
+        Args:
+            bridge: a BD3LM bridge.
+            seed: random seed of the order and of the tokens that are drawn.
+        """
+        masks, times = self.clean.masks()[0], Noise(seed).times(1, 0, self.length)[0]
+        times[self.at.cpu()] = -1.0  # time runs from 1 to 0: the target is revealed last
+        order: dict[int, list[int]] = {}
+        for start, end in self.clean.block_windows():
+            block = start + masks[start:end].nonzero()[:, 0]
+            ranked = block[times[block].argsort(descending=True)].tolist()
+            others = [position for position in ranked if position not in self.at.tolist()]
+            for position in others:
+                order[len(order)] = [position]
+            if len(others) < len(ranked):
+                order[len(order)] = self.at.tolist()
+        run = denoise(
+            bridge,
+            self.clean.tokens,
+            max_new_tokens=0,
+            block_size=self.clean.block_size if bridge.cfg.cross_attn else None,
+            noise=Noise(seed),
+            force=ForcedReveals(order=order),
+            pad_block=False,
+            progress=False,
+        )
+        where = masks.to(self.corrupted.device)
+        last = run.steps[len(run.steps) - 1].block
+        return [
+            State(
+                clean=step.tokens,
+                corrupted=torch.where(where, step.tokens, self.corrupted),
+                t=step.t,
+                masks_left=int(step.masked.sum()),
+            )
+            for step in run.steps
+            if step.block == last
+        ]
+
+
+def read_pairs(
+    bridge: Bridge,
+    clean: Any,
+    corrupted: Any,
+    target: Any,
+    block_size: Any,
+    position: Any,
+    mode: str = "pinned",
+) -> list[Pair]:
+    """Check texts and targets, before anything is run; the arguments of :func:`.effect_grid`.
+
+    With mode "exact" the target may lie in several blocks, and the last block ends with it.
+
+    Raises:
+        InputError: for texts that do not fit each other, and targets that do not fit their masks.
+    """
+    texts = read_prompts(bridge, clean)
+    others = read_prompts(bridge, corrupted)
+    targets = _read_targets(bridge, target, len(texts))
+    if len(others) != len(texts):
+        raise InputError(
+            f"corrupted has {len(others)} texts, clean {len(texts)}: give one for each"
+        )
+    rows = zip(texts, others, targets, strict=True)
+    return [
+        _read_pair(bridge, *row, block_size, position, mode, f"text {number}")
+        for number, row in enumerate(rows)
+    ]
+
+
+def _read_pair(
+    bridge: Bridge,
+    clean: Int[Tensor, " pos"],
+    corrupted: Int[Tensor, " other_pos"],
+    target: Int[Tensor, " token"],
+    block_size: Any,
+    position: Any,
+    mode: str,
+    name: str,
+) -> Pair:
+    """Check one pair.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    mask_id = bridge.cfg.mask_token_id
+    if len(clean) != len(corrupted):
+        raise InputError(
+            f"{name}: clean has {len(clean)} tokens, corrupted {len(corrupted)}: positions and "
+            "blocks would shift against each other; give texts of one length in tokens"
+        )
+    clean, corrupted = clean.cpu(), corrupted.cpu()
+    differing = ((clean == mask_id) != (corrupted == mask_id)).nonzero()[:, 0].tolist()
+    if differing:
+        raise InputError(
+            f"{name}: position {differing[0]} is masked in one text and not in the other, so a "
+            "patch there would compare different questions: mask the same positions in both"
+        )
+    if torch.equal(clean, corrupted):
+        raise InputError(f"{name}: clean and corrupted are the same text: change some token")
+    masks = (clean == mask_id).nonzero()[:, 0]
+    first = int(masks[0]) if len(masks) else len(clean)
+    if position is not None:
+        first = check_int("position", position, 1, int(masks[-1]) if len(masks) else len(clean))
+    if first < len(clean) and int(clean[first]) != mask_id:
+        raise InputError(
+            f"{name}: position={first} holds a token: the target is predicted at masks; mask it in "
+            "both texts"
+        )
+    new = max(first + len(target) - len(clean), 0)
+    canvas = read_canvas(bridge, clean[None], new, block_size, mode != "exact")
+    if canvas.reach is not None:
+        raise InputError(
+            f"{name}: {canvas.tokens.shape[1]} positions are more than the context of "
+            f"{canvas.context}: give a shorter text"
+        )
+    at = first + torch.arange(len(target))
+    if not bool(canvas.masks()[0, at].all()):
+        raise InputError(
+            f"{name}: the target's {len(target)} tokens are written from position {first} on, and "
+            "not all are masked there: put as many masks, or give position="
+        )
+    blocks = (at // canvas.block_size).unique().tolist()
+    if len(blocks) > 1 and mode != "exact":
+        raise InputError(
+            f"{name}: the target's {len(target)} tokens lie in blocks {blocks} (block size "
+            f"{canvas.block_size}): give a shorter target, as its first token, or another "
+            'block_size; or mode="exact"'
+        )
+    end = canvas.window(blocks[-1])[1] if mode != "exact" else canvas.tokens.shape[1]
+    cut = replace(canvas, tokens=canvas.tokens[:, :end], lengths=torch.tensor([end]))
+    other = cut.tokens.clone()
+    given = min(len(corrupted), end)
+    other[0, :given] = corrupted[:given].to(other.device)
+    return Pair(cut, other, target.to(other.device), at.to(other.device))
+
+
+def _read_targets(bridge: Bridge, target: Any, texts: int) -> list[Int[Tensor, " token"]]:
+    """Return the ids of each text's target, from a string or id, or a list with one for each text.
+
+    Raises:
+        InputError: for anything else, and for the mask.
+    """
+    each = target if isinstance(target, list | tuple) else [target] * texts
+    if len(each) != texts:
+        raise InputError(f"target has {len(each)} entries, clean {texts} texts: give one for each")
+    return [_read_target(bridge, entry) for entry in each]
+
+
+def _read_target(bridge: Bridge, target: Any) -> Int[Tensor, " token"]:
+    """Return the ids of one target.
+
+    Raises:
+        InputError: for anything but a string or an id, and for the mask.
+    """
+    if isinstance(target, str):
+        ids = bridge.to_tokens(target, prepend_bos=False, truncate=False)
+    elif is_int(target) or isinstance(target, Tensor) and target.ndim == 0:
+        ids = torch.tensor([[int(target)]])
+    else:
+        raise InputError(f"target is {type(target).__name__}: give a string, or the id of a token")
+    ids = check_ids(ids, bridge.original_model.config.vocab_size, "target")[0].cpu()
+    if not len(ids) or bool((ids == bridge.cfg.mask_token_id).any()):
+        raise InputError(f"target={target!r} is empty or holds the mask: give a token")
+    return ids
+
+
+def read_groups(
+    groups: Any, pairs: Sequence[Pair]
+) -> tuple[list[str] | None, list[list[list[int]]]]:
+    """Return names of position groups (None: each position), and each pair's positions by group.
+
+    Raises:
+        InputError: for groups that do not fit, and for texts of several lengths without groups.
+    """
+    if groups is None:
+        shapes = {(pair.length, *pair.at.tolist()) for pair in pairs}
+        if len(shapes) > 1:
+            raise InputError(
+                "the texts have several lengths, or targets at several positions, so their "
+                "positions do not line up: give groups=[{name: positions}, ...], one for each text"
+            )
+        return None, [[[i] for i in range(pairs[0].length)]] * len(pairs)
+    each = list(groups) if isinstance(groups, list | tuple) else [groups] * len(pairs)
+    if len(each) != len(pairs) or not all(isinstance(one, Mapping) and one for one in each):
+        raise InputError("groups: give {name: positions}, or a list with one for each text")
+    names = list(each[0])
+    result = []
+    for number, (one, pair) in enumerate(zip(each, pairs, strict=True)):
+        if list(one) != names:
+            raise InputError(f"groups of text {number} are {list(one)}, of text 0 {names}")
+        rows = [[x] if is_int(x) else list(x) for x in one.values()]
+        for name, row in zip(names, rows, strict=True):
+            if not row or not all(is_int(i) and 0 <= i < pair.length for i in row):
+                raise InputError(
+                    f"groups[{name!r}]={row} of text {number}: give positions 0..{pair.length - 1}"
+                )
+        result.append(rows)
+    return [str(name) for name in names], result
+
+
+def check_site(site: Any) -> None:
+    """Check the name of what is patched.
+
+    Raises:
+        InputError: for anything but the three sites.
+    """
+    check_choice("site", site, ("residual", "attn_out", "mlp_out"))

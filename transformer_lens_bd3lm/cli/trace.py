@@ -1,0 +1,134 @@
+"""``bd3lm trace`` and ``bd3lm circuit``: where a prediction comes from, and by which components."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import transformer_lens_bd3lm as bd3lm
+from transformer_lens_bd3lm.cli.app import app, boot, check_files, check_texts, read_file, show
+from transformer_lens_bd3lm.cli.options import (
+    MOST,
+    BlockSize,
+    Device,
+    Json,
+    ModelArgument,
+    Plot,
+    Rows,
+    Seed,
+    typed_block_size,
+)
+
+
+@app.command()
+def trace(
+    model: ModelArgument,
+    clean: Annotated[str, typer.Argument(help="The text itself, with or without [MASK].")],
+    corrupted: Annotated[str, typer.Argument(help="As many tokens, some of them others.")],
+    target: Annotated[str, typer.Option(help="Token at the first mask, or behind the text.")],
+    block_size: BlockSize = None,
+    mode: Annotated[str, typer.Option(help="pinned, or exact: over all orders.")] = "pinned",
+    site: Annotated[str, typer.Option(help="residual, attn_out or mlp_out.")] = "residual",
+    steps: Annotated[
+        int, typer.Option(help="Largest number of steps that are shown.", min=1, max=MOST)
+    ] = 4,
+    seeds: Annotated[int, typer.Option(help="Number of reveal orders.", min=1, max=MOST)] = 1,
+    seed: Seed = 0,
+    rows: Rows = 2048,
+    plot: Plot = None,
+    json: Json = None,
+    device: Device = None,
+) -> None:
+    r"""Trace where a prediction comes from: clean activations by layer, step and position.
+
+    \n in the texts and the target is a new line.
+    """
+    check_texts([clean, corrupted, target])
+    check_files(plot, json)
+    clean, corrupted, target = (x.replace("\\n", "\n") for x in (clean, corrupted, target))
+    result = bd3lm.effect_grid(
+        boot(model, device), clean, corrupted, target, block_size=typed_block_size(block_size),
+        mode=mode, site=site, steps=steps, seeds=seeds, seed=seed, rows=rows,
+    )  # fmt: skip
+    show(result, json, result.to_dict(), plot)
+
+
+@app.command()
+def circuit(
+    model: ModelArgument,
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help="A .jsonl file: clean, corrupted, target (and against) a line; or a text.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    block_sizes: Annotated[
+        str, typer.Option(help='Two block sizes in tokens, or "full", with a comma.')
+    ] = "4,full",
+    top: Annotated[int, typer.Option(help="Strongest edges compared.", min=1, max=MOST)] = 50,
+    texts: Annotated[int, typer.Option(help="Of a text: number of windows.", min=2, max=MOST)] = 24,
+    length: Annotated[int, typer.Option(help="Of a text: tokens a window.", min=8, max=MOST)] = 32,
+    last_block: Annotated[
+        bool, typer.Option(help="Of a text: mask the last 4 tokens, not a quarter everywhere.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Points of the gradients.", min=1, max=MOST)] = 5,
+    seed: Seed = 0,
+    plot: Plot = None,
+    json: Json = None,
+    device: Device = None,
+) -> None:
+    """Compare which edges cause predictions at two block sizes, against split halves (EAP-IG).
+
+    Of a text, each window is compared with the next one under the same masks: what the other
+    words do for the true words at the masks.
+    """
+    check_files(plot, json)
+    sizes = [typed_block_size(each) for each in block_sizes.split(",")]
+    text = read_file(pairs)
+    bridge = boot(model, device)
+    given = (
+        _read_pairs(text, pairs)
+        if pairs.suffix == ".jsonl"
+        else _windows(bridge, text, texts, length, last_block, seed)
+    )
+    result = bd3lm.compare_circuits(
+        bridge, **given, block_sizes=sizes, top=top, steps=steps, seed=seed
+    )
+    show(result, json, result.to_dict(), plot)
+
+
+def _read_pairs(text: str, path: Path) -> dict[str, Any]:
+    """Return the texts and targets of a file with an object a line."""
+    try:
+        rows = [json_module.loads(line) for line in text.splitlines() if line.strip()]
+        names = ("clean", "corrupted", "target") + (("against",) if "against" in rows[0] else ())
+        return {name: [row[name] for row in rows] for name in names}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise typer.BadParameter(
+            f'{path}: give an object a line, {{"clean": ..., "corrupted": ..., "target": ...}}'
+        ) from error
+
+
+def _windows(
+    bridge: Any, text: str, texts: int, length: int, last_block: bool, seed: int
+) -> dict[str, Any]:
+    """Return windows of a text, spread over it, and masks of the last 4 tokens or a quarter."""
+    ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0]
+    count = len(ids) // (length - 1)
+    if count < texts:
+        raise typer.BadParameter(f"the text has {count} windows of {length} tokens, of {texts}")
+    rows = ids[: count * (length - 1)].view(count, -1)
+    rows = torch.cat([bridge.to_tokens("")[:, :1].expand(count, -1), rows], dim=1)
+    first = torch.arange(texts) * count // texts
+    clean, corrupted = rows[first], rows[(first + 1) % count]
+    if last_block:
+        target = list(clean[:, -4:].clone())
+        clean[:, -4:] = corrupted[:, -4:] = bridge.cfg.mask_token_id
+        return {"clean": clean, "corrupted": corrupted, "target": target}
+    masks = bd3lm.Noise(seed).times(texts, 0, length) < 0.25
+    masks[:, 0], masks[:, 1] = False, True
+    return {"clean": clean, "corrupted": corrupted, "masks": masks}

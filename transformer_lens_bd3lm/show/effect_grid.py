@@ -1,0 +1,119 @@
+"""Temporal effect grid as a table of the best cells, and as maps of layer by position for steps."""
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.show.effects import BOTH_WAYS
+from transformer_lens_bd3lm.show.style import INK, QUIET, SHORT, heat_map, plain, token_label
+from transformer_lens_bd3lm.show.tables import count, new_table
+
+SITES = {
+    "residual": "residual stream",
+    "attn_out": "attention output",
+    "mlp_out": "MLP output",
+}
+
+
+def effect_grid_table(result: EffectGrid, n: int = 12) -> Table:
+    """Lay out a row a cell, the ``n`` with the largest absolute effects."""
+    effects = result.effects
+    columns = (_layer(result), "masks left", "position", "nats [95%]", "restored", "p")
+    table = new_table(_title(result), columns, ("position",), _caption(result))
+    sizes = effects.mean.abs().nan_to_num(-1).flatten()
+    for flat in sizes.argsort(descending=True, stable=True)[:n]:
+        layer, step, position = (int(i) for i in torch.unravel_index(flat, effects.mean.shape))
+        p = float(effects.p[layer, step, position])
+        table.add_row(
+            str(layer),
+            str(result.masks_left[step]),
+            f"{position} {token_label(result.positions[position])}",
+            effects.text(layer, step, position),
+            f"{float(result.restored[layer, step, position]):.0%}",
+            "–" if p != p else f"{p:.4f}",
+        )
+    return table
+
+
+def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
+    """Draw the restored share by layer and position, one map a step; dots: p <= 0.05.
+
+    Args:
+        result: the grid.
+        most: largest number of steps that are drawn, evenly over all.
+
+    Raises:
+        InputError: for fewer than one step.
+    """
+    if most < 1:
+        raise InputError(f"most={most}: give 1 or more")
+    steps = range(len(result.masks_left))
+    if len(steps) > most:
+        places = torch.linspace(0, len(steps) - 1, most) if most > 1 else torch.zeros(1)
+        steps = places.round().long().tolist()
+    layers, _, width = result.effects.mean.shape
+    high = 0.16 * layers + 0.25
+    size = (min(max(0.24 * width, 4.4), 11) + 1.2, high * len(steps) + 1.9)
+    figure = Figure(figsize=size, layout="constrained")
+    title = figure.suptitle(_title(result), x=0.01, ha="left", color=INK, fontsize=10)
+    title.set_parse_math(False)
+    caption = figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
+    caption.set_wrap(True)
+    grid = figure.add_gridspec(len(steps) + 1, 1, height_ratios=(0.1, *[high] * len(steps)))
+    scale = figure.add_subplot(grid[0])
+    for row, step in enumerate(steps):
+        axes = figure.add_subplot(grid[row + 1])
+        name = "share of the clean prediction that is restored; colors end at ±1"
+        values = result.restored[:, step].nan_to_num(0.0)
+        heat_map(axes, scale if not row else axes.inset_axes((0, 2, 1, 0.1)), values, 0,
+                 (-1.0, 1.0), BOTH_WAYS, name)  # fmt: skip
+        if row:
+            axes.child_axes[0].set_visible(False)
+        sure = (result.effects.significant[:, step]).nonzero().T
+        axes.plot(*sure.flip(0).tolist(), ".", color=INK, markersize=3)
+        axes.set_ylabel(_layer(result), color=INK, fontsize=9)
+        masks = "all\norders" if result.mode == "exact" else _masks(result.masks_left[step])
+        axes.text(1.01, 0.5, masks, transform=axes.transAxes, fontsize=8, va="center")
+        axes.set_yticks(range(0, layers, 1 if layers < 9 else 2))
+        last = row == len(steps) - 1
+        if width <= SHORT:
+            axes.set_xticks(range(width))
+            names = [token_label(word) for word in result.positions] if last else []
+            axes.set_xticklabels(names or [""] * width, rotation=90, parse_math=False)
+        elif not last:
+            axes.set_xticklabels([])
+        plain(axes)
+    return figure
+
+
+def _masks(left: int) -> str:
+    """Return a number of masks as two short lines."""
+    return f"{count(left, 'mask')}\nleft"
+
+
+def _layer(result: EffectGrid) -> str:
+    """Return the name of the first axis."""
+    return "depth" if result.site == "residual" else "layer"
+
+
+def _title(result: EffectGrid) -> str:
+    """Say what was patched and read."""
+    target = " ".join(result.target.split())
+    what = "its target" if target == "the target" else repr(target)
+    return (
+        f"Clean {SITES[result.site]} restored: effect on log p of {what}, {result.model}, "
+        f"block size {result.block_size}"
+    )
+
+
+def _caption(result: EffectGrid) -> str:
+    """Say how large the gap is, and what the dots are."""
+    gaps = result.gap[result.gap.isfinite()]
+    texts = len(result.by_text)
+    sure = "; dots: p ≤ 0.05, max-T over all cells" if texts > 1 else ""
+    return (
+        f"{count(texts, 'pair')} of texts; clean minus corrupted log p: {float(gaps.min()):.2f} to "
+        f"{float(gaps.max()):.2f} nats over steps{sure}"
+    )
