@@ -10,9 +10,11 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointCompar
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
+from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
+from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
@@ -34,9 +36,11 @@ __all__ = [
     "Contract",
     "DependencyDepths",
     "DepthRedundancy",
+    "Direction",
     "Effects",
     "Exact",
     "ExactEffect",
+    "Experiment",
     "HeadScores",
     "Likelihood",
     "Mediation",
@@ -51,6 +55,7 @@ __all__ = [
     "Runs",
     "Sinks",
     "Speed",
+    "Steering",
     "Sweep",
     "Verification",
 ]
