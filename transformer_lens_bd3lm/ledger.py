@@ -1,9 +1,9 @@
 """Keep the finished jobs of a long computation on disk, so that a stopped run can be resumed.
 
-A folder holds ``settings.json``, which identifies the run (its settings, a hash of the weights), and
-one ``jobs-RANK.jsonl`` a process: a line a finished job, on disk before the next one begins. A line
-that a kill left half-written is dropped, and its job is done again. A job is a dataclass of plain
-values with a ``number`` and a ``mark``, a fingerprint of its inputs, so that other inputs are
+A folder holds ``settings.json``, which identifies the run (its settings, a hash of the weights),
+and one ``jobs-RANK.jsonl`` a process: a line a finished job, on disk before the next one begins. A
+line that a kill left half-written is dropped, and its job is done again. A job is a dataclass of
+plain values with a ``number`` and a ``mark``, a fingerprint of its inputs, so that other inputs are
 noticed.
 
 Numbers are written so that they read back to the bit.

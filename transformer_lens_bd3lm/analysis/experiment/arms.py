@@ -34,6 +34,12 @@ class Arm:
     settings: dict[str, Any]
     own: tuple[str, ...]
 
+    def identity(self) -> list[str]:
+        """Return hooks and own settings as texts by which two arms are compared."""
+        return [*map(described, self.hooks.hooks)] + [
+            f"{name}={described(self.settings[name])}" for name in self.own
+        ]
+
     def describe(self) -> str:
         """Return the edits and the arm's own settings in words."""
         parts = [f"{_function(each.fn)} at {each.name}{_steps(each)}" for each in self.hooks.hooks]

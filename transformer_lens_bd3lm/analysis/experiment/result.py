@@ -20,7 +20,7 @@ def noise_row(text: int, seed: int) -> int:
 
 @dataclass(frozen=True, repr=False)
 class Experiment(Result):
-    """Texts written under several arms on shared noise; differences are paired, the texts are units.
+    """Texts written under several arms on shared noise, compared in pairs, text by text.
 
     Attributes:
         arms: names of the arms.

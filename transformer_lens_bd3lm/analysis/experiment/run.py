@@ -86,8 +86,8 @@ def experiment(
         bridge: a BD3LM bridge, or a checkpoint's name.
         prompts: strings, rows of ids, or both; or ids ``[prompt, pos]``. They are the texts over
             which intervals are computed.
-        arms: by name: None for no edit; step hooks, as ``denoise(hooks=...)`` takes them; or a dict
-            of settings of :func:`denoise` for this arm (``block_size``, ``sampler``, ``hooks``, ...).
+        arms: by name: None for no edit; hooks, as ``denoise(hooks=...)`` takes them; or a dict of
+            settings of :func:`denoise` for this arm (``block_size``, ``sampler``, ``hooks``, ...).
         metric: what is measured: ``"nats"`` (-log p of the written tokens under the model without
             hooks, along the run, nats a token), ``"log_p"`` (under the arm's own network),
             ``"distinct_2"``, ``"length"``; :class:`WordFrequency`; a function that is given each
@@ -145,7 +145,7 @@ def experiment(
             "seeds": seeds, "seed": seed, "version": version, "max_bytes": max_bytes,
             **{name: described(value) for name, value in settings.items()},
             "metric": {name: described(each.fn) for name, each in metrics.items()},
-            "arms": {name: described(arm) for name, arm in read.items()},
+            "arms": {name: arm.identity() for name, arm in read.items()},
         }
     }  # fmt: skip
     state = processes()

@@ -12,10 +12,10 @@ predicted (Mechanism Shift, arXiv 2601.14758; steering, arXiv 2605.10971).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -34,7 +34,6 @@ from transformer_lens_bd3lm.result import Contract, Result, plain_values
 
 ROWS = 2048  # positions in a pass
 STREAMS = ("resid_pre", "resid_mid", "resid_post")
-At = Literal["masked", "clean"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,7 +214,7 @@ def direction(
     negative: Any,
     layer: int,
     *,
-    at: At = "masked",
+    at: str = "masked",
     name: str = "resid_post",
     block_size: int | str | None = None,
     draws: int = 4,
@@ -271,8 +270,8 @@ def direction(
     return replace(given, at=at, positive=along[0], negative=along[1], contract=contract)
 
 
-def _read_texts(bridge: Bridge, texts: Any, argument: str) -> list[Int[Tensor, " pos"]]:
-    """Return the ids of each text.
+def _read_texts(bridge: Bridge, texts: Any, argument: str) -> list[Tensor]:
+    """Return the ids of each text ``[pos]``.
 
     Raises:
         InputError: for texts with masks, of one token, or longer than the context.
@@ -291,9 +290,9 @@ def _read_texts(bridge: Bridge, texts: Any, argument: str) -> list[Int[Tensor, "
 
 def _means(
     bridge: Bridge,
-    rows: list[Int[Tensor, " pos"]],
+    rows: list[Tensor],
     point: str,
-    at: At,
+    at: str,
     block_size: Any,
     draws: int,
     seed: int,

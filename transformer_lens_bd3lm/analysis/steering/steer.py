@@ -55,7 +55,7 @@ class Steering(Result):
 
     @property
     def damage(self) -> Effects:
-        """Change of -log p of the written text under the unsteered model ``[strength]``, nats a token."""
+        """Change of -log p of the text under the unsteered model ``[strength]``, nats a token."""
         return self.curve("nats")
 
     @property
