@@ -163,7 +163,7 @@ def test_the_family_wise_error_of_real_runs_is_five_percent(pool):
         effects = mean_effects(null[texts], resamples=400, seed=number)
         false += bool(effects.significant.any())
         uncorrected += bool(((effects.low > 0) | (effects.high < 0)).any())
-    # Binomial(200, 0.05) is within 3..18 with probability 0.99. Words are coarse, so it may be less.
+    # Binomial(200, 0.05) is within 3..18 with probability 0.99. Coarse values may have less.
     assert 2 <= false <= 18, false
     assert uncorrected > 60
 

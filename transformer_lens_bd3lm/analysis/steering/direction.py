@@ -340,7 +340,7 @@ def _residual(
 
 
 def _left_out(
-    own: Float[Tensor, "text d_model"], other: Float[Tensor, "text d_model"]
+    own: Float[Tensor, "text d_model"], other: Float[Tensor, "other d_model"]
 ) -> Float[Tensor, " text"]:
     """Measure each text of a side along the direction from the other side, without that text."""
     if len(own) < 2:
