@@ -33,6 +33,7 @@ def texts_with(word, rows=400, seed=1):
     return ids[counts >= 3][:40], ids[counts == 0][:40]
 
 
+@torch.no_grad()
 def slow_direction(bridge, sides, layer, at, block_size, draws, seed):
     """One pass a text and draw, and one position at a time."""
     means = []
