@@ -18,6 +18,7 @@ from transformer_lens_bd3lm.analysis.compare_models import compare_models
 from transformer_lens_bd3lm.analysis.depth_redundancy import depth_redundancy
 from transformer_lens_bd3lm.analysis.effect_grid import effect_grid
 from transformer_lens_bd3lm.analysis.effects import mean_effects
+from transformer_lens_bd3lm.analysis.experiment import WordFrequency, experiment
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
     RepeatedTokens,
@@ -27,6 +28,7 @@ from transformer_lens_bd3lm.analysis.heads import (
 from transformer_lens_bd3lm.analysis.lens import logit_lens
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
+from transformer_lens_bd3lm.analysis.steering import Direction, direction, steer
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
 from transformer_lens_bd3lm.analysis.verify import verify
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
@@ -108,10 +110,13 @@ __all__ = [
     "detect_heads",
     "diffusion_loss",
     "effect_grid",
+    "Direction",
+    "direction",
     "EndOfText",
     "exact",
     "exact_backward",
     "exact_effect",
+    "experiment",
     "FirstHitting",
     "ForcedReveals",
     "fork",
@@ -148,11 +153,13 @@ __all__ = [
     "sigma_of",
     "sinks",
     "Step",
+    "steer",
     "StepHooks",
     "sweep_block_sizes",
     "TINY",
     "TokenizerError",
     "verify",
+    "WordFrequency",
 ]
 
 

@@ -12,9 +12,11 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
+from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
+from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
@@ -39,9 +41,11 @@ __all__ = [
     "DepthRedundancy",
     "EdgeAttribution",
     "EffectGrid",
+    "Direction",
     "Effects",
     "Exact",
     "ExactEffect",
+    "Experiment",
     "HeadScores",
     "Likelihood",
     "Mediation",
@@ -56,6 +60,7 @@ __all__ = [
     "Runs",
     "Sinks",
     "Speed",
+    "Steering",
     "Sweep",
     "Verification",
 ]

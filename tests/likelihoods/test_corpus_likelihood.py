@@ -16,11 +16,12 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.errors import InputError, NotExactError
+from transformer_lens_bd3lm.ledger import Ledger, read_jobs
 from transformer_lens_bd3lm.likelihoods.corpus_jobs import JOB
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import likelihood
 from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
-from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, read_jobs
+from transformer_lens_bd3lm.likelihoods.resume import Job
 from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals
 
 EXACT = 1e-10
@@ -348,7 +349,7 @@ def test_a_full_disk_leaves_whole_lines(bridge, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ledger.keep(jobs[2])
-    assert read_jobs(tmp_path / "jobs-0.jsonl") == [jobs[0], jobs[2]]
+    assert read_jobs(tmp_path / "jobs-0.jsonl", Job) == [jobs[0], jobs[2]]
 
 
 def test_an_exact_run_goes_on_with_fewer_rows(bridge, tmp_path):

@@ -172,7 +172,7 @@ def _bootstrap_t(
         shift = times @ about / m
         spread = (times @ about.square() / m - shift.square()).clamp(min=0) * m / (m - 1)
         t = shift / (spread / m).sqrt()
-        t = torch.where((m > 1) & (spread > 1e-24 * about.square().mean(0)), t, torch.nan)
+        t = torch.where((m > 1) & (spread > 1e-12 * about.square().mean(0)), t, torch.nan)
         lower, upper = t.nanquantile(tails, dim=0).nan_to_num()
         low[part], high[part] = mean - upper * error, mean - lower * error
     return low, high

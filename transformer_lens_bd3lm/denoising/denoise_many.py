@@ -97,8 +97,8 @@ def denoise_many(
     bridge = read_bridge(bridge)
     check_number("max_bytes", max_bytes, 1, math.inf, "give a number of bytes >= 1")
     sampler, noise = from_keywords(sampler, noise, temperature, nucleus_p, seed)
-    canvases = _read_canvases(bridge, prompts, max_new_tokens, block_size, pad_block)
-    laid = _read_hooks(bridge, hooks)
+    canvases = read_canvases(bridge, prompts, max_new_tokens, block_size, pad_block)
+    laid = read_hooks(bridge, hooks)
     sampler, noise = read_sampler_and_noise(canvases[0], sampler, noise)
     noise.row(len(canvases) - 1)
     # Batch rows fill the passes already, and states run ahead would take uncounted memory.
@@ -126,7 +126,7 @@ def denoise_many(
     return Runs(canvases, runs, [batch.numbers for batch in batches], expected)
 
 
-def _read_canvases(
+def read_canvases(
     bridge: Bridge, prompts: Any, max_new_tokens: int, block_size: Any, pad_block: bool
 ) -> list[Canvas]:
     """Return the canvas of each prompt alone.
@@ -158,7 +158,7 @@ def _read_canvases(
     return canvases
 
 
-def _read_hooks(bridge: Bridge, hooks: Any) -> StepHooks:
+def read_hooks(bridge: Bridge, hooks: Any) -> StepHooks:
     """Return the step hooks, with their names checked against the bridge.
 
     Raises:

@@ -68,6 +68,21 @@ def autocast_on(bridge: Bridge) -> str | None:
     return str(torch.get_autocast_dtype(kind)) if autocasts(kind) else None
 
 
+def identity_of(bridge: Bridge) -> dict[str, Any]:
+    """Return what identifies a model in a folder of finished jobs, as plain values."""
+    config = bridge.original_model.config
+    return {
+        "format": 1,
+        "mask_token_id": bridge.cfg.mask_token_id,
+        "cross_attn": config.cross_attn,
+        "causal": config.causal,
+        "model": str(bridge.cfg.model_name),
+        "dtype": str(bridge.embed.weight.dtype),
+        "autocast": autocast_on(bridge),
+        "weights_sha256": weights_hash(bridge),
+    }
+
+
 def hooks_on(bridge: Bridge) -> tuple[tuple[str, Any], ...]:
     """Return names and functions of the forward hooks set on a bridge itself, not by a run."""
     hooks = []

@@ -30,6 +30,7 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.made_with import hooks_on
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.ledger import Ledger
 from transformer_lens_bd3lm.likelihoods.corpus import CorpusText, Window, read_texts
 from transformer_lens_bd3lm.likelihoods.corpus_jobs import CorpusReader, batches
 from transformer_lens_bd3lm.likelihoods.exact import exact
@@ -39,7 +40,7 @@ from transformer_lens_bd3lm.likelihoods.likelihood_settings import (
 )
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
-from transformer_lens_bd3lm.likelihoods.resume import Job, Ledger, fingerprint
+from transformer_lens_bd3lm.likelihoods.resume import Job, fingerprint, identity
 from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import trained_block_sizes
 from transformer_lens_bd3lm.progress import progress_bar
@@ -198,7 +199,8 @@ def likelihood(
             "the other"
         )
     state = processes()
-    ledger = Ledger.open(out, bridge, settings, state)
+    made_of = {} if out is None else identity(bridge, settings)
+    ledger = Ledger.open(out, "likelihood run", made_of, Job, state)
     reader, jobs, digest = CorpusReader(bridge, stride), {}, hashlib.sha256()
 
     def texts() -> Iterator[CorpusText]:
@@ -213,7 +215,7 @@ def likelihood(
         for number, windows in enumerate(reader.jobs(texts())):
             mark = fingerprint(windows)
             digest.update(mark.encode())
-            if (done := ledger.done(number, mark)) is not None:
+            if (done := ledger.done(number, mark, "corpus")) is not None:
                 jobs[number] = done
             elif number % state.num_processes == state.process_index:
                 jobs[number] = _measure(bridge, windows, number, mark, settings, pass_hooks)

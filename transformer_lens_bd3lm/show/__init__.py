@@ -17,9 +17,11 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
+from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
+from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
@@ -42,9 +44,11 @@ TABLES = {
     DepthRedundancy: "depth_redundancy:depth_table",
     EdgeAttribution: "circuits:edges_table",
     EffectGrid: "effect_grid:effect_grid_table",
+    Direction: "steering:direction_table",
     Effects: "effects:effects_table",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
+    Experiment: "experiment:experiment_table",
     HeadScores: "heads:head_table",
     Likelihood: "likelihood:likelihood_table",
     Mediation: "run_tables:mediation_table",
@@ -57,6 +61,7 @@ TABLES = {
     Runs: "run_tables:runs_table",
     Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
+    Steering: "steering:steering_table",
     Sweep: "sweep:sweep_table",
     Verification: "verification:verification_tables",
 }
@@ -69,11 +74,14 @@ FIGURES = {
     DepthRedundancy: "depth_redundancy:depth_figure",
     EdgeAttribution: "circuits:edges_figure",
     EffectGrid: "effect_grid:effect_grid_figure",
+    Direction: "steering:direction_figure",
     Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
+    Experiment: "experiment:experiment_figure",
     HeadScores: "heads:head_figure",
     ModelComparison: "compare_models:models_figure",
     Sinks: "sinks:sinks_figure",
+    Steering: "steering:steering_figure",
     Sweep: "sweep:sweep_figure",
 }
 
