@@ -11,6 +11,9 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.influence import Influence
+from transformer_lens_bd3lm.analysis.order_cost import OrderCost
+from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
@@ -38,11 +41,14 @@ __all__ = [
     "Exact",
     "ExactEffect",
     "HeadScores",
+    "Influence",
     "Likelihood",
     "Mediation",
     "ModelComparison",
     "Nats",
     "Nelbo",
+    "OrderCost",
+    "ParallelCost",
     "Price",
     "Replay",
     "Result",

@@ -23,6 +23,7 @@ from transformer_lens_bd3lm.cli import (
     diff,
     generate,
     measure,
+    parallel,
     verify,
 )
 from transformer_lens_bd3lm.cli.app import app as app
@@ -30,7 +31,8 @@ from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.show.terminal import errors
 
 COMMANDS = (
-    demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench
+    demo, generate, measure, compare, diff, dependency, parallel, checkpoints, convert, verify,
+    bench,
 )  # fmt: skip
 
 # Errors that are no fault of this package: files, numbers and memory that a machine does not have.
