@@ -155,7 +155,7 @@ def influence(
     check_int("seed", seed, 0, 2**63 - 1)
     if method is not None:
         check_choice("method", method, ("exact", "top", "estimate"))
-    kind = method or ("exact" if bridge.original_model.config.vocab_size <= words else "top")
+    kind: Any = method or ("exact" if bridge.original_model.config.vocab_size <= words else "top")
     ids, texts = _read(bridge, x_t, clean, block_size, rows)
     attended = _read_heads(bridge, heads)
     generator = torch.Generator().manual_seed(seed)
