@@ -25,7 +25,10 @@ from transformer_lens_bd3lm.analysis.heads import (
     detect_heads,
     repeated_tokens,
 )
+from transformer_lens_bd3lm.analysis.influence import influence
 from transformer_lens_bd3lm.analysis.lens import logit_lens
+from transformer_lens_bd3lm.analysis.order_cost import order_cost
+from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.steering import Direction, direction, steer
@@ -124,6 +127,7 @@ __all__ = [
     "grammar",
     "HookNameError",
     "HookReturnError",
+    "influence",
     "InputError",
     "likelihood",
     "log_probs",
@@ -139,7 +143,9 @@ __all__ = [
     "noisy_stream",
     "NotExactError",
     "OffDistributionWarning",
+    "order_cost",
     "packed",
+    "parallel_cost",
     "Record",
     "register",
     "repeated_tokens",

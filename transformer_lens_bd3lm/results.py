@@ -14,6 +14,9 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.influence import Influence
+from transformer_lens_bd3lm.analysis.order_cost import OrderCost
+from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -47,11 +50,14 @@ __all__ = [
     "ExactEffect",
     "Experiment",
     "HeadScores",
+    "Influence",
     "Likelihood",
     "Mediation",
     "ModelComparison",
     "Nats",
     "Nelbo",
+    "OrderCost",
+    "ParallelCost",
     "Price",
     "Replay",
     "Result",

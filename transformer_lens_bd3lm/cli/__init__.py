@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.cli import (
     generate,
     measure,
     trace,
+    parallel,
     verify,
 )
 from transformer_lens_bd3lm.cli.app import app as app
@@ -33,6 +34,8 @@ from transformer_lens_bd3lm.show.terminal import errors
 COMMANDS = (
     demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench,
     trace,
+    demo, generate, measure, compare, diff, dependency, parallel, checkpoints, convert, verify,
+    bench,
 )  # fmt: skip
 
 # Errors that are no fault of this package: files, numbers and memory that a machine does not have.

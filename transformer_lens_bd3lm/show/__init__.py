@@ -19,6 +19,9 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.influence import Influence
+from transformer_lens_bd3lm.analysis.order_cost import OrderCost
+from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -50,11 +53,14 @@ TABLES = {
     ExactEffect: "exact:exact_effect_table",
     Experiment: "experiment:experiment_table",
     HeadScores: "heads:head_table",
+    Influence: "influence:influence_table",
     Likelihood: "likelihood:likelihood_table",
     Mediation: "run_tables:mediation_table",
     ModelComparison: "compare_models:models_table",
     Nats: "likelihood:nats_table",
     Nelbo: "likelihood:nelbo_table",
+    OrderCost: "order_cost:order_table",
+    ParallelCost: "parallel_cost:parallel_table",
     Price: "sweep:price_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
@@ -79,9 +85,12 @@ FIGURES = {
     Exact: "exact:exact_figure",
     Experiment: "experiment:experiment_figure",
     HeadScores: "heads:head_figure",
+    Influence: "influence:influence_figure",
     ModelComparison: "compare_models:models_figure",
     Sinks: "sinks:sinks_figure",
     Steering: "steering:steering_figure",
+    OrderCost: "order_cost:order_figure",
+    ParallelCost: "parallel_cost:parallel_figure",
     Sweep: "sweep:sweep_figure",
 }
 
