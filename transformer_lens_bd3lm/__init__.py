@@ -23,6 +23,7 @@ from transformer_lens_bd3lm.analysis.heads import (
     repeated_tokens,
 )
 from transformer_lens_bd3lm.analysis.lens import logit_lens
+from transformer_lens_bd3lm.analysis.over_run import calibration, commitment, probe
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.sweep import sweep_block_sizes
@@ -36,6 +37,7 @@ from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save
 from transformer_lens_bd3lm.bridge.streams import clean_stream, noisy_stream
 from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning
+from transformer_lens_bd3lm.denoising import dataset as _dataset  # noqa: F401  (run.dataset)
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.denoise import denoise, denoise_steps
 from transformer_lens_bd3lm.denoising.denoise_many import denoise_many
@@ -87,9 +89,11 @@ __all__ = [
     "BlockSizeError",
     "boot_lightning",
     "by_dependency_depth",
+    "calibration",
     "CheckpointError",
     "clean_stream",
     "Clip",
+    "commitment",
     "compare_block_sizes",
     "compare_checkpoints",
     "compare_models",
@@ -130,6 +134,7 @@ __all__ = [
     "NotExactError",
     "OffDistributionWarning",
     "packed",
+    "probe",
     "Record",
     "register",
     "repeated_tokens",

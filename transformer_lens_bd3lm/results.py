@@ -11,6 +11,7 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
@@ -30,7 +31,9 @@ from transformer_lens_bd3lm.result import Contract, Result
 __all__ = [
     "AttentionOverSteps",
     "BlockSizeComparison",
+    "Calibration",
     "CheckpointComparison",
+    "Commitment",
     "Contract",
     "DependencyDepths",
     "DepthRedundancy",
@@ -44,10 +47,12 @@ __all__ = [
     "Nats",
     "Nelbo",
     "Price",
+    "ProbeScores",
     "Replay",
     "Result",
     "RevealedStep",
     "Run",
+    "RunLens",
     "Runs",
     "Sinks",
     "Speed",

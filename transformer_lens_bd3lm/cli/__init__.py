@@ -16,6 +16,7 @@ from rich.text import Text
 from transformer_lens_bd3lm.cli import (
     bench,
     checkpoints,
+    commitment,
     compare,
     convert,
     demo,
@@ -30,7 +31,8 @@ from transformer_lens_bd3lm.errors import BD3LMError
 from transformer_lens_bd3lm.show.terminal import errors
 
 COMMANDS = (
-    demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench
+    demo, generate, measure, compare, diff, dependency, commitment, checkpoints, convert, verify,
+    bench,
 )  # fmt: skip
 
 # Errors that are no fault of this package: files, numbers and memory that a machine does not have.

@@ -16,6 +16,7 @@ from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.heads import HeadScores
+from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
@@ -34,7 +35,9 @@ from transformer_lens_bd3lm.result import figure_of, table_of
 TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
+    Calibration: "over_run_scores:calibration_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
+    Commitment: "over_run:commitment_tables",
     DependencyDepths: "by_depth:by_depth_tables",
     DepthRedundancy: "depth_redundancy:depth_table",
     Effects: "effects:effects_table",
@@ -47,8 +50,10 @@ TABLES = {
     Nats: "likelihood:nats_table",
     Nelbo: "likelihood:nelbo_table",
     Price: "sweep:price_table",
+    ProbeScores: "over_run_scores:probe_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    RunLens: "over_run:run_lens_table",
     Runs: "run_tables:runs_table",
     Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
@@ -58,7 +63,9 @@ TABLES = {
 FIGURES = {
     AttentionOverSteps: "attention_over_steps:attention_figure",
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
+    Calibration: "over_run_scores:calibration_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
+    Commitment: "over_run:commitment_figure",
     DependencyDepths: "by_depth:by_depth_figure",
     DepthRedundancy: "depth_redundancy:depth_figure",
     Effects: "effects:effects_figure",
@@ -66,6 +73,8 @@ FIGURES = {
     HeadScores: "heads:head_figure",
     ModelComparison: "compare_models:models_figure",
     Sinks: "sinks:sinks_figure",
+    ProbeScores: "over_run_scores:probe_figure",
+    RunLens: "over_run:run_lens_figure",
     Sweep: "sweep:sweep_figure",
 }
 
