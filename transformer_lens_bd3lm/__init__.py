@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.analysis.influence import influence
 from transformer_lens_bd3lm.analysis.lens import logit_lens
 from transformer_lens_bd3lm.analysis.order_cost import order_cost
 from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
+from transformer_lens_bd3lm.analysis.over_run import calibration, commitment, probe
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.steering import Direction, direction, steer
@@ -43,6 +44,7 @@ from transformer_lens_bd3lm.bridge.registration import register
 from transformer_lens_bd3lm.bridge.save import save
 from transformer_lens_bd3lm.bridge.streams import clean_stream, noisy_stream
 from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning
+from transformer_lens_bd3lm.denoising import dataset as _dataset  # noqa: F401  (run.dataset)
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.denoising.denoise import denoise, denoise_steps
 from transformer_lens_bd3lm.denoising.denoise_many import denoise_many
@@ -95,9 +97,11 @@ __all__ = [
     "BlockSizeError",
     "boot_lightning",
     "by_dependency_depth",
+    "calibration",
     "CheckpointError",
     "clean_stream",
     "Clip",
+    "commitment",
     "compare_block_sizes",
     "compare_checkpoints",
     "compare_circuits",
@@ -146,6 +150,7 @@ __all__ = [
     "order_cost",
     "packed",
     "parallel_cost",
+    "probe",
     "Record",
     "register",
     "repeated_tokens",

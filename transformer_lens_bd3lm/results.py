@@ -17,6 +17,7 @@ from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
+from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -37,8 +38,10 @@ from transformer_lens_bd3lm.result import Contract, Result
 __all__ = [
     "AttentionOverSteps",
     "BlockSizeComparison",
+    "Calibration",
     "CheckpointComparison",
     "CircuitComparison",
+    "Commitment",
     "Contract",
     "DependencyDepths",
     "DepthRedundancy",
@@ -59,10 +62,12 @@ __all__ = [
     "OrderCost",
     "ParallelCost",
     "Price",
+    "ProbeScores",
     "Replay",
     "Result",
     "RevealedStep",
     "Run",
+    "RunLens",
     "Runs",
     "Sinks",
     "Speed",

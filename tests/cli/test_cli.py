@@ -240,3 +240,15 @@ def test_an_error_of_ours_is_one_message_and_exit_status_one(golden, tmp_path):
     )
     assert result.returncode == 1
     assert "E2D2" in result.stderr and "Traceback" not in result.stdout + result.stderr
+
+
+def test_commitment_prints_its_controls(tmp_path):
+    file = tmp_path / "commitment.json"
+    result = run(
+        "commitment", "grammar", "--tokens", "7", "--samples", "12", "--block-size", "8",
+        "--json", str(file),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for told in ("another draw", "unigram", "same entropy", "drawn by noise alone"):
+        assert told in words(result), told
+    assert json.loads(file.read_text())["order"] == "drawn"

@@ -58,13 +58,44 @@ def logit_lens(
     """
     x_t = _read_x_t(require_bridge(bridge), ids)
     row, at = _read_positions(x_t, position, bridge.cfg.mask_token_id)
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    names = ["blocks.0.hook_resid_pre", *names]
+    names = lens_names(bridge)
+    _check_cache(bridge, cache, x_t, names)
+    return torch.stack(
+        [read_out(bridge, cache[name], cache, row, at) for name in names if name not in MODULATION]
+    )
+
+
+def lens_names(bridge: Bridge) -> list[str]:
+    """Return the hook names that a lens reads: residuals by depth, then what is not folded."""
+    names = ["blocks.0.hook_resid_pre"]
+    names += [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
     modulated = bridge.cfg.adaln and "scale" not in bridge.final_adaln.folded
-    _check_cache(bridge, cache, x_t, [*names, *MODULATION] if modulated else names)
+    return [*names, *MODULATION] if modulated else names
+
+
+@torch.no_grad()
+def read_out(
+    bridge: Bridge,
+    residual: Float[Tensor, "batch pos d_model"],
+    cache: Any,
+    row: Int[Tensor, " token"],
+    at: Int[Tensor, " token"],
+    translate: Any = None,
+) -> Float[Tensor, "token d_vocab"]:
+    """Return log-probabilities in nats from a residual stream at (row, position) pairs.
+
+    Args:
+        bridge: the bridge that made the residual.
+        residual: residual stream after some layer.
+        cache: activations by name, with ``final_adaln.*`` where they are not folded.
+        row: row of each token to read.
+        at: its position.
+        translate: function of the residuals ``[token, d_model]`` that is applied first.
+    """
     device = bridge.embed.weight.device
-    h = bridge.ln_final(torch.stack([cache[name][row, at] for name in names]).to(device))
-    if modulated:
+    h = residual[row, at].to(device)
+    h = bridge.ln_final((h if translate is None else translate(h))[None])[0]
+    if bridge.cfg.adaln and "scale" not in bridge.final_adaln.folded:
         scale, shift = (
             vector[row, at if vector.shape[1] > 1 else 0].to(device)
             for vector in (cache[name] for name in MODULATION)

@@ -16,6 +16,7 @@ from rich.text import Text
 from transformer_lens_bd3lm.cli import (
     bench,
     checkpoints,
+    commitment,
     compare,
     convert,
     demo,
@@ -35,6 +36,7 @@ COMMANDS = (
     demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench,
     trace,
     demo, generate, measure, compare, diff, dependency, parallel, checkpoints, convert, verify,
+    demo, generate, measure, compare, diff, dependency, commitment, checkpoints, convert, verify,
     bench,
 )  # fmt: skip
 

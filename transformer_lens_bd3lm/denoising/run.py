@@ -7,8 +7,9 @@ keeps one number a position and one row a step, not a canvas a step.
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import singledispatch
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,9 @@ from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import Result, plain_values
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,59 @@ class Run(Result):
         predicted = Predicted(ids[:, positions] == self.canvas.mask_id, positions, whole)
         return BD3LMActivationCache(activations, self.bridge, predicted=predicted)
 
+    def logit_lens(
+        self, *, translate: Any = None, texts: Any = None, progress: bool | None = None
+    ) -> Any:
+        """Compute what each layer predicts at every step and masked position: the logit lens.
+
+        Residuals are computed again, under the run's own hooks; nothing has to be recorded.
+
+        Args:
+            translate: translators, as of a tuned lens: a function of residuals ``[token, d_model]``
+                for each depth but the last, or None for a depth that is left as it is.
+            texts: number of each row's text ``[row]``, the unit of intervals; by default rows of
+                one prompt are one text, and each row is one where the prompt is BOS alone.
+            progress: show a progress bar; by default on a terminal.
+
+        Returns:
+            A ``bd3lm.results.RunLens``: by depth and prediction the final token's log-probability,
+            the likeliest token, entropy, and KL to the last depth, in nats.
+
+        Raises:
+            InputError: for translators or texts that do not fit.
+            NotExactError: where the bridge is no longer what the run was made with, a hook does
+                not return what it returned in the run, or one edits the read-out.
+        """
+        return run_lens(self, translate=translate, texts=texts, progress=progress)
+
+    def dataset(
+        self, names: Any = (), *, max_bytes: int | float = 4 * 2**30, progress: bool | None = None
+    ) -> "Dataset":
+        """Return activations as rows of a Hugging Face dataset, one a position and step.
+
+        Every position of the active block is a row at each step. Recorded activations are used if
+        the run has them for every step, else they are computed again, under its own hooks.
+
+        Args:
+            names: a hook name, several, or a function of names: hook points with an axis of
+                positions and without keys.
+            max_bytes: most bytes that the activations may take.
+            progress: show a progress bar; by default on a terminal.
+
+        Returns:
+            Columns ``row``, ``position``, ``block``, ``step`` (index in the run), ``t``,
+            ``masks_left``, ``masked``, ``token`` (id before the step), ``final`` (id in the end),
+            ``log_p`` (of the final token, in nats; NaN where not masked), and one for each name, in
+            torch format, which reads floats as float32 (``.with_format("torch",
+            dtype=torch.float64)`` reads wider ones); ``.to_pandas()`` makes a data frame.
+
+        Raises:
+            InputError: for names of other hook points, or more than ``max_bytes``.
+            HookNameError: for a hook name that the bridge does not have.
+            NotExactError: where the bridge is no longer what the run was made with.
+        """
+        return run_dataset(self, names, max_bytes=max_bytes, progress=progress)
+
     def beside_bridge(self) -> "Run":
         """Return the run with its canvas on the device that the bridge is on now."""
         device = self.bridge.embed.weight.device
@@ -302,6 +359,18 @@ class Run(Result):
                 f'border-radius:3px">{word}</span>'
             )
         return f'<div style="white-space:pre-wrap">{"".join(parts)}</div>'
+
+
+@singledispatch
+def run_lens(run: Any, **options: Any) -> Any:
+    """Compute the logit lens over a run; ``analysis.over_run`` registers the function."""
+    raise InputError(f"run is {type(run).__name__}: give a Run, as denoise returns it")
+
+
+@singledispatch
+def run_dataset(run: Any, names: Any, **options: Any) -> Any:
+    """Return a run's activations as a dataset; ``denoising.dataset`` registers the function."""
+    raise InputError(f"run is {type(run).__name__}: give a Run, as denoise returns it")
 
 
 @dataclass(frozen=True)

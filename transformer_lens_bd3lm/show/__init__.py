@@ -22,6 +22,7 @@ from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
+from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -41,8 +42,10 @@ from transformer_lens_bd3lm.result import figure_of, table_of
 TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
     BlockSizeComparison: "compare_block_sizes:block_sizes_table",
+    Calibration: "over_run_scores:calibration_table",
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
     CircuitComparison: "circuits:comparison_tables",
+    Commitment: "over_run:commitment_tables",
     DependencyDepths: "by_depth:by_depth_tables",
     DepthRedundancy: "depth_redundancy:depth_table",
     EdgeAttribution: "circuits:edges_table",
@@ -62,8 +65,10 @@ TABLES = {
     OrderCost: "order_cost:order_table",
     ParallelCost: "parallel_cost:parallel_table",
     Price: "sweep:price_table",
+    ProbeScores: "over_run_scores:probe_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    RunLens: "over_run:run_lens_table",
     Runs: "run_tables:runs_table",
     Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
@@ -74,8 +79,10 @@ TABLES = {
 FIGURES = {
     AttentionOverSteps: "attention_over_steps:attention_figure",
     BlockSizeComparison: "compare_block_sizes:block_sizes_figure",
+    Calibration: "over_run_scores:calibration_figure",
     CheckpointComparison: "compare_checkpoints:checkpoints_figure",
     CircuitComparison: "circuits:comparison_figure",
+    Commitment: "over_run:commitment_figure",
     DependencyDepths: "by_depth:by_depth_figure",
     DepthRedundancy: "depth_redundancy:depth_figure",
     EdgeAttribution: "circuits:edges_figure",
@@ -91,6 +98,8 @@ FIGURES = {
     Steering: "steering:steering_figure",
     OrderCost: "order_cost:order_figure",
     ParallelCost: "parallel_cost:parallel_figure",
+    ProbeScores: "over_run_scores:probe_figure",
+    RunLens: "over_run:run_lens_figure",
     Sweep: "sweep:sweep_figure",
 }
 

@@ -27,7 +27,8 @@ from transformer_lens_bd3lm.analysis.by_depth.nats_and_order import (
     nats_of,
     posterior_order,
 )
-from transformer_lens_bd3lm.analysis.by_depth.probe import Probe, fit_probes, split_of
+from transformer_lens_bd3lm.analysis.by_depth.probe import Probe, fit_probes
+from transformer_lens_bd3lm.analysis.by_depth.ridge import split_of
 from transformer_lens_bd3lm.analysis.by_depth.tokens import read_parsed
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
@@ -169,7 +170,7 @@ def by_dependency_depth(
     with progress_bar("by depth", total, progress) as update:
         tick = partial(update, advance=1)
         if shuffles:
-            split_of(parsed, seed)
+            split_of(len(parsed.tokens), seed)
         values = nats_of(parsed, longest, method, replicates, seed)
         nats = mean_by_depth(parsed, _ticking(values, tick), "nats")
         order = None

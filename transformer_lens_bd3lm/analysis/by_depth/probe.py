@@ -16,16 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.by_depth.ridge import PARTS, Ridge
+from transformer_lens_bd3lm.analysis.by_depth.ridge import PARTS, Ridge, split_of
 from transformer_lens_bd3lm.analysis.by_depth.tokens import ParsedText
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText, residual_names
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import plain_values
-
-_FEWEST = 5  # sentences, so that each part has one
-_SHARES = (0.6, 0.2, 0.2)  # of the sentences: train, validation, test
 
 
 @dataclass(frozen=True)
@@ -59,22 +56,6 @@ class Probe:
                 "shuffled_mean": self.shuffled.mean(0),
             }
         )
-
-
-def split_of(parsed: ParsedText, seed: int) -> Int[Tensor, " sentence"]:
-    """Draw the part that each sentence is in: 0 train, 1 validation, 2 test.
-
-    Raises:
-        InputError: for too few sentences.
-    """
-    number = len(parsed.tokens)
-    if number < _FEWEST:
-        raise InputError(
-            f"{number} sentences: a probe needs {_FEWEST}, or leave it out, shuffles=0"
-        )
-    bounds = torch.tensor(_SHARES).cumsum(0)[:-1] * number
-    rank = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    return torch.bucketize(rank.float() + 0.5, bounds)
 
 
 def shuffled_depths(
@@ -168,7 +149,7 @@ def fit_probes(
     Raises:
         InputError: for too few sentences, or masked tokens at some time.
     """
-    split = split_of(parsed, seed)
+    split = split_of(len(parsed.tokens), seed)
     probing = _Probing(parsed, size, split, shuffled_depths(parsed, split, shuffles, seed), seed)
     r2_at, samples = [], []
     for time in times:

@@ -17,8 +17,35 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.errors import InputError
+
+_FEWEST = 5  # texts, so that each part has one
+_SHARES = (0.6, 0.2, 0.2)  # of the texts: train, validation, test
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
 PARTS = ("train", "validation", "test")
+
+
+def split_of(
+    number: int, seed: int, texts: Int[Tensor, " sample"] | None = None
+) -> Int[Tensor, " sample"]:
+    """Draw the part that each text is in: 0 train, 1 validation, 2 test.
+
+    Args:
+        number: number of texts.
+        seed: random seed of the draw.
+        texts: number of each sample's text; by default each text is a sample.
+
+    Raises:
+        InputError: for too few texts.
+    """
+    if number < _FEWEST:
+        raise InputError(
+            f"{number} texts or sentences: a probe needs {_FEWEST}, for train, validation and test"
+        )
+    bounds = torch.tensor(_SHARES).cumsum(0)[:-1] * number
+    rank = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    part = torch.bucketize(rank.float() + 0.5, bounds)
+    return part if texts is None else part[texts]
 
 
 @dataclass
@@ -34,11 +61,16 @@ class Sums:
 
     def add(self, x: Float[Tensor, "sample d"], y: Float[Tensor, "sample label"]) -> None:
         """Add samples."""
-        parts = (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0))
-        self.n += len(x)
-        for name, part in zip(("x", "y", "xx", "xy", "yy"), parts, strict=True):
-            before = getattr(self, name)
-            setattr(self, name, part if before is None else before + part)
+        sums = (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0))
+        self.join(Sums(len(x), *sums))
+
+    def join(self, other: "Sums") -> None:
+        """Add the sums over other samples."""
+        self.n += other.n
+        for name in ("x", "y", "xx", "xy", "yy"):
+            before, more = getattr(self, name), getattr(other, name)
+            if more is not None:
+                setattr(self, name, more if before is None else before + more)
 
     def about(
         self, x0: Float[Tensor, " d"], y0: Float[Tensor, " label"]

@@ -1,0 +1,123 @@
+"""Calibration and probes as tables and figures."""
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from transformer_lens_bd3lm.analysis.over_run.calibration import Calibration
+from transformer_lens_bd3lm.analysis.over_run.probe import ProbeScores
+from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
+from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.tables import count, new_table
+
+
+def calibration_table(result: Calibration) -> Table:
+    """Lay out ECE, what a calibrated model would have, and the signed gap, by masks left."""
+    columns = ("masks left", "predictions", "ECE", "calibrated", "confidence less correct")
+    caption = (
+        f"{count(int(result.gap.texts.max()), 'text')}; {result.bins} bins. Calibrated: the ECE "
+        "that these predictions would have if they were right as often as they say. Above 0: "
+        "overconfident; 95% intervals over texts."
+    )
+    if result.source == "run":
+        caption += " The run was drawn from these predictions: near-perfect by construction."
+    table = new_table("calibration at masked positions", columns, ("masks left",), caption)
+    for i, name in enumerate(QUARTERS):
+        number = int((result.quarter == i).sum())
+        if number:
+            errors = (float(result.ece_by_quarter[i]), float(result.calibrated[1 + i]))
+            table.add_row(name, str(number), *(f"{x:.4f}" for x in errors), result.gap.text(i))
+    all_errors = (result.ece, float(result.calibrated[0]))
+    table.add_row("all", str(len(result.confidence)), *(f"{x:.4f}" for x in all_errors), "")
+    return table
+
+
+def calibration_figure(result: Calibration) -> Figure:
+    """Draw the reliability diagram, and the signed gap by masks left."""
+    figure = Figure(figsize=(8.2, 3.7), layout="constrained")
+    title = (
+        f"{len(result.confidence):,} predictions at masked positions: ECE {result.ece:.3f}; a "
+        f"calibrated model would have {float(result.calibrated[0]):.3f}"
+    )
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=9)
+    left, right = figure.subplots(1, 2)
+    bins = result.reliability()
+    left.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8, label="calibrated")
+    most = float(bins[:, 0].max())
+    for number, sure, right_share in bins.tolist():
+        if number:
+            size = 3 + 9 * (number / most) ** 0.5
+            left.plot(sure, right_share, "o", color=BLUE, markersize=size, alpha=0.85)
+    left.plot([], [], "o", color=BLUE, label="a bin; size: predictions")
+    left.set(xlabel="confidence of the top prediction", ylabel="share that is right")
+    left.legend(fontsize=7.5, frameon=False)
+    seen = [i for i in range(len(QUARTERS)) if int(result.gap.texts[i])]
+    mean, low, high = (x[seen].numpy() for x in (result.gap.mean, result.gap.low, result.gap.high))
+    right.axhline(0, color=QUIET, linewidth=0.8)
+    right.vlines(range(len(seen)), low, high, color=ORANGE)
+    right.plot(range(len(seen)), mean, "o", color=ORANGE)
+    right.set_xticks(range(len(seen)), [QUARTERS[i] for i in seen])
+    right.set(xlabel="share of the block's masks left", ylabel="confidence less share right")
+    right.margins(x=0.15)
+    for axes in (left, right):
+        plain(axes)
+    return figure
+
+
+def probe_table(result: ProbeScores) -> Table:
+    """Lay out a row a hook point: R^2 by column, and of shuffled labels."""
+    caption = (
+        f"R^2 on held-out texts of {result.texts}, position regressed out; plain: it is not. "
+        f"Shuffled: mean and range of {len(result.shuffled)} shuffles. A label that is the same in "
+        "a whole column has no R^2."
+    )
+    columns = ("hook point", *result.columns, "all, plain", "shuffled")
+    table = new_table(f"linear probe of {result.label}", columns, ("hook point",), caption)
+    for i, name in enumerate(result.names):
+        cells = [_r2(float(x)) for x in result.r2[i]]
+        chance = result.shuffled[:, i, 0]
+        spread = (
+            f"{float(chance.mean()):.3f} ({float(chance.min()):.3f}..{float(chance.max()):.3f})"
+        )
+        table.add_row(_short(name), *cells, _r2(float(result.plain[i, 0])), spread)
+    return table
+
+
+def probe_figure(result: ProbeScores) -> Figure:
+    """Draw R^2 by layer, a line for each column, with the range of shuffled labels."""
+    figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(result.names))
+    shades = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
+    for i, name in enumerate(result.columns):
+        if bool(result.r2[:, i].isfinite().any()):
+            color, width = (BLUE, 2.2) if i == 0 else (shades[(i - 1) % len(shades)], 1.1)
+            style = "o-" if i == 0 else "o--"
+            r2 = result.r2[:, i].numpy()
+            axes.plot(places, r2, style, color=color, linewidth=width, markersize=3.5, label=name)
+    axes.plot(places, result.plain[:, 0].numpy(), ":", color=INK, label="all, without the control")
+    chance = result.shuffled[:, :, 0]
+    bounds = (chance.amin(0).numpy(), chance.amax(0).numpy())
+    axes.fill_between(places, *bounds, color=ORANGE, alpha=0.3, linewidth=0)
+    axes.plot(places, chance.mean(0).numpy(), color=ORANGE, label="shuffled labels")
+    axes.axhline(0, color=QUIET, linewidth=0.8)
+    axes.set_xticks(list(places), [_short(name) for name in result.names], rotation=30, ha="right")
+    axes.set(ylabel="R² on held-out texts", ylim=(max(min(axes.get_ylim()[0], -0.1), -0.5), 1.02))
+    axes.set_title(
+        f"Linear probe of {result.label}, position regressed out", loc="left", color=INK, fontsize=9
+    )
+    axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    plain(axes)
+    return figure
+
+
+def _r2(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"
+
+
+def _short(name: str) -> str:
+    """Return the name of a residual as the depth that it is."""
+    if name == "blocks.0.hook_resid_pre":
+        return "embedding"
+    if name.endswith(".hook_resid_post"):
+        return f"layer {name.split('.')[1]}"
+    return name.removeprefix("blocks.")
