@@ -28,8 +28,8 @@ from transformer_lens_bd3lm.analysis.heads import (
 from transformer_lens_bd3lm.analysis.influence import influence
 from transformer_lens_bd3lm.analysis.lens import logit_lens
 from transformer_lens_bd3lm.analysis.order_cost import order_cost
-from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
 from transformer_lens_bd3lm.analysis.over_run import calibration, commitment, probe
+from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.steering import Direction, direction, steer
@@ -116,9 +116,9 @@ __all__ = [
     "depth_redundancy",
     "detect_heads",
     "diffusion_loss",
-    "effect_grid",
     "Direction",
     "direction",
+    "effect_grid",
     "EndOfText",
     "exact",
     "exact_backward",
@@ -127,8 +127,8 @@ __all__ = [
     "FirstHitting",
     "ForcedReveals",
     "fork",
-    "GRAMMAR",
     "grammar",
+    "GRAMMAR",
     "HookNameError",
     "HookReturnError",
     "influence",
@@ -163,8 +163,8 @@ __all__ = [
     "set_block_size",
     "sigma_of",
     "sinks",
-    "Step",
     "steer",
+    "Step",
     "StepHooks",
     "sweep_block_sizes",
     "TINY",

@@ -24,8 +24,8 @@ from transformer_lens_bd3lm.cli import (
     diff,
     generate,
     measure,
-    trace,
     parallel,
+    trace,
     verify,
 )
 from transformer_lens_bd3lm.cli.app import app as app

@@ -21,8 +21,8 @@ from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
-from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
+from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -48,9 +48,9 @@ TABLES = {
     Commitment: "over_run:commitment_tables",
     DependencyDepths: "by_depth:by_depth_tables",
     DepthRedundancy: "depth_redundancy:depth_table",
+    Direction: "steering:direction_table",
     EdgeAttribution: "circuits:edges_table",
     EffectGrid: "effect_grid:effect_grid_table",
-    Direction: "steering:direction_table",
     Effects: "effects:effects_table",
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
@@ -85,21 +85,21 @@ FIGURES = {
     Commitment: "over_run:commitment_figure",
     DependencyDepths: "by_depth:by_depth_figure",
     DepthRedundancy: "depth_redundancy:depth_figure",
+    Direction: "steering:direction_figure",
     EdgeAttribution: "circuits:edges_figure",
     EffectGrid: "effect_grid:effect_grid_figure",
-    Direction: "steering:direction_figure",
     Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
     Experiment: "experiment:experiment_figure",
     HeadScores: "heads:head_figure",
     Influence: "influence:influence_figure",
     ModelComparison: "compare_models:models_figure",
-    Sinks: "sinks:sinks_figure",
-    Steering: "steering:steering_figure",
     OrderCost: "order_cost:order_figure",
     ParallelCost: "parallel_cost:parallel_figure",
     ProbeScores: "over_run_scores:probe_figure",
     RunLens: "over_run:run_lens_figure",
+    Sinks: "sinks:sinks_figure",
+    Steering: "steering:steering_figure",
     Sweep: "sweep:sweep_figure",
 }
 
