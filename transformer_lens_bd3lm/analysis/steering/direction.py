@@ -92,8 +92,8 @@ class Direction(Result):
     layer: int
     name: str
     at: str
-    positive: Float[Tensor, " text"] = field(repr=False)
-    negative: Float[Tensor, " text"] = field(repr=False)
+    positive: Float[Tensor, " positive"] = field(repr=False)
+    negative: Float[Tensor, " negative"] = field(repr=False)
     contract: Contract
 
     @staticmethod
@@ -228,7 +228,7 @@ def direction(
         negative: finished texts that do not have it.
         layer: number of the layer.
         at: ``"masked"``: the masked positions, where predictions are made; ``"clean"``: those that
-            hold a token. Directions from clean positions steer weakly.
+            hold a token, in passes with at least one mask.
         name: ``"resid_pre"``, ``"resid_mid"`` or ``"resid_post"``.
         block_size: tokens per block; the bridge's by default.
         draws: number of passes over each text, at times (k + 1/2) / draws: a position is masked
@@ -316,6 +316,7 @@ def _means(
                     continue
                 chosen = masked if at == "masked" else ~masked
                 chosen[:, 0] = False
+                chosen &= masked.any(1, keepdim=True)  # a text without masks is no denoising state
                 text = NoisedText(bridge, ids, masked.to(ids.device))
                 residual = _residual(text, point, block_size, t)
                 total += (residual * chosen[..., None]).sum(1)
