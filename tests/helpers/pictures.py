@@ -1,6 +1,7 @@
 """Draw a page's pictures from its own code: ``python -m tests.helpers.pictures causes``.
 
-A picture ``![...](pictures/NAME.png)`` shows ``figure`` as the last snippet above it has left it.
+A picture ``![...](pictures/NAME.png)`` shows the ``figure`` that a snippet since the picture before
+has made; without one, it is a picture of another page.
 """
 
 import re
@@ -21,10 +22,10 @@ def draw(name: str) -> None:
     for part in PART.finditer(page.read_text(encoding="utf-8")):
         if part["code"]:
             exec(compile(part["code"], str(page), "exec"), namespace)
-        else:
+        elif "figure" in namespace:
             path = page.parent / part["picture"]
             path.parent.mkdir(exist_ok=True)
-            namespace["figure"].savefig(path, dpi=110)
+            namespace.pop("figure").savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
