@@ -1,5 +1,6 @@
 """Experiments: each run is the run made alone, intervals cover, and a stopped one goes on."""
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from tests.helpers.passes import boot
 from transformer_lens_bd3lm import InputError, WordFrequency, experiment
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.experiment import run as experiment_module
+from transformer_lens_bd3lm.analysis.experiment.described import described
 
 PROMPTS = [[0, 3, 5], [0], [0, 7, 1, 2, 9], [0, 4], [0, 2]]
 
@@ -168,13 +170,17 @@ def test_the_family_wise_error_of_real_runs_is_five_percent(pool):
     assert uncorrected > 60
 
 
+class Calls:
+    number = 0
+
+
 def test_a_stopped_experiment_goes_on_to_equal_numbers(bridge, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment_module, "JOB", 4)
-    calls = []
+    calls = Calls()
 
     def metric(run):
-        calls.append(0)
-        if len(calls) == 20:
+        calls.number += 1
+        if calls.number == 20:
             raise KeyboardInterrupt
         return run.log_p[0, -3:].nan_to_num()[None]
 
@@ -188,7 +194,7 @@ def test_a_stopped_experiment_goes_on_to_equal_numbers(bridge, tmp_path, monkeyp
     lines = (tmp_path / "out" / "jobs-0.jsonl").read_text().splitlines()
     assert [json.loads(line)["number"] for line in lines] == [0, 1]
     again = measure(tmp_path / "out")
-    assert len(calls) == 20 + 4  # of 20 runs, 16 were kept
+    assert calls.number == 20 + 4  # of 20 runs, 16 were kept
     assert torch.equal(again.values["log_p"], measure(None).values["log_p"])
     others = {
         "seeds": {"seeds": 3},
@@ -203,6 +209,43 @@ def test_a_stopped_experiment_goes_on_to_equal_numbers(bridge, tmp_path, monkeyp
             measure(tmp_path / "out", **options)
     with bridge.hooks(fwd_hooks=EDIT), pytest.raises(InputError, match="hooks on the bridge"):
         measure(tmp_path / "out")
+
+
+def without(head, scale=0.0):
+    def hook(z, hook):
+        z[:, :, head] *= scale + SHIFT
+        return z
+
+    return hook
+
+
+SHIFT = 0.0
+
+
+def test_a_function_is_known_by_its_code_and_by_what_it_reads(monkeypatch):
+    same = described(without(1))
+    assert described(without(1)) == same != described(without(2))
+    assert described(without(1, 0.5)) != same
+    assert described(functools.partial(without, 1)) != described(functools.partial(without, 2))
+    vectors = torch.zeros(2000), torch.zeros(2000).index_fill(0, torch.tensor(1000), 1e-6)
+    assert described(bd3lm.Direction.of(vectors[1], 0)) != described(
+        bd3lm.Direction.of(2 * vectors[1], 0)
+    )
+    assert described([vectors[0]]) != described([vectors[1]])
+    monkeypatch.setitem(globals(), "SHIFT", 1.0)
+    assert described(without(1)) != same
+
+
+def test_it_is_known_again_in_another_process():
+    values = "[without(1), {'b', 'a', 'c'}, lambda x: x in {'k', 'l', 'm'}]"
+    code = (
+        "from tests.analysis.test_experiment import described, without\n"
+        f"print(described({values}), end='')"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", code]
+    other = subprocess.check_output(command, env=environment, cwd=TOP, text=True)
+    assert other == described(eval(values)) and "hook" in other
 
 
 SCRIPT = """

@@ -1,10 +1,10 @@
-"""Read the arms of an experiment, and describe them as text, by which a folder knows them again."""
+"""Read the arms of an experiment: hooks, or other settings of the loop."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformer_lens_bd3lm.analysis.experiment.described import described
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.denoise import from_keywords
 from transformer_lens_bd3lm.denoising.denoise_many import read_canvases, read_hooks
@@ -59,11 +59,6 @@ def _steps(hook: StepHook) -> str:
     given |= {} if hook.scope == "active" else {"scope": hook.scope}
     named = ", ".join(f"{name}={value!r}" for name, value in given.items())
     return f" ({named})" if named else ""
-
-
-def described(value: Any) -> str:
-    """Return a value as text without addresses in memory: a function is known by its name."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def read_arms(

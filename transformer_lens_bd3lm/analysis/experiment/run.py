@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.experiment.arms import Arm, described, read_arms
+from transformer_lens_bd3lm.analysis.experiment.arms import Arm, read_arms
+from transformer_lens_bd3lm.analysis.experiment.described import described
 from transformer_lens_bd3lm.analysis.experiment.metrics import Metric, read_metrics
 from transformer_lens_bd3lm.analysis.experiment.result import Experiment, noise_row
 from transformer_lens_bd3lm.bridge.boot import read_bridge
@@ -34,7 +35,7 @@ from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Contract
 
-JOB = 128  # pairs of a text and a seed
+JOB = 32  # pairs of a text and a seed
 
 Pairs = list[tuple[int, int]]
 
@@ -106,9 +107,10 @@ def experiment(
         seed: seed of all the noise.
         max_bytes: most bytes that a batch may take, as in :func:`denoise_many`.
         out: a folder that keeps finished jobs, so that a stopped experiment can be resumed with the
-            same prompts, arms, settings and weights. Functions are compared by name only, since
-            their code cannot be hashed: name their ``version`` when you change it.
-        version: version of your hooks and metrics, compared when ``out`` is resumed.
+            same prompts, arms, settings and weights. A job is 32 pairs of a text and a seed, and no
+            more than the jobs at work are lost. Functions are compared by their code, and by the
+            numbers, texts, tensors and functions that they read.
+        version: your own name of what this comparison cannot see, such as an object's state.
         progress: show a bar; by default on a terminal.
 
     Raises:
