@@ -241,6 +241,10 @@ def test_two_processes_share_the_jobs(folder, bridge, tmp_path):
 TWO = {"base": None, "edit": EDIT}
 
 
+def by_place(run):
+    return run.log_p[run.commit_step >= 0][None]
+
+
 @pytest.mark.parametrize(
     ("arms", "options", "says"),
     [
@@ -251,6 +255,10 @@ TWO = {"base": None, "edit": EDIT}
         (TWO, {"metric": WordFrequency("w1 w2")}, "is 2 tokens"),
         (TWO, {"metric": lambda run: torch.zeros(2)}, "for a run of one row"),
         (TWO, {"metric": lambda run: run.tokens.double()}, "of shapes"),
+        (TWO, {"metric": [lambda run: 1.0, lambda run: 2.0]}, "metric several times"),
+        (TWO, {"metric": lambda run: None}, "returned None"),
+        (TWO, {"metric": lambda run: math.inf}, "returned inf"),
+        ({"base": None, "long": {"max_new_tokens": 5}}, {"metric": by_place}, "every arm"),
         (TWO, {"seeds": 0}, "seeds=0"),
         ({"base": None, "edit": bd3lm.StepHooks().add("hook_embed", louder, index=1)}, {}, "index"),
     ],
@@ -258,6 +266,8 @@ TWO = {"base": None, "edit": EDIT}
 def test_bad_input_is_refused(bridge, arms, options, says):
     with pytest.raises(InputError, match=says):
         experiment(bridge, PROMPTS, arms, max_new_tokens=4, **options)
+    with pytest.raises(InputError, match="prompts=None"):
+        experiment(bridge, None, arms, max_new_tokens=4)
     with pytest.raises(bd3lm.HookNameError):
         experiment(bridge, PROMPTS, {"base": None, "edit": [("blocks.9.hook_z", louder)]})
 
