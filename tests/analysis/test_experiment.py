@@ -219,6 +219,16 @@ torch.save((result.values["nats"], result.processes), sys.argv[3])
 """
 
 
+def test_a_resumed_experiment_keeps_the_block_size_of_the_bridge(bridge, tmp_path):
+    arms = {"base": None, "cold": {"temperature": 0.5}}
+    experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
+    with (
+        bd3lm.block_size(bridge, 1),
+        pytest.raises(InputError, match=r"block_size=4 \(now 1\)"),
+    ):
+        experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
+
+
 def test_two_processes_share_the_jobs(folder, bridge, tmp_path):
     script, saved = tmp_path / "shared.py", tmp_path / "result.pt"
     script.write_text(SCRIPT)

@@ -146,6 +146,7 @@ def experiment(
         "settings": {
             "seeds": seeds, "seed": seed, "version": version, "max_bytes": max_bytes,
             **{name: described(value) for name, value in settings.items()},
+            "block_size": canvases[0].block_size,  # the bridge's may change until it is resumed
             "metric": {name: described(each.fn) for name, each in metrics.items()},
             "arms": {name: arm.identity() for name, arm in read.items()},
         }
