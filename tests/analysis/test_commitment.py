@@ -93,6 +93,23 @@ def test_many_prompts_give_what_their_runs_give_one_by_one(bridge):
     torch.testing.assert_close(whole.correct.mean, single.correct.mean, equal_nan=True)
 
 
+def test_texts_are_numbered_by_row_whatever_batches_they_ran_in(bridge):
+    prompts = [[0, 3, 5, 1, 2], [0], [0, 3, 5, 1, 2], [0]]
+    runs = bd3lm.denoise_many(bridge, prompts, max_new_tokens=4, block_size=4)
+    assert runs.numbers == [[1, 3, 0, 2]]
+    result = bd3lm.commitment(runs)
+    assert result.text.tolist() == [[0, 1, 0, 2][row] for row in result.row.tolist()]
+
+
+def test_of_several_runs_one_with_a_drawn_order_is_enough_to_say_so(bridge):
+    drawn, model = (
+        bd3lm.denoise(bridge, [[0]], max_new_tokens=4, sampler=sampler)
+        for sampler in (bd3lm.FirstHitting(), bd3lm.Confidence())
+    )
+    orders = [bd3lm.commitment(runs).order for runs in ([drawn, model], [model, drawn], [model])]
+    assert orders == ["drawn", "drawn", "model"]
+
+
 @pytest.fixture(scope="module")
 def grammar_run(device):
     bridge = shared(bd3lm.GRAMMAR, device)

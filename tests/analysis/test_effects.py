@@ -104,6 +104,28 @@ def test_equal_values_are_certain_and_zeros_are_nothing():
     assert effects.p.tolist() == [2 / 256, 1.0]
 
 
+def test_there_is_no_interval_where_too_few_texts_differ_from_the_others():
+    shares = torch.zeros(12, 3, dtype=torch.float64)
+    shares[0, 0] = 1.0
+    shares[:6, 1] = 1.0
+    shares[:, 2] = 0.1
+    effects = mean_effects(shares)
+    assert effects.low.isnan().tolist() == effects.high.isnan().tolist() == [True, False, False]
+    assert effects.low[2] == effects.high[2] == effects.mean[2]
+
+
+def test_intervals_of_rare_events_cover():
+    generator = torch.Generator().manual_seed(11)
+    shares = torch.rand(24, 1000, generator=generator).double()
+    shares = shares.masked_fill(torch.rand(24, 1000, generator=generator) > 0.1, 0.0)
+    effects = mean_effects(shares, resamples=1000)
+    known = effects.low.isfinite() & (shares > 0).any(0)
+    covered = int(((effects.low <= 0.05) & (effects.high >= 0.05))[known].sum())
+    assert int(known.sum()) > 100
+    # Without the infinite statistics, 73% of the intervals cover.
+    assert covered >= 0.9 * int(known.sum())
+
+
 @pytest.mark.parametrize(
     ("values", "options", "says"),
     [

@@ -262,6 +262,16 @@ torch.save((result.values["nats"], result.processes), sys.argv[3])
 """
 
 
+def test_a_resumed_experiment_keeps_the_block_size_of_the_bridge(bridge, tmp_path):
+    arms = {"base": None, "cold": {"temperature": 0.5}}
+    experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
+    with (
+        bd3lm.block_size(bridge, 1),
+        pytest.raises(InputError, match=r"block_size=4 \(now 1\)"),
+    ):
+        experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
+
+
 def test_two_processes_share_the_jobs(folder, bridge, tmp_path):
     script, saved = tmp_path / "shared.py", tmp_path / "result.pt"
     script.write_text(SCRIPT)
@@ -284,6 +294,10 @@ def test_two_processes_share_the_jobs(folder, bridge, tmp_path):
 TWO = {"base": None, "edit": EDIT}
 
 
+def by_place(run):
+    return run.log_p[run.commit_step >= 0][None]
+
+
 @pytest.mark.parametrize(
     ("arms", "options", "says"),
     [
@@ -294,6 +308,10 @@ TWO = {"base": None, "edit": EDIT}
         (TWO, {"metric": WordFrequency("w1 w2")}, "is 2 tokens"),
         (TWO, {"metric": lambda run: torch.zeros(2)}, "for a run of one row"),
         (TWO, {"metric": lambda run: run.tokens.double()}, "of shapes"),
+        (TWO, {"metric": [lambda run: 1.0, lambda run: 2.0]}, "metric several times"),
+        (TWO, {"metric": lambda run: None}, "returned None"),
+        (TWO, {"metric": lambda run: math.inf}, "returned inf"),
+        ({"base": None, "long": {"max_new_tokens": 5}}, {"metric": by_place}, "every arm"),
         (TWO, {"seeds": 0}, "seeds=0"),
         ({"base": None, "edit": bd3lm.StepHooks().add("hook_embed", louder, index=1)}, {}, "index"),
     ],
@@ -301,6 +319,8 @@ TWO = {"base": None, "edit": EDIT}
 def test_bad_input_is_refused(bridge, arms, options, says):
     with pytest.raises(InputError, match=says):
         experiment(bridge, PROMPTS, arms, max_new_tokens=4, **options)
+    with pytest.raises(InputError, match="prompts=None"):
+        experiment(bridge, None, arms, max_new_tokens=4)
     with pytest.raises(bd3lm.HookNameError):
         experiment(bridge, PROMPTS, {"base": None, "edit": [("blocks.9.hook_z", louder)]})
 

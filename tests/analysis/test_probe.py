@@ -111,6 +111,16 @@ def test_sums_give_what_centering_by_hand_gives():
     torch.testing.assert_close(plain_ridge(ridge, d).r2(), twin(x, y), **exact)
 
 
+def test_the_numbers_of_texts_are_names_alone(bridge):
+    run = bd3lm.denoise(bridge, [[0]] * 8, max_new_tokens=6, block_size=4)
+    scores = [bd3lm.probe(run, [k * i for i in range(8)], shuffles=1).r2 for k in (1, 1000)]
+    torch.testing.assert_close(*scores, equal_nan=True)
+    with pytest.raises(InputError, match="2 texts"):
+        bd3lm.probe(run, [0, 1000] * 4)
+    with pytest.raises(InputError, match="0 or more"):
+        bd3lm.probe(run, [-1, *range(7)])
+
+
 def test_bad_input_is_refused(bridge, run):
     with pytest.raises(InputError, match="4 texts"):
         bd3lm.probe(bridge, small.prompt_of(4, 16))

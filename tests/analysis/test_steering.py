@@ -148,6 +148,18 @@ def test_projecting_out_at_other_layers_names_their_hook_points():
     ]
 
 
+def test_a_direction_keeps_its_vector_and_edits_a_layer_once(bridge):
+    vector = torch.ones(16, dtype=torch.float64)
+    direction = Direction.of(vector, 1)
+    vector[0] = 9.0
+    assert direction.vector[0] == 1.0
+    assert len(direction.hooks(layers=[0, 0]).hooks) == 1
+    result = bd3lm.steer(
+        bridge, TEXTS, direction, [1], target="w1", layers=[0], max_new_tokens=2, seeds=1
+    )
+    assert "added to blocks.0.hook_resid_post, " in result.contract.edited
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -160,6 +172,9 @@ def test_projecting_out_at_other_layers_names_their_hook_points():
         (lambda b, d: bd3lm.direction(b, [[0, 11, 3]], TEXTS, 0), "mask"),
         (lambda b, d: bd3lm.direction(b, TEXTS, TEXTS, 0, at="all"), "at='all'"),
         (lambda b, d: bd3lm.steer(b, TEXTS, d, [0, 1], target="w1"), "unsteered"),
+        (lambda b, d: bd3lm.steer(b, TEXTS, d, [1, 1 + 1e-9], target="w1"), "each once"),
+        (lambda b, d: bd3lm.steer(b, TEXTS, d, torch.ones(2), target="w1"), "each once"),
+        (lambda b, d: bd3lm.steer(b, TEXTS, d, [1], target="w1", base="1"), "leave out base"),
         (lambda b, d: bd3lm.steer(b, TEXTS, torch.ones(16), target="w1"), "direction is Tensor"),
         (lambda b, d: bd3lm.steer(b, TEXTS, Direction.of([1.0], 0), target="w1"), "dimensions"),
         (lambda b, d: bd3lm.steer(b, TEXTS, d, target="w1 w2"), "2 tokens"),

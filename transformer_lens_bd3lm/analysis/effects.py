@@ -14,6 +14,9 @@ deviation s::
 The interval is about one cell. The best of many cells looks better than it is: the p-values are
 corrected for that (Westfall and Young 1993), and hold in any family of dependent cells.
 
+Where most texts have the same value, as the share of a rare word, many resamples hold that value
+alone, and their statistic is infinite. If an end of the interval would be, there is no interval.
+
 It does not ask whether the texts are a sample of anything, nor whether rows are independent.
 """
 
@@ -167,14 +170,19 @@ def _bootstrap_t(
         n = present.sum(0)
         mean = flat[:, part].nansum(0) / n
         about = torch.where(present > 0, flat[:, part] - mean, 0.0)
+        about = about.masked_fill(about.abs() <= 1e-12 * mean.abs(), 0.0)  # rounding
         error = (about.square().sum(0) / (n - 1) / n).sqrt()
         m = times @ present
         shift = times @ about / m
         spread = (times @ about.square() / m - shift.square()).clamp(min=0) * m / (m - 1)
-        t = shift / (spread / m).sqrt()
-        t = torch.where((m > 1) & (spread > 1e-12 * about.square().mean(0)), t, torch.nan)
-        lower, upper = t.nanquantile(tails, dim=0).nan_to_num()
-        low[part], high[part] = mean - upper * error, mean - lower * error
+        size = about.square().mean(0)
+        # Where a resample's values are all the same, t is infinite, unless they are the mean.
+        t = torch.where(spread > 1e-12 * size, shift / (spread / m).sqrt(), shift.sign() / 0.0)
+        t = t.masked_fill(shift.square() <= 1e-12 * size, 0.0).masked_fill(m < 2, torch.nan)
+        lower, upper = t.nanquantile(tails, dim=0)
+        known = lower.isfinite() & upper.isfinite()
+        low[part] = (mean - upper * error).where(known, torch.nan)
+        high[part] = (mean - lower * error).where(known, torch.nan)
     return low, high
 
 

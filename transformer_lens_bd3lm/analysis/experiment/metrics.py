@@ -156,7 +156,16 @@ class Metric:
         return torch.stack(rows).cpu().double()
 
     def _of_one(self, run: Run) -> Float[Tensor, "*cell"]:
-        value = torch.as_tensor(self.fn(run))
+        given = self.fn(run)
+        try:
+            value = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            value = None
+        if value is None or value.is_complex() or bool(value.isinf().any()):
+            raise InputError(
+                f"the metric {self.fn!r} returned {given!r}: give finite numbers, or NaN where a "
+                "run has no value"
+            )
         if value.dim() and value.shape[0] != 1:
             raise InputError(
                 f"the metric {self.fn!r} returned shape {tuple(value.shape)} for a run of one row: "
@@ -169,11 +178,17 @@ def read_metrics(bridge: Bridge, given: Any) -> dict[str, Metric]:
     """Return metrics by name, from a name, a function, several names, or functions by name.
 
     Raises:
-        InputError: for an unknown name, anything else, and words of several tokens.
+        InputError: for an unknown name, two of one name, anything else, and words of several
+            tokens.
     """
     if not isinstance(given, Mapping):
         several = given if isinstance(given, list | tuple) else [given]
-        given = {_name_of(each): each for each in several}
+        names = [_name_of(each) for each in several]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise InputError(
+                f"metric holds {', '.join(sorted(repeated))} several times: give a dict by name"
+            )
+        given = dict(zip(names, several, strict=True))
     metrics = {name: _read_metric(bridge, each) for name, each in given.items()}
     if not metrics:
         raise InputError("metric is empty: give at least one")

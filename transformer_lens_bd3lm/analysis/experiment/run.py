@@ -9,6 +9,7 @@ alone, so two processes, or a run that was stopped and resumed, give what one ru
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def experiment(
     check_int("seed", seed, 0, 2**64 - 1)
     if isinstance(prompts, Tensor):
         prompts = read_prompts(bridge, prompts)
-    prompts = prompts if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, Iterable) and not isinstance(prompts, str):
+        prompts = list(prompts)  # read several times; anything else is refused below
     sampler, _ = from_keywords(sampler, None, temperature, nucleus_p, None)
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "block_size": block_size, "sampler": sampler,
@@ -146,6 +148,7 @@ def experiment(
         "settings": {
             "seeds": seeds, "seed": seed, "version": version, "max_bytes": max_bytes,
             **{name: described(value) for name, value in settings.items()},
+            "block_size": canvases[0].block_size,  # the bridge's may change until it is resumed
             "metric": {name: described(each.fn) for name, each in metrics.items()},
             "arms": {name: arm.identity() for name, arm in read.items()},
         }
@@ -214,4 +217,10 @@ def _measure(
         )  # fmt: skip
         for name, metric in metrics.items():
             values[name][arm_name] = metric.values(runs).tolist()
+    for name, by_arm in values.items():
+        shapes = {arm: tuple(torch.tensor(value[0]).shape) for arm, value in by_arm.items()}
+        if len(set(shapes.values())) > 1:
+            raise InputError(
+                f"the metric {name!r} has cells of shapes {shapes}: give every arm the same cells"
+            )
     return values

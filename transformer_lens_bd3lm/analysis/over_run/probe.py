@@ -160,7 +160,8 @@ def probe(
     names = _read_probed(given.bridge, names)
     samples = given.samples()
     y = _labels(samples, label)
-    part = split_of(int(samples.text.max()) + 1, seed, samples.text)
+    numbers, text = samples.text.unique(return_inverse=True)
+    part = split_of(len(numbers), seed, text)
     y = torch.stack([y, *_shuffled(y, part, shuffles, seed)], dim=-1)
     positions, at = samples.position.unique(return_inverse=True)
     columns = given.columns
@@ -195,7 +196,7 @@ def probe(
         plain=scores[:, :, 1],
         shuffled=scores[:, :, 2:].permute(2, 0, 1),
         samples=torch.tensor(counts),
-        texts=len(samples.text.unique()),
+        texts=len(numbers),
         contract=Contract(
             target=f"R^2 of {name} by a ridge regression on activations of masked positions, on "
             "held-out texts, position regressed out",

@@ -177,34 +177,38 @@ def read_written(run: Any, texts: Any = None) -> Written:
     if texts is None:
         return Written(runs, _texts_of(runs, rows))
     numbers = torch.as_tensor(texts).cpu()
-    if numbers.shape != (rows,) or numbers.is_floating_point():
-        raise InputError(f"texts={tuple(numbers.shape)}: give an int for each of {rows} rows")
+    if numbers.shape != (rows,) or numbers.is_floating_point() or bool((numbers < 0).any()):
+        raise InputError(
+            f"texts={tuple(numbers.shape)}: give an int for each of {rows} rows, 0 or more"
+        )
     return Written(runs, numbers.long())
 
 
 def _texts_of(runs: list[tuple[Run, list[int]]], rows: int) -> Int[Tensor, " row"]:
-    """Number the texts: rows of one prompt are one, unless it is a single token."""
-    texts, known = torch.empty(rows, dtype=torch.long), {}
+    """Number the texts by row: rows of one prompt are one, unless it is a single token."""
+    texts: list[Any] = [None] * rows
     for run, numbers in runs:
         canvas = run.canvas
         given = canvas.tokens.tolist()
         for ids, length, number in zip(given, canvas.lengths.tolist(), numbers, strict=True):
             prompt = tuple(ids[:length])
             alone = sum(each != canvas.mask_id for each in prompt) <= 1
-            texts[number] = known.setdefault((prompt, number if alone else -1), len(known))
-    return texts
+            texts[number] = prompt, number if alone else -1
+    known = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return torch.tensor([known[text] for text in texts])
 
 
 def order_of(written: Written) -> str:
     """Return what decides the reveal order: ``"forced"``, ``"drawn"``, or the ``"model"``.
 
+    Of several runs, the first of these that one of them has.
+
     A drawn order is decided by noise alone, before any pass: it is independent of the model.
     """
-    run = written.first
     if any(each.request.force is not None and each.request.force.order is not None
            for each, _ in written.runs):  # fmt: skip
         return "forced"
-    return "drawn" if _ignores_the_model(run.sampler) else "model"
+    return "drawn" if any(_ignores_the_model(each.sampler) for each, _ in written.runs) else "model"
 
 
 class _Asked(Exception):

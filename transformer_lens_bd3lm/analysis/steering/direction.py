@@ -108,7 +108,7 @@ class Direction(Result):
         Raises:
             InputError: for anything but a finite vector that is not 0.
         """
-        vector = torch.as_tensor(vector).detach().cpu().double()
+        vector = torch.as_tensor(vector).detach().cpu().double().clone()
         check_int("layer", layer, 0)
         check_choice("name", name, STREAMS)
         if vector.ndim != 1 or not bool(vector.isfinite().all()) or not bool(vector.any()):
@@ -181,7 +181,9 @@ class Direction(Result):
         check_number("strength", strength, -1e9, 1e9, "give a finite number")
         numbers = [self.layer] if layers is None else layers
         numbers = [numbers] if isinstance(numbers, int) else list(numbers)
-        names = [f"blocks.{check_int('layers', n, 0)}.hook_{self.name}" for n in numbers]
+        names = [
+            f"blocks.{check_int('layers', n, 0)}.hook_{self.name}" for n in dict.fromkeys(numbers)
+        ]
         edit = Edit(self.vector, float(strength), mode, at)
         return StepHooks().add(names, edit, block=block, step=step, t=t, masks_left=masks_left)
 

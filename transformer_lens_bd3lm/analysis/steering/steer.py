@@ -170,7 +170,7 @@ def steer(
         raise InputError(
             f"direction has {len(direction.vector)} dimensions, and the model {bridge.cfg.d_model}"
         )
-    numbers = sorted({float(strength) for strength in _check_strengths(strengths)})
+    numbers = sorted(_check_strengths(strengths))
     window: dict[str, Any] = {
         "layers": layers, "at": at, "block": block, "step": step, "t": t, "masks_left": masks_left,
     }  # fmt: skip
@@ -179,36 +179,45 @@ def steer(
     if control:
         other = direction.random(seed)
         arms |= {_random_arm(number): other.hooks(number, mode, **window) for number in numbers}
+    if "base" in settings or "metric" in settings:
+        raise InputError("steer compares with the unsteered text: leave out base and metric")
     words = isinstance(target, str | int | list | tuple | WordFrequency)
     if words and not isinstance(target, WordFrequency):
         target = WordFrequency(target)
     name = str(target) if words else "target"
     metrics = {name: target, "nats": "nats", "distinct_2": "distinct_2"}
     result = experiment(bridge, prompts, arms, metric=metrics, seeds=seeds, seed=seed, **settings)
-    chosen = {key: value for key, value in window.items() if value is not None}
+    chosen = {k: value for k, value in window.items() if value is not None and k != "layers"}
+    edited = dict.fromkeys(hook.name for hook in direction.hooks(1, mode, **window).hooks)
     verb = "added to" if mode == "add" else "projected out of"
     contract = replace(
         result.contract,
         target=f"{name}; and the damage: -log p of the written tokens under the unsteered model, "
         "nats a token, and the share of different pairs; each minus the unsteered text's",
-        edited=f"a direction of norm {direction.norm:.3f} {verb} {direction.hook}, {chosen}"
+        edited=f"a direction of norm {direction.norm:.3f} {verb} {', '.join(edited)}, {chosen}"
         + ("; beside it a random direction of the same norm" if control else ""),
     )
     return Steering(direction, numbers, mode, name, control, result, contract)
 
 
-def _check_strengths(strengths: Any) -> list[Any]:
+def _check_strengths(strengths: Any) -> list[float]:
     """Return the strengths.
 
     Raises:
-        InputError: for none, and for one that is 0 or not finite.
+        InputError: for none, for one that is 0 or not finite, and for two of one name.
     """
+    if hasattr(strengths, "tolist"):  # a tensor or an array
+        strengths = strengths.tolist()
     given = list(strengths) if isinstance(strengths, Sequence) else [strengths]
     if not given or any(strength == 0 for strength in given):
         raise InputError(f"strengths={strengths!r}: give some that are not 0, which is unsteered")
     for strength in given:
         check_number("strengths", strength, -1e9, 1e9, "give finite numbers")
-    return given
+    if len({_arm(strength) for strength in given}) < len(given):
+        raise InputError(
+            f"strengths={strengths!r}: give each once, and let them differ in their first 6 digits"
+        )
+    return [float(strength) for strength in given]
 
 
 def _arm(strength: float) -> str:
