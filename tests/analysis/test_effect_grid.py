@@ -102,6 +102,18 @@ def test_a_grid_equals_single_patches(bridge, site, size, length):
 
 
 @torch.no_grad()
+def test_hooks_of_the_bridge_act_once_in_every_patched_pass(bridge):
+    clean, corrupted = pair_of()
+    names = NAMES["attn_out"]
+    own = [(f"blocks.{i}.hook_resid_pre", lambda x, hook: 1.5 * x + 0.3) for i in range(len(names))]
+    with bridge.hooks(fwd_hooks=own):
+        grid = bd3lm.effect_grid(bridge, clean, corrupted, 5, block_size=4, site="attn_out")
+        (pair,) = read_pairs(bridge, clean, corrupted, 5, 4, None)
+        wanted = one_by_one(bridge, pair, names, 0, list(range(pair.length)))
+    torch.testing.assert_close(grid.by_text[0], wanted, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
 def test_ragged_texts_and_seeds_are_averaged_by_group(bridge):
     pairs = [pair_of(6, 1, 2), pair_of(11, 3, 6)]
     clean, corrupted = ([p[i][0] for p in pairs] for i in range(2))
