@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -147,6 +148,13 @@ def test_nothing_is_found_where_positions_do_not_see_each_other(bridge):
     with bridge.hooks(fwd_hooks=hooks):
         result = influence(bridge, x_t, block_size="full")
     assert float(result.influence[result.pairs].abs().max()) < 1e-12
+
+
+def test_texts_without_a_correlation_have_no_p_value(bridge):
+    x_t = small.prompt_of(3, 4)
+    x_t[:, 2:] = MASK  # two masks: one pair and its reverse
+    result = influence(bridge, x_t, block_size=4, permutations=20)
+    assert result.correlation.isnan().all() and math.isnan(result.p)
 
 
 def test_the_table_figure_and_values_show_the_result(bridge):

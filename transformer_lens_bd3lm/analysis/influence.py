@@ -89,7 +89,12 @@ class Influence(Result):
 
     @property
     def p(self) -> float:
-        """One-sided p-value: share of permutations with at least this mean correlation."""
+        """One-sided p-value: share of permutations with at least this mean correlation.
+
+        NaN where no text has a correlation.
+        """
+        if bool(self.correlation.isnan().all()):
+            return float("nan")
         larger = self.permuted.nanmean(-1) >= self.correlation.nanmean() - 1e-12
         return (1 + int(larger.sum())) / (1 + len(self.permuted))
 
