@@ -255,6 +255,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
     assert all(p.grad is None for p in bridge.parameters())
 
 
+def test_a_block_size_is_refused_where_there_are_no_blocks(tmp_path):
+    flat = boot(small.save(tmp_path, cross_attn=False, block_size=16))
+    clean, corrupted = (torch.tensor([[0, 5, x, 7, 11]]) for x in (1, 2))
+    with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
+        bd3lm.attribute_edges(flat, clean, corrupted, 4, block_size=4)
+    with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
+        bd3lm.compare_circuits(flat, [*clean] * 2, [*corrupted] * 2, 4)
+
+
 def test_tables_figures_and_json_show_the_numbers(copying):
     result = copying.second
     node, reader, nats = result.top(1)[0]

@@ -230,7 +230,8 @@ def attribute_edges(
         check_choice("view", view, ("dual", "sampling"))
         if (view == "dual") != (masks is not None):
             raise InputError(f"view={view!r}: the view is dual with masks=, sampling without")
-    size = block_size_of(bridge, block_size) if bridge.original_model.config.cross_attn else None
+    size: int | None = block_size_of(bridge, block_size)
+    size = size if bridge.original_model.config.cross_attn else None
     if size is None and masks is not None:
         raise InputError("masks: this checkpoint has no dual view; give texts with masks in them")
     pairs = read_masked_pairs(bridge, clean, corrupted, target, against, masks)
