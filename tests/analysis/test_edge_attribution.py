@@ -240,6 +240,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
             call(bridge, *arguments, **options)
+    with torch.inference_mode(), pytest.raises(bd3lm.InputError, match="inference_mode"):
+        call(bridge, clean, corrupted, 4)
     with pytest.raises(bd3lm.BlockSizeError):
         call(bridge, clean, corrupted, 4, block_size=99)
     with pytest.raises(bd3lm.InputError, match="halves need 2"):

@@ -217,14 +217,19 @@ def attribute_edges(
 
     Raises:
         InputError: for texts, masks or targets that do not fit each other (a position that is
-            masked in one text of a pair and not in the other among them), and the autoregressive
-            baseline.
+            masked in one text of a pair and not in the other among them), the autoregressive
+            baseline, and under ``torch.inference_mode``, where no gradient can be computed.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         NotExactError: in training mode with dropout.
     """
     bridge = read_bridge(bridge)
     require_eval(bridge)
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "attribute_edges was called under torch.inference_mode, where no gradient can be "
+            "computed: call it outside"
+        )
     check_int("steps", steps, 1)
     if view is not None:
         check_choice("view", view, ("dual", "sampling"))
