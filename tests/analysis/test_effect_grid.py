@@ -280,6 +280,8 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
         ((clean, corrupted, "w1 w2 w3"), {"block_size": 4}, "lie in blocks"),
         ((clean, corrupted, "[MASK]"), {}, "holds the mask"),
         ((clean, corrupted, 4.0), {}, "give a string, or the id"),
+        ((clean, corrupted, torch.tensor(4.7)), {}, "give a string, or the id"),
+        ((clean, corrupted, 4), {"groups": {"x": None}}, "give positions 0..7"),
         ((clean, corrupted, [4, 5]), {}, "target has 2 entries"),
         ((clean, corrupted, 4), {"site": "heads"}, "site='heads'"),
         ((clean, corrupted, 4), {"steps": 0}, "steps=0"),
@@ -289,6 +291,10 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
             bd3lm.effect_grid(bridge, a, b, target, **options)
+    early = torch.where(torch.arange(6) == 2, bridge.cfg.mask_token_id, clean)
+    late = torch.where(torch.arange(6) == 5, early % 9 + 1, early)
+    with pytest.raises(bd3lm.InputError, match="the same up to position 3"):
+        bd3lm.effect_grid(bridge, early, late, 4, block_size=4)
     gap = masked.clone()
     gap[0, 3] = bridge.cfg.mask_token_id
     other = torch.where(gap == bridge.cfg.mask_token_id, gap, corrupted)
