@@ -192,6 +192,17 @@ def test_texts_are_written_by_denoising_each_with_its_own_noise(bridge):
     assert len(set(texts)) > 1
 
 
+def test_no_new_tokens_are_no_text_and_a_nucleus_without_sampling_changes_nothing(bridge):
+    model = BD3LM(bridge, seed=5)
+    plain = {"until": ["w6"], "max_gen_toks": 5}
+    others = [plain | {"top_p": 0.5, "do_sample": False}, plain | {"top_p": None}]
+    none = plain | {"max_gen_toks": 0}
+    texts = model.generate_until(ask("", ("w3 w1", none), ("w2", plain), ("w2 w1", none)))
+    assert texts[0] == texts[2] == "" and texts[1]
+    for options in others:
+        assert model.generate_until(ask("", ("w3 w1", none), ("w2", options))) == texts[:2]
+
+
 def test_what_the_harness_asks_in_vain_is_refused(bridge, golden, device):
     model = BD3LM(bridge)
     with pytest.raises(InputError, match="generation options top_k: denoising has until"):

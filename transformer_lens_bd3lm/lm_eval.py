@@ -291,6 +291,8 @@ class BD3LM(TemplateLM):
         temperature: float, nucleus_p: float,
     ) -> list[str]:  # fmt: skip
         """Write a text after each prompt, with noise of its own row, whatever its batch."""
+        if most == 0:
+            return [""] * len(prompts)
         ends = self._ends()
         lengths = [len(prompt) for prompt in prompts]
         stop: list[Any] = [] if ends is None else [EndOfText(ends)]
@@ -342,7 +344,8 @@ def _read_generation(options: dict[str, Any]) -> tuple[tuple[str, ...], int, flo
     if sample is None:
         sample = bool(temperature)
     temperature = (1.0 if temperature is None else float(temperature)) if sample else 0.0
-    nucleus_p = float(left.pop("top_p", 1.0)) if sample else 1.0
+    top_p = left.pop("top_p", None)
+    nucleus_p = float(top_p) if sample and top_p is not None else 1.0
     if left.pop("num_beams", 1) != 1 or left:
         unknown = sorted(left) or ["num_beams"]
         raise InputError(

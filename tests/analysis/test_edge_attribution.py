@@ -240,6 +240,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
             call(bridge, *arguments, **options)
+    with torch.inference_mode(), pytest.raises(bd3lm.InputError, match="inference_mode"):
+        call(bridge, clean, corrupted, 4)
     with pytest.raises(bd3lm.BlockSizeError):
         call(bridge, clean, corrupted, 4, block_size=99)
     with pytest.raises(bd3lm.InputError, match="halves need 2"):
@@ -253,6 +255,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
     assert not any(getattr(bridge.cfg, flag) for flag in flags)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
     assert all(p.grad is None for p in bridge.parameters())
+
+
+def test_a_block_size_is_refused_where_there_are_no_blocks(tmp_path):
+    flat = boot(small.save(tmp_path, cross_attn=False, block_size=16))
+    clean, corrupted = (torch.tensor([[0, 5, x, 7, 11]]) for x in (1, 2))
+    with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
+        bd3lm.attribute_edges(flat, clean, corrupted, 4, block_size=4)
+    with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
+        bd3lm.compare_circuits(flat, [*clean] * 2, [*corrupted] * 2, 4)
 
 
 def test_tables_figures_and_json_show_the_numbers(copying):

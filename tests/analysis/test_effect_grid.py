@@ -102,6 +102,18 @@ def test_a_grid_equals_single_patches(bridge, site, size, length):
 
 
 @torch.no_grad()
+def test_hooks_of_the_bridge_act_once_in_every_patched_pass(bridge):
+    clean, corrupted = pair_of()
+    names = NAMES["attn_out"]
+    own = [(f"blocks.{i}.hook_resid_pre", lambda x, hook: 1.5 * x + 0.3) for i in range(len(names))]
+    with bridge.hooks(fwd_hooks=own):
+        grid = bd3lm.effect_grid(bridge, clean, corrupted, 5, block_size=4, site="attn_out")
+        (pair,) = read_pairs(bridge, clean, corrupted, 5, 4, None)
+        wanted = one_by_one(bridge, pair, names, 0, list(range(pair.length)))
+    torch.testing.assert_close(grid.by_text[0], wanted, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
 def test_ragged_texts_and_seeds_are_averaged_by_group(bridge):
     pairs = [pair_of(6, 1, 2), pair_of(11, 3, 6)]
     clean, corrupted = ([p[i][0] for p in pairs] for i in range(2))
@@ -268,6 +280,8 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
         ((clean, corrupted, "w1 w2 w3"), {"block_size": 4}, "lie in blocks"),
         ((clean, corrupted, "[MASK]"), {}, "holds the mask"),
         ((clean, corrupted, 4.0), {}, "give a string, or the id"),
+        ((clean, corrupted, torch.tensor(4.7)), {}, "give a string, or the id"),
+        ((clean, corrupted, 4), {"groups": {"x": None}}, "give positions 0..7"),
         ((clean, corrupted, [4, 5]), {}, "target has 2 entries"),
         ((clean, corrupted, 4), {"site": "heads"}, "site='heads'"),
         ((clean, corrupted, 4), {"steps": 0}, "steps=0"),
@@ -277,6 +291,10 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
             bd3lm.effect_grid(bridge, a, b, target, **options)
+    early = torch.where(torch.arange(6) == 2, bridge.cfg.mask_token_id, clean)
+    late = torch.where(torch.arange(6) == 5, early % 9 + 1, early)
+    with pytest.raises(bd3lm.InputError, match="the same up to position 3"):
+        bd3lm.effect_grid(bridge, early, late, 4, block_size=4)
     gap = masked.clone()
     gap[0, 3] = bridge.cfg.mask_token_id
     other = torch.where(gap == bridge.cfg.mask_token_id, gap, corrupted)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.helpers import small
 from tests.helpers.grammar_texts import generator
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm import grammar
-from transformer_lens_bd3lm.analysis.influence import influence
+from transformer_lens_bd3lm.analysis.influence import _ranks, influence
 
 MASK = 11
 
@@ -147,6 +148,27 @@ def test_nothing_is_found_where_positions_do_not_see_each_other(bridge):
     with bridge.hooks(fwd_hooks=hooks):
         result = influence(bridge, x_t, block_size="full")
     assert float(result.influence[result.pairs].abs().max()) < 1e-12
+
+
+def test_texts_without_a_correlation_have_no_p_value(bridge):
+    x_t = small.prompt_of(3, 4)
+    x_t[:, 2:] = MASK  # two masks: one pair and its reverse
+    result = influence(bridge, x_t, block_size=4, permutations=20)
+    assert result.correlation.isnan().all() and math.isnan(result.p)
+
+
+def test_pairs_with_the_same_influence_share_a_rank(bridge):
+    x_t = small.prompt_of(6, 8)
+    x_t[:, 4:] = MASK
+
+    def silent(z, hook):
+        return torch.zeros_like(z)
+
+    with bridge.hooks(fwd_hooks=[(lambda name: name.endswith("attn.hook_z"), silent)]):
+        none = influence(bridge, x_t, block_size=4, permutations=20)
+    assert none.correlation.isnan().all(), "no pair has more influence than another"
+    influences = torch.tensor([1.0, 0, 0, 2, 0, 3], dtype=torch.float64)
+    assert _ranks(influences).tolist() == [4, 2, 2, 5, 2, 6]
 
 
 def test_the_table_figure_and_values_show_the_result(bridge):

@@ -65,7 +65,7 @@ class Influence(Result):
         attention: attention of query j to key i, mean over heads ``[batch, i, j]``; NaN outside
             ``pairs``.
         correlation: rank correlation of both over each text's pairs ``[batch]``; NaN for fewer
-            than 3 masked positions.
+            than 3 masked positions, or where one of the two is the same for all pairs.
         permuted: the same with the attention's masked positions permuted
             ``[permutation, batch]``.
         effects: correlation minus the mean of its permutations: mean over texts, with an interval.
@@ -89,7 +89,12 @@ class Influence(Result):
 
     @property
     def p(self) -> float:
-        """One-sided p-value: share of permutations with at least this mean correlation."""
+        """One-sided p-value: share of permutations with at least this mean correlation.
+
+        NaN where no text has a correlation.
+        """
+        if bool(self.correlation.isnan().all()):
+            return float("nan")
         larger = self.permuted.nanmean(-1) >= self.correlation.nanmean() - 1e-12
         return (1 + int(larger.sum())) / (1 + len(self.permuted))
 
@@ -328,8 +333,14 @@ def _correlations(
     for row, here in enumerate(pairs):
         if int(here.sum()) >= 6:
             both = torch.stack([influence[row][here], attention[row][here]])
-            result[row] = torch.corrcoef(both.argsort(-1).argsort(-1).double())[0, 1]
+            result[row] = torch.corrcoef(torch.stack([_ranks(x) for x in both]))[0, 1]
     return result
+
+
+def _ranks(values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """Return the rank of each value; equal values share the mean of theirs."""
+    _, of, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[of].double()
 
 
 def _permute(

@@ -217,20 +217,26 @@ def attribute_edges(
 
     Raises:
         InputError: for texts, masks or targets that do not fit each other (a position that is
-            masked in one text of a pair and not in the other among them), and the autoregressive
-            baseline.
+            masked in one text of a pair and not in the other among them), the autoregressive
+            baseline, and under ``torch.inference_mode``, where no gradient can be computed.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         NotExactError: in training mode with dropout.
     """
     bridge = read_bridge(bridge)
     require_eval(bridge)
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "attribute_edges was called under torch.inference_mode, where no gradient can be "
+            "computed: call it outside"
+        )
     check_int("steps", steps, 1)
     if view is not None:
         check_choice("view", view, ("dual", "sampling"))
         if (view == "dual") != (masks is not None):
             raise InputError(f"view={view!r}: the view is dual with masks=, sampling without")
-    size = block_size_of(bridge, block_size) if bridge.original_model.config.cross_attn else None
+    size: int | None = block_size_of(bridge, block_size)
+    size = size if bridge.original_model.config.cross_attn else None
     if size is None and masks is not None:
         raise InputError("masks: this checkpoint has no dual view; give texts with masks in them")
     pairs = read_masked_pairs(bridge, clean, corrupted, target, against, masks)

@@ -5,7 +5,7 @@ at every step. The corrupted text gets the same tokens at the same steps. So at 
 the same mask pattern, and differ only in the tokens that were given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,6 +196,11 @@ def _read_pair(
     cut = replace(canvas, tokens=canvas.tokens[:, :end], lengths=torch.tensor([end]))
     other = cut.tokens.clone()
     given = min(len(corrupted), end)
+    if torch.equal(clean[:given], corrupted[:given]):
+        raise InputError(
+            f"{name}: clean and corrupted are the same up to position {end - 1}, the end of the "
+            "target's block, which reads no further: change a token up to there"
+        )
     other[0, :given] = corrupted[:given].to(other.device)
     return Pair(cut, other, target.to(other.device), at.to(other.device))
 
@@ -220,7 +225,12 @@ def _read_target(bridge: Bridge, target: Any) -> Int[Tensor, " token"]:
     """
     if isinstance(target, str):
         ids = bridge.to_tokens(target, prepend_bos=False, truncate=False)
-    elif is_int(target) or isinstance(target, Tensor) and target.ndim == 0:
+    elif (
+        is_int(target)
+        or isinstance(target, Tensor)
+        and target.ndim == 0
+        and not (target.is_floating_point() or target.dtype == torch.bool)
+    ):
         ids = torch.tensor([[int(target)]])
     else:
         raise InputError(f"target is {type(target).__name__}: give a string, or the id of a token")
@@ -254,7 +264,7 @@ def read_groups(
     for number, (one, pair) in enumerate(zip(each, pairs, strict=True)):
         if list(one) != names:
             raise InputError(f"groups of text {number} are {list(one)}, of text 0 {names}")
-        rows = [[x] if is_int(x) else list(x) for x in one.values()]
+        rows = [list(x) if isinstance(x, Iterable) else [x] for x in one.values()]
         for name, row in zip(names, rows, strict=True):
             if not row or not all(is_int(i) and 0 <= i < pair.length for i in row):
                 raise InputError(

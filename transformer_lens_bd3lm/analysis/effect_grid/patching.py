@@ -69,7 +69,9 @@ class Patches:
                 for row, group in enumerate(part):
                     patched[row, groups[group]] = clean[name][0, groups[group]]
                 stream = corrupted[entries[layer]].expand(len(part), -1, -1)
-                _, log_p = self._run(stream, state, layer, (), (name, patched))
+                # a hook of the bridge at the entry has run there: it is not to act a second time
+                puts = [(entries[layer], stream), (name, patched)]
+                _, log_p = self._run(stream, state, layer, (), puts)
                 effects[site, part] = log_p - base
         return effects, float(target), float(base)
 
@@ -79,9 +81,12 @@ class Patches:
         state: State,
         layer: int,
         names: Sequence[str],
-        patch: tuple[str, Tensor] | None = None,
+        puts: Sequence[tuple[str, Tensor]] = (),
     ) -> tuple[dict[str, Tensor], Float[Tensor, " row"]]:
-        """Run one pass from a layer on; return the activations of ``names``, and log p [row]."""
+        """Run one pass from a layer on; return the activations of ``names``, and log p [row].
+
+        ``puts`` are hook names, and what stands there in place of what the pass computes.
+        """
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any, name: str) -> None:
@@ -90,8 +95,7 @@ class Patches:
         fns: list[tuple[str, Any]] = [
             (name, lambda x, hook, name=name: keep(x, hook, name)) for name in dict.fromkeys(names)
         ]
-        if patch is not None:
-            fns.append((patch[0], lambda x, hook: patch[1]))
+        fns += [(name, lambda x, hook, put=put: put) for name, put in puts]
         bridge, pair = self.bridge, self.pair
         size = {"block_size": pair.clean.block_size} if bridge.cfg.cross_attn else {}
         start = {} if x.ndim == 2 else {"start_at_layer": layer}
