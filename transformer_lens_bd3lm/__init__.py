@@ -19,6 +19,7 @@ from transformer_lens_bd3lm.analysis.depth_redundancy import depth_redundancy
 from transformer_lens_bd3lm.analysis.effect_grid import effect_grid
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.experiment import WordFrequency, experiment
+from transformer_lens_bd3lm.analysis.far_masks import far_masks
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
     RepeatedTokens,
@@ -124,6 +125,7 @@ __all__ = [
     "exact_backward",
     "exact_effect",
     "experiment",
+    "far_masks",
     "FirstHitting",
     "ForcedReveals",
     "fork",

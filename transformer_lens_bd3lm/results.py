@@ -13,6 +13,7 @@ from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
+from transformer_lens_bd3lm.analysis.far_masks import FarMasks
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
@@ -52,6 +53,7 @@ __all__ = [
     "Exact",
     "ExactEffect",
     "Experiment",
+    "FarMasks",
     "HeadScores",
     "Influence",
     "Likelihood",

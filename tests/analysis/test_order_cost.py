@@ -132,6 +132,16 @@ def test_an_order_costs_nothing_where_the_language_is_known(grammatical):
     assert float(result.exact.gap.mean()) / 7 < 0.03 * nelbo
 
 
+def test_every_order_costs_the_same_where_positions_do_not_see_each_other(bridge):
+    ids = small.prompt_of(3, 7)
+    hooks = [(lambda name: name.endswith("attn.hook_z"), lambda z, hook: torch.zeros_like(z))]
+    with bridge.hooks(fwd_hooks=hooks):
+        result = order_cost(bridge, ids, block_size=4)
+    assert float(result.spread.max()) < 1e-12
+    assert float((result.nats - result.exact.nelbo).abs().max()) < 1e-12
+    assert float(order_cost(bridge, ids, block_size=4).spread.min()) > 1e-3
+
+
 def test_the_table_figure_and_values_show_the_result(bridge):
     result = order_cost(bridge, small.prompt_of(6, 5), block_size=4)
     out = io.StringIO()

@@ -317,8 +317,8 @@ def _exact(
     for text, counted in enumerate(texts.counted):
         for start in range(0, len(counted), texts.block_size):
             at = start + counted[start : start + texts.block_size].nonzero()[:, 0]
-            if not len(at):
-                continue
+            if len(at) < 2:
+                continue  # one token is drawn alone, at no cost
             read = texts.tokens[text, : int(at[0])].tolist()
             key = (start, len(at), *read)  # a block reads nothing else
             if key not in known:

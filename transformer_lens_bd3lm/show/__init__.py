@@ -18,6 +18,7 @@ from transformer_lens_bd3lm.analysis.depth_redundancy import DepthRedundancy
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
+from transformer_lens_bd3lm.analysis.far_masks import FarMasks
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
@@ -55,6 +56,7 @@ TABLES = {
     Exact: "exact:exact_table",
     ExactEffect: "exact:exact_effect_table",
     Experiment: "experiment:experiment_table",
+    FarMasks: "far_masks:far_masks_table",
     HeadScores: "heads:head_table",
     Influence: "influence:influence_table",
     Likelihood: "likelihood:likelihood_table",
@@ -91,6 +93,7 @@ FIGURES = {
     Effects: "effects:effects_figure",
     Exact: "exact:exact_figure",
     Experiment: "experiment:experiment_figure",
+    FarMasks: "far_masks:far_masks_figure",
     HeadScores: "heads:head_figure",
     Influence: "influence:influence_figure",
     ModelComparison: "compare_models:models_figure",

@@ -1,6 +1,7 @@
 """Mean effects with intervals, as a table, along a line and as a map; other drawings use these."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ def effects_figure(result: Effects) -> Figure:
     axes.set(xlabel="cell", ylabel="mean effect")
     plain(axes)
     return figure
+
+
+def part_of(result: Effects, index: tuple[Any, ...]) -> Effects:
+    """Return the effects of some cells, by an index of tensors of cells."""
+    names = ("mean", "low", "high", "p", "texts")
+    return replace(result, **{name: getattr(result, name)[index] for name in names})
 
 
 def line_effects(axes: Axes, x: Sequence[Any], result: Effects, label: str, color: str) -> None:

@@ -1,14 +1,11 @@
 """An experiment as a table, and as a figure: arms with intervals, curves, or maps of cells."""
 
-from dataclasses import replace
-
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.show.effects import line_effects, map_effects
+from transformer_lens_bd3lm.show.effects import line_effects, map_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
 from transformer_lens_bd3lm.show.tables import count, new_table
 
@@ -79,7 +76,7 @@ def experiment_figure(result: Experiment, metric: str | None = None) -> Figure:
         panel = figure.add_subplot()
         cells = range(effects[0].mean.shape[1])
         for number, arm in enumerate(result.compared):
-            part = _part(effects[0], number)
+            part = part_of(effects[0], (number,))
             line_effects(panel, cells, part, arm, COLORS[number % len(COLORS)])
         panel.set(xlabel="cell", ylabel=f"{names[0]}, minus {result.base}")
         panel.legend(fontsize=8, frameon=False)
@@ -92,15 +89,9 @@ def experiment_figure(result: Experiment, metric: str | None = None) -> Figure:
     grid = figure.add_gridspec(2, arms, height_ratios=(0.05, 1))
     for number, arm in enumerate(result.compared):
         scale, panel = (figure.add_subplot(grid[row, number]) for row in (0, 1))
-        part = _part(effects[0], number)
+        part = part_of(effects[0], (number,))
         map_effects(panel, scale, part, f"{names[0]}: {arm} minus {result.base}")
     return figure
-
-
-def _part(effects: Effects, number: int) -> Effects:
-    """Return the effects of one compared arm."""
-    keys = ("mean", "low", "high", "p", "texts")
-    return replace(effects, **{key: getattr(effects, key)[number] for key in keys})
 
 
 def _dots(result: Experiment, names: list[str]) -> Figure:

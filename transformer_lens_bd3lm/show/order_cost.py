@@ -1,6 +1,7 @@
 """What a reveal order costs, as a table of orders and as the spread over all orders."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
@@ -41,11 +42,13 @@ def order_table(result: OrderCost) -> Table:
 
 def order_figure(result: OrderCost) -> Figure:
     """Draw how -log p of a block spreads over its orders, and where the given orders are."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     about = result.orders_by_block - result.exact.nelbo_by_block[..., None]
     values = about[about.isfinite()]
-    axes.hist(values.numpy(), bins=60, color=QUIET, alpha=0.5, label="every order of every block")
+    bins = min(max(len(values) // 3, 10), 60)
+    kind = "all orders" if result.kind == "exact" else "drawn orders"
+    axes.hist(values.numpy(), bins=bins, color=QUIET, alpha=0.5, label=f"{kind} of every block")
     axes.axvline(0, color=INK, linewidth=0.9, label="mean over orders (NELBO)")
     gap = float((result.exact.nll_by_block - result.exact.nelbo_by_block).mean())
     axes.axvline(gap, color=INK, linestyle=":", label="mixture of orders (NLL), mean of blocks")
@@ -54,13 +57,13 @@ def order_figure(result: OrderCost) -> Figure:
         color = _COLORS[number % len(_COLORS)]
         label = f"{name.replace('_', ' ')}, mean of blocks"
         axes.axvline(mean, color=color, linewidth=1.6, label=label)
-    kind = "all orders" if result.kind == "exact" else "drawn orders"
     axes.set(
-        xlabel="-log p of a block minus its mean over orders, nats",
-        ylabel=f"number of blocks x {kind}",
+        xlabel="-log p of a block minus its mean over orders, nats (left: likelier)",
+        ylabel="number of orders",
     )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(result.title, loc="left", color=INK, fontsize=10, parse_math=False)
-    axes.legend(edgecolor="none", framealpha=0.9, fontsize=8, labelcolor=INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK)
     figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
     plain(axes)
     return figure

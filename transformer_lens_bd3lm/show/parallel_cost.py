@@ -1,13 +1,10 @@
 """The cost of drawing tokens at once, as a table and along the block size."""
 
-from dataclasses import replace
-
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
-from transformer_lens_bd3lm.show.effects import line_effects
+from transformer_lens_bd3lm.show.effects import line_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
 from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
 
@@ -29,12 +26,6 @@ def _caption(result: ParallelCost) -> str:
     return caption + off_distribution(result.trained_at)
 
 
-def _column(effects: Effects, column: int) -> Effects:
-    """Return the effects of one column."""
-    names = ("mean", "low", "high", "p", "texts")
-    return replace(effects, **{name: getattr(effects, name)[:, column] for name in names})
-
-
 def parallel_table(result: ParallelCost) -> Table:
     """Lay out a row a block size, and a column for what is drawn at once: nats a token."""
     columns = ("block size", "kind", *map(_name, result.at_once))
@@ -52,7 +43,8 @@ def parallel_figure(result: ParallelCost) -> Figure:
     x = range(len(result.block_sizes))
     for column, at_once in enumerate(result.at_once):
         color = _COLORS[column % len(_COLORS)]
-        line_effects(axes, x, _column(result.effects, column), _name(at_once), color)
+        line = part_of(result.effects, (slice(None), column))
+        line_effects(axes, x, line, _name(at_once), color)
     axes.set_xticks(list(x), [str(size) for size in result.block_sizes])
     axes.set(xlabel="block size, tokens", ylabel="cost, nats a token")
     axes.set_title(result.title, loc="left", color=INK, fontsize=10, parse_math=False)
