@@ -65,12 +65,18 @@ class Effects(Result):
         return self.p <= 1 - self.level + 1e-12
 
     def text(self, *cell: int) -> str:
-        """Return a cell as text: ``+0.123 [+0.050, +0.196]``; without ends where there are none."""
+        """Return a cell as text: ``+0.123 [+0.050, +0.196]``; without ends where there are none.
+
+        Three decimals, and more where the interval (or the mean, without one) is narrower.
+        """
         mean, low, high = (float(x[cell]) for x in (self.mean, self.low, self.high))
         if math.isnan(mean):
             return "–"
-        ends = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
-        return f"{mean:+.3f}{ends}"
+        size = abs(mean) if math.isnan(low + high) else high - low
+        digits = min(max(3, 1 - math.floor(math.log10(size))), 6) if size > 0 else 3
+        if math.isnan(low) and math.isnan(high):
+            return f"{mean:+.{digits}f}"
+        return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
     def __repr__(self) -> str:
         found = f"{int(self.significant.sum())} of {self.mean.numel()} cells differ from 0"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from transformer_lens_bd3lm.analysis.effects import Effects
+from transformer_lens_bd3lm.analysis.effects import FEWEST, Effects
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.show.style import BLUE, INK, QUIET, heat_map, plain
 from transformer_lens_bd3lm.show.tables import new_table
@@ -65,6 +65,13 @@ def part_of(result: Effects, index: tuple[Any, ...]) -> Effects:
     """Return the effects of some cells, by an index of tensors of cells."""
     names = ("mean", "low", "high", "p", "texts")
     return replace(result, **{name: getattr(result, name)[index] for name in names})
+
+
+def about_intervals(result: Effects) -> str:
+    """Say what an interval is, or why there is none, and which points of a figure are filled."""
+    if bool((result.low.isfinite() | result.high.isfinite()).any()):
+        return f"[{result.level:.0%}] over texts like these; filled: p < {1 - result.level:.2g}."
+    return f"No interval: it needs {FEWEST} texts or more."
 
 
 def line_effects(axes: Axes, x: Sequence[Any], result: Effects, label: str, color: str) -> None:

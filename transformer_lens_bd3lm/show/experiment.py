@@ -1,6 +1,7 @@
 """An experiment as a table, and as a figure: arms with intervals, curves, or maps of cells."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.experiment import Experiment
@@ -118,6 +119,7 @@ def _dots(result: Experiment, names: list[str]) -> Figure:
         panel.set_title(name, fontsize=9, color=INK, loc="left")
         panel.set_xlabel(result.units[name] or "difference")
         panel.set_ylim(len(arms) - 0.5, -0.5)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.set_yticks(range(len(arms)), arms)
         plain(panel)
     title = f"minus {result.base}, 95% over texts; filled: p < 0.05, corrected"

@@ -16,16 +16,15 @@ def _caption(result: OrderCost) -> str:
     tokens = result.exact.total_tokens
     nelbo, nll = float(result.exact.nelbo.sum()) / tokens, result.exact.nats_per_token
     return (
-        f"{count(len(result.exact.tokens), 'text')}. Mean over orders (NELBO) {nelbo:.3f}, of the "
-        f"mixture of all orders (NLL) {nll:.3f} nats a token."
-        + off_distribution(result.exact.trained_at)
+        f"{count(len(result.exact.tokens), 'text')}. Mean over orders (NELBO) {nelbo:.3f}, all "
+        f"orders together (NLL) {nll:.3f} nats a token." + off_distribution(result.exact.trained_at)
     )
 
 
 def order_table(result: OrderCost) -> Table:
     """Lay out a row an order: nats a token, against a random order, and its posterior."""
     columns = ("order", "nats a token", "minus mean over orders", "p", "log posterior")
-    caption = _caption(result) + " log posterior: over a uniform order's, nats a block."
+    caption = _caption(result) + " log posterior: minus a uniform order's, nats a block."
     table = new_table(result.title, columns, ("order",), caption)
     tokens = result.exact.total_tokens
     for number, name in enumerate(result.names):
@@ -51,7 +50,7 @@ def order_figure(result: OrderCost) -> Figure:
     axes.hist(values.numpy(), bins=bins, color=QUIET, alpha=0.5, label=f"{kind} of every block")
     axes.axvline(0, color=INK, linewidth=0.9, label="mean over orders (NELBO)")
     gap = float((result.exact.nll_by_block - result.exact.nelbo_by_block).mean())
-    axes.axvline(gap, color=INK, linestyle=":", label="mixture of orders (NLL), mean of blocks")
+    axes.axvline(gap, color=INK, linestyle=":", label="all orders together (NLL), mean of blocks")
     for number, name in enumerate(result.names):
         mean = float((result.nats_by_block[number] - result.exact.nelbo_by_block).mean())
         color = _COLORS[number % len(_COLORS)]

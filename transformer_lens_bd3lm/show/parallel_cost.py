@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
-from transformer_lens_bd3lm.show.effects import line_effects, part_of
+from transformer_lens_bd3lm.show.effects import about_intervals, line_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
 from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
 
@@ -20,7 +20,7 @@ def _name(at_once: int | str) -> str:
 
 def _caption(result: ParallelCost) -> str:
     """Say what the figures are over, and how they were computed."""
-    caption = f"Mean over {count(len(result.nats), 'text')}, [95%] over texts like these."
+    caption = f"Mean over {count(len(result.nats), 'text')}. {about_intervals(result.effects)}"
     if result.kind == "estimate":
         caption += f" Estimates are unbiased, from {count(result.draws, 'draw')} of each text."
     return caption + off_distribution(result.trained_at)
