@@ -79,7 +79,7 @@ def test_masks_left_are_read_from_given_texts_too(bridge):
     scores = bd3lm.probe(bridge, texts, block_size=8, times=(0.8, 0.4))
     assert scores.columns == ("all", "t = 0.8", "t = 0.4")
     assert float(scores.above[1:, 0].max()) > 0.2
-    assert float(scores.r2[0, 0].abs()) < 0.01  # the mask's embedding is constant
+    assert float(scores.r2[0, 0].abs()) < 0.03  # the mask's embedding is constant
     assert bridge.cfg.block_size == 4
 
 
@@ -148,7 +148,7 @@ def test_each_fold_is_held_out_once_and_the_first_split_is_that_of_split_of():
 
 
 def test_one_text_unlike_the_others_widens_the_range(run):
-    """A label that holds in all texts but one: the split that tests that text stands out."""
+    """A label that holds in all texts but one scores otherwise from split to split."""
     label = planted(run)
 
     def broken(samples):
@@ -158,7 +158,7 @@ def test_one_text_unlike_the_others_widens_the_range(run):
     texts = list(range(40))
     whole, odd = (bd3lm.probe(run, names=NAME, label=x, texts=texts) for x in (label, broken))
     assert float(whole.high[0, 0] - whole.low[0, 0]) < 1e-3
-    assert float(odd.low[0, 0]) < 0 < 0.9 < float(odd.splits[:, 0, 0].median())
+    assert float(odd.low[0, 0]) < 0 and float(odd.high[0, 0] - odd.low[0, 0]) > 0.5
 
 
 def test_bad_input_is_refused(bridge, run):
