@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.along_run import read_along, read_run
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.analysis.heads.masked_text import read_masked_text
 from transformer_lens_bd3lm.analysis.noised_text import pattern_names
@@ -33,6 +32,7 @@ from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.checks import check_choice
+from transformer_lens_bd3lm.denoising.along import along, run_or_texts
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -236,12 +236,12 @@ def attention_over_steps(
         NotExactError: where the bridge is no longer what the run was made with, or the run's own
             hooks return other values.
     """
-    run = read_run(source, texts, block_size, seed)
+    run = run_or_texts(source, texts, block_size, seed)
     names = pattern_names(run.bridge)
     reader = _StepReader()
     hooks = [(name, partial(reader.see, layer=layer)) for layer, name in enumerate(names)]
     rows: list[tuple[Tensor, ...]] = []
-    for step, _ in read_along(run, hooks):
+    for step, *_ in along(run, hooks=hooks):
         keys = step.window[1] - run.canvas.first_visible(step.window[0])
         label = reader.label(step, keys)
         uniform = _mean_over(_uniform(label, torch.ones_like(label).bool()), step.masked)

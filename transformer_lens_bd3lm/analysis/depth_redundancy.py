@@ -23,14 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from transformer_lens_bd3lm.analysis.along_run import (
-    log_probs_again,
-    read_along,
-    read_run,
-    written,
-)
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.checks import check_choice
+from transformer_lens_bd3lm.denoising.along import (
+    along,
+    along_edited,
+    log_p_of_written,
+    run_or_texts,
+)
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -173,8 +173,8 @@ def _skip_hooks(layer: int, positions: str) -> list[tuple[str, Any]]:
 
 def _log_probs_skipped(run: Run, layer: int, positions: str) -> list[Tensor]:
     """Return log p of the run's tokens at each step's masks, nats, with a layer skipped."""
-    steps = log_probs_again(run, _skip_hooks(layer, positions))
-    return [written(run, step, log_probs) for step, log_probs in steps]
+    steps = along_edited(run, _skip_hooks(layer, positions))
+    return [log_p_of_written(run, step, log_probs) for step, log_probs, _ in steps]
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def depth_redundancy(
             hooks return other values.
     """
     check_choice("positions", positions, ("active", "masked"))
-    run = read_run(source, texts, block_size, seed)
+    run = run_or_texts(source, texts, block_size, seed)
     layers, reader = range(run.bridge.cfg.n_layers), _Cosines()
     hooks: list[tuple[str, Any]] = []
     for layer in layers:
@@ -217,9 +217,9 @@ def depth_redundancy(
             (f"blocks.{layer}.hook_resid_post", reader.compare),
         ]
     cosines, base, masks_left = [], [], []
-    for step, log_probs in read_along(run, hooks):
+    for step, log_probs, _ in along(run, hooks=hooks):
         cosines.append(reader.take())
-        base.append(written(run, step, log_probs))
+        base.append(log_p_of_written(run, step, log_probs))
         masks_left.append(step.masks_left)
     loss, revealed_loss = [], []
     with progress_bar("skipped layers", len(layers), progress) as update:

@@ -16,6 +16,7 @@ queries, so that one query alone can make a sink; with the control's keys less a
 than with the sinks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,15 +26,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.analysis.along_run import (
-    log_probs_again,
-    read_along,
-    read_run,
-    written,
-)
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.analysis.noised_text import pattern_names
 from transformer_lens_bd3lm.checks import check_int, check_number
+from transformer_lens_bd3lm.denoising.along import (
+    Along,
+    along,
+    along_edited,
+    log_p_of_written,
+    run_or_texts,
+)
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.model.modules import at_least_float32
@@ -205,14 +207,14 @@ def _nats_per_token(run: Run, keys: dict[tuple[int, int], Tensor]) -> Float[Tens
 
     layers = range(run.bridge.cfg.n_layers)
     hooks = [(f"blocks.{layer}.attn.hook_attn_scores", hook_of(layer)) for layer in layers]
-    return -_log_p(run, log_probs_again(run, hooks))
+    return -_log_p(run, along_edited(run, hooks))
 
 
-def _log_p(run: Run, steps: Any) -> Float[Tensor, " batch"]:
+def _log_p(run: Run, steps: Iterator[Along]) -> Float[Tensor, " batch"]:
     """Return log p of each text in its order, nats a token."""
     total = torch.zeros(len(run.ends), dtype=torch.float64)
-    for step, log_probs in steps:
-        total += written(run, step, log_probs).where(step.revealed, 0.0).sum(1)
+    for step, log_probs, _ in steps:
+        total += log_p_of_written(run, step, log_probs).where(step.revealed, 0.0).sum(1)
     return total / (run.commit_step_all >= 0).sum(-1)
 
 
@@ -245,11 +247,11 @@ def sinks(
     """
     check_number("eps", eps, 0.0, 1.0, "give a share of attention, 0 to 1")
     check_int("seed", seed, 0)
-    run = read_run(source, texts, block_size, seed)
+    run = run_or_texts(source, texts, block_size, seed)
     names = pattern_names(run.bridge)
     reader = _Reader(run.bridge, float(eps), seed)
     hooks = [(name, partial(reader.see, layer=layer)) for layer, name in enumerate(names)]
-    base = -_log_p(run, read_along(run, hooks))
+    base = -_log_p(run, along(run, hooks=hooks))
     removed, control = (_nats_per_token(run, keys) - base for keys in (reader.sinks, reader.others))
     places, received, kinds = _listed(run, reader)
     layers = range(len(names))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.hook_names import resolve
 from transformer_lens_bd3lm.bridge.hook_points import lookup
-from transformer_lens_bd3lm.denoising.along import along
+from transformer_lens_bd3lm.denoising.along import along, log_p_of_written
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.run import Run, run_dataset
 from transformer_lens_bd3lm.denoising.step import RevealedStep
@@ -74,9 +74,7 @@ def _entries(
     start, end = step.window
     inside = torch.arange(start, end) < run.ends[:, None]
     row, offset = inside.nonzero().unbind(-1)
-    part = run.final[:, start:end].cpu()
-    log_p = torch.full(step.masked.shape, torch.nan, dtype=torch.float64)
-    log_p[step.masked] = log_probs.gather(-1, part[step.masked][:, None])[:, 0]
+    log_p = log_p_of_written(run, step, log_probs)
     same = torch.ones_like(row)
     values = {
         "row": row,
@@ -87,7 +85,7 @@ def _entries(
         "masks_left": step.masks_left[row],
         "masked": step.masked[row, offset],
         "token": step.tokens[:, start:end].cpu()[row, offset],
-        "final": part[row, offset],
+        "final": run.final.cpu()[row, start + offset],
         "log_p": log_p[row, offset],
     }
     return row, offset, values

@@ -23,6 +23,12 @@ NAMES = {
     "unigram": "unigram",
     "matched": "same entropy, other text",
 }
+_SHORT = {
+    "confidence": "its own p",
+    "redrawn": "another draw",
+    "unigram": "unigram",
+    "matched": "same entropy",
+}
 _GREEN = "#009e73"
 COLORS = {"confidence": ORANGE, "redrawn": _GREEN, "unigram": QUIET, "matched": "#cc79a7"}
 
@@ -31,7 +37,8 @@ def commitment_tables(result: Commitment) -> Group:
     """Lay out how early tokens are decided, and the rates by masks left, beside the controls."""
     caption = (
         f"{count(len(result.row), 'position')} in {count(result.texts, 'text')}; 95% intervals "
-        f"over texts. {ORDERS[result.order]}"
+        "over texts. Share of masked steps: 0 is the first step at which a position is masked, 1 "
+        f"its reveal. {ORDERS[result.order]}"
     )
     one = new_table("when a token is decided", ("", "mean"), ("",), caption)
     share, passes = result.share, result.passes
@@ -52,13 +59,16 @@ def commitment_tables(result: Commitment) -> Group:
 
 
 def _rates_table(result: Commitment) -> Table:
-    columns = ("masks left", "final token on top", *(NAMES[name] for name in CONTROLS), "margin")
+    columns = ("masks left", "rate", *(_SHORT[name] for name in CONTROLS), "margin")
     caption = (
-        "Rates before the reveal. Its own probability: the rate to expect of calibrated "
-        "predictions. *: differs from the top prediction's rate, corrected (max-T). Margin: "
+        "By share of the block's masks left, before the reveal. Controls: its own p, the top "
+        "prediction's probability, the rate to expect of calibrated predictions; another draw from "
+        "the same prediction; the unigram's top token; the top token where another text's "
+        "prediction has the same entropy. *: differs from the rate, corrected (max-T). Margin: "
         "probability of the top prediction less the second."
     )
-    table = new_table("top prediction is the final token", columns, ("masks left",), caption)
+    title = "rate at which the top prediction is the final token, beside controls"
+    table = new_table(title, columns, ("masks left",), caption)
     for quarter, name in enumerate(QUARTERS):
         if int(result.margin.texts[quarter]) == 0:
             continue

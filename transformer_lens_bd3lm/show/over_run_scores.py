@@ -2,9 +2,10 @@
 
 from matplotlib.figure import Figure
 from rich.table import Table
+from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.over_run.calibration import Calibration
-from transformer_lens_bd3lm.analysis.over_run.probe import ProbeScores
+from transformer_lens_bd3lm.analysis.over_run.probe import FEW_TEXTS, ProbeScores
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
 from transformer_lens_bd3lm.show.tables import count, new_table
@@ -67,18 +68,24 @@ def probe_table(result: ProbeScores) -> Table:
     """Lay out a row a hook point: R^2 by column, and of shuffled labels."""
     caption = (
         f"R^2 on held-out texts of {result.texts}, position regressed out; plain: it is not. "
-        f"Shuffled: mean and range of {len(result.shuffled)} shuffles. A label that is the same in "
+        f"Mean of {len(result.splits)} splits of the texts; splits: least and most of all. "
+        f"Shuffled: least and most of {len(result.shuffled)} shuffles. A label that is the same in "
         "a whole column has no R^2."
     )
-    columns = ("hook point", *result.columns, "all, plain", "shuffled")
+    if result.few_texts:
+        caption += (
+            f" Under {FEW_TEXTS} texts one of them can decide a score: compare the splits, or give "
+            "more texts."
+        )
+    every, *columns = result.columns
+    columns = ("hook point", every, "splits", *columns, "plain", "shuffled")
     table = new_table(f"linear probe of {result.label}", columns, ("hook point",), caption)
     for i, name in enumerate(result.names):
         cells = [_r2(float(x)) for x in result.r2[i]]
+        cells.insert(1, _range(result.low[i, 0], result.high[i, 0]))
         chance = result.shuffled[:, i, 0]
-        spread = (
-            f"{float(chance.mean()):.3f} ({float(chance.min()):.3f}..{float(chance.max()):.3f})"
-        )
-        table.add_row(_short(name), *cells, _r2(float(result.plain[i, 0])), spread)
+        cells += [_r2(float(result.plain[i, 0])), _range(chance.min(), chance.max())]
+        table.add_row(_short(name), *cells)
     return table
 
 
@@ -94,6 +101,10 @@ def probe_figure(result: ProbeScores) -> Figure:
             style = "o-" if i == 0 else "o--"
             r2 = result.r2[:, i].numpy()
             axes.plot(places, r2, style, color=color, linewidth=width, markersize=3.5, label=name)
+    bounds = (result.low[:, 0].numpy(), result.high[:, 0].numpy())
+    axes.fill_between(
+        places, *bounds, color=BLUE, alpha=0.15, linewidth=0, label="all, range over splits"
+    )
     axes.plot(places, result.plain[:, 0].numpy(), ":", color=INK, label="all, without the control")
     chance = result.shuffled[:, :, 0]
     bounds = (chance.amin(0).numpy(), chance.amax(0).numpy())
@@ -111,7 +122,11 @@ def probe_figure(result: ProbeScores) -> Figure:
 
 
 def _r2(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
+    return "–" if value != value else f"{value:.2f}"
+
+
+def _range(low: Tensor, high: Tensor) -> str:
+    return "–" if bool(low.isnan()) else f"{float(low):.2f} to {float(high):.2f}"
 
 
 def _short(name: str) -> str:

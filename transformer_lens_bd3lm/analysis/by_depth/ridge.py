@@ -11,6 +11,7 @@ part. Labels may have several columns: the true ones, and shuffled ones for cont
 It does not say what a probe means: that a line can read depth does not show that the model does.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.errors import InputError
 
-_FEWEST = 5  # texts, so that each part has one
-_SHARES = (0.6, 0.2, 0.2)  # of the texts: train, validation, test
+FOLDS = 5  # parts of equally many texts, each of one text at least
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
 PARTS = ("train", "validation", "test")
 
@@ -28,7 +28,7 @@ PARTS = ("train", "validation", "test")
 def split_of(
     number: int, seed: int, texts: Int[Tensor, " sample"] | None = None
 ) -> Int[Tensor, " sample"]:
-    """Draw the part that each text is in: 0 train, 1 validation, 2 test.
+    """Draw the part that each text is in: 0 train, 1 validation, 2 test; 60, 20 and 20 percent.
 
     Args:
         number: number of texts.
@@ -38,14 +38,30 @@ def split_of(
     Raises:
         InputError: for too few texts.
     """
-    if number < _FEWEST:
+    return (fold_of(number, seed, texts) - (FOLDS - len(PARTS))).clamp(min=0)
+
+
+def fold_of(
+    number: int, seed: int, texts: Int[Tensor, " sample"] | None = None
+) -> Int[Tensor, " sample"]:
+    """Draw the fold that each text is in, 0 to 4; see :func:`rotated`.
+
+    Args:
+        number: number of texts.
+        seed: random seed of the draw.
+        texts: number of each sample's text; by default each text is a sample.
+
+    Raises:
+        InputError: for too few texts.
+    """
+    if number < FOLDS:
         raise InputError(
-            f"{number} texts or sentences: a probe needs {_FEWEST}, for train, validation and test"
+            f"{number} texts or sentences: a probe needs {FOLDS}, for train, validation and test"
         )
-    bounds = torch.tensor(_SHARES).cumsum(0)[:-1] * number
+    bounds = torch.arange(1, FOLDS) * number / FOLDS
     rank = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
-    part = torch.bucketize(rank.float() + 0.5, bounds)
-    return part if texts is None else part[texts]
+    fold = torch.bucketize(rank.float() + 0.5, bounds)
+    return fold if texts is None else fold[texts]
 
 
 @dataclass
@@ -137,3 +153,16 @@ class Ridge:
         """Compute ``sum (y - prediction)^2`` for each column of labels."""
         xx, xy, yy = sums.about(x0, y0)
         return yy - 2 * (w * xy).sum(0) + (w * (xx @ w)).sum(0)
+
+
+def rotated(folds: list[Sums]) -> Iterator[Ridge]:
+    """Yield the probe of each split: every fold is the test part of one, validation of another.
+
+    The first is the split of :func:`split_of`: three folds to train, then validation and test.
+    """
+    for last in reversed(range(len(folds))):
+        train, (validation, test) = Sums(), (folds[last - 1], folds[last])
+        for fold in folds:
+            if fold is not test and fold is not validation:
+                train.join(fold)
+        yield Ridge([train, validation, test])

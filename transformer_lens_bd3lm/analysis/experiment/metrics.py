@@ -15,7 +15,8 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import tokens_of
 from transformer_lens_bd3lm.checks import check_int, is_int
-from transformer_lens_bd3lm.denoising.replay import log_probs_along, write_log_p
+from transformer_lens_bd3lm.denoising.along import along_edited
+from transformer_lens_bd3lm.denoising.replay import write_log_p
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
@@ -34,11 +35,8 @@ def nats(run: Run) -> Float[Tensor, " row"]:
     """
     if not StepHooks.of(run.request.hooks).hooks:
         return -log_p(run)
-    request = replace(run.request, hooks=StepHooks(), record=None, kv_cache=run.kv_cache)
-    scores, steps = torch.full_like(run.log_p_all, torch.nan), list(run.steps)
-    network = request.network(run.bridge, run.canvas)
-    passes = log_probs_along(network, steps, request.lookahead)
-    for step, log_probs in zip(steps, passes, strict=True):
+    scores = torch.full_like(run.log_p_all, torch.nan)
+    for step, log_probs, _ in along_edited(run, None, own=False):
         write_log_p(scores, step, log_probs)
     return -log_p(replace(run, log_p_all=scores))
 
