@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
         ((clean, clean, 4), {}, "are the same"),
         ((clean, corrupted), {}, "target=None needs finished texts"),
         ((clean, corrupted, torch.tensor([4, 4])), {}, "target has 2 tokens and the text 1 masks"),
-        ((clean, corrupted, "[MASK]"), {}, "target holds the mask"),
+        ((clean, corrupted, "[MASK]"), {}, "is empty or holds the mask"),
         ((clean, corrupted, 4, [1, 2]), {}, "against has 2 entries"),
         ((clean, corrupted, 4), {"steps": 0}, "steps=0"),
         ((clean, corrupted, 4), {"masks": masks}, "clean holds the mask"),
