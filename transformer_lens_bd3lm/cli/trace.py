@@ -58,6 +58,7 @@ def trace(
     position: tokens that differ and occur in the target, others that differ, the rest, the target.
     """
     check_files(plot, json)
+    given: dict[str, Any]
     groups = None
     if clean.endswith(".jsonl"):
         if corrupted is not None or target is not None:
@@ -66,9 +67,9 @@ def trace(
     elif corrupted is None or target is None:
         raise typer.BadParameter("give two texts and --target, or a .jsonl file of pairs")
     else:
-        given = {"clean": clean, "corrupted": corrupted, "target": target}
-        check_texts(list(given.values()))
-        given = {name: text.replace("\\n", "\n") for name, text in given.items()}
+        texts = {"clean": clean, "corrupted": corrupted, "target": target}
+        check_texts(list(texts.values()))
+        given = {name: text.replace("\\n", "\n") for name, text in texts.items()}
     result = bd3lm.effect_grid(
         boot(model, device), **given, block_size=typed_block_size(block_size), mode=mode,
         site=site, groups=groups, steps=steps, seeds=seeds, seed=seed, rows=rows,

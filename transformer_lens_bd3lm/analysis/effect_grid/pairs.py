@@ -217,12 +217,12 @@ def read_groups(
         return None, [[[i] for i in range(pairs[0].length)]] * len(pairs)
     if isinstance(groups, str) and groups == "roles":
         return list(ROLES), [list(_roles(pair)) for pair in pairs]
-    each = list(groups) if isinstance(groups, list | tuple) else [groups] * len(pairs)
+    each: list[Any] = list(groups) if isinstance(groups, list | tuple) else [groups] * len(pairs)
     if len(each) != len(pairs) or not all(isinstance(one, Mapping) and one for one in each):
         raise InputError(
             'groups: give "roles", {name: positions}, or a list with one for each text'
         )
-    names = list(each[0])
+    names: list[Any] = list(each[0])
     result = []
     for number, (one, pair) in enumerate(zip(each, pairs, strict=True)):
         if list(one) != names:
