@@ -208,6 +208,31 @@ def test_an_untrained_model_of_the_same_shape_copies_nothing(tmp_path, copying):
     assert result.split_half(10) < float(copying.within.min())
 
 
+def test_targets_of_other_texts_are_not_attributed_to_the_head(grammar, copying):
+    clean, corrupted, letters, _ = copies(10)
+    moved = [letters[-1], *letters[:-1]]
+    result = bd3lm.attribute_edges(grammar, clean, corrupted, moved, block_size="full", steps=3)
+    head = result.node_names.index("2.1")
+    assert abs(float(result.nodes[head])) < 0.1 * float(copying.second.nodes[head])
+    assert abs(result.gap) < 0.1 * copying.second.gap and not result.node_effects.significant.any()
+
+
+def test_without_blocks_the_texts_hold_the_masks(tmp_path):
+    flat = boot(small.save(tmp_path, cross_attn=False, block_size=16, time_conditioning=True))
+    clean, corrupted = (torch.tensor([[0, 5, x, 7, 11, 9]]) for x in (1, 2))
+    result = bd3lm.attribute_edges(flat, clean, corrupted, 4, steps=40, timesteps=torch.ones(1))
+    assert result.block_size is None and not result.off_distribution
+    scores = []
+    for ids in (clean, corrupted):
+        with torch.no_grad():
+            logits = flat(ids, timesteps=torch.ones(1), sample_mode=True)
+        scores.append(float(bd3lm.log_probs(logits, ids, 11)[0, 4, 4]))
+    assert [float(result.clean_score), float(result.corrupted_score)] == pytest.approx(scores)
+    assert float(result.nodes[0]) == pytest.approx(result.gap, rel=1e-2) and abs(result.gap) > 1e-3
+    with pytest.raises(bd3lm.InputError, match="no dual view"):
+        bd3lm.attribute_edges(flat, clean, corrupted, masks=clean == 11)
+
+
 def test_block_sizes_that_make_no_difference_have_no_small_p(by_hand):
     texts = torch.tensor([[0, 6, a, 7, 8, 5, 9, 10, 11] for a in (1, 2, 3, 4, 1, 2)])
     others = texts.clone()
@@ -231,7 +256,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
         ((clean, clean, 4), {}, "are the same"),
         ((clean, corrupted), {}, "target=None needs finished texts"),
         ((clean, corrupted, torch.tensor([4, 4])), {}, "target has 2 tokens and the text 1 masks"),
-        ((clean, corrupted, "[MASK]"), {}, "target holds the mask"),
+        ((clean, corrupted, "[MASK]"), {}, "is empty or holds the mask"),
         ((clean, corrupted, 4, [1, 2]), {}, "against has 2 entries"),
         ((clean, corrupted, 4), {"steps": 0}, "steps=0"),
         ((clean, corrupted, 4), {"masks": masks}, "clean holds the mask"),

@@ -206,6 +206,23 @@ def test_the_path_of_a_circuit_set_by_hand_is_seen(by_hand):
     )
 
 
+@torch.no_grad()
+def test_roles_are_groups_by_what_a_position_is(bridge):
+    # Word 4 is the target: of what differs, it is at 2 and not at 6; the second text has none.
+    clean = [torch.tensor([0, 5, 4, 7, 8, 9, 3]), torch.tensor([0, 5, 6, 7, 8, 9])]
+    corrupted = [torch.tensor([0, 5, 1, 7, 8, 9, 2]), torch.tensor([0, 5, 1, 7, 8, 9])]
+    roles = bd3lm.effect_grid(bridge, clean, corrupted, 4, groups="roles", steps=20)
+    groups = {"a": [2], "b": [6], "c": [0, 1, 3, 4, 5], "d": [7]}
+    by_hand = bd3lm.effect_grid(bridge, clean[0], corrupted[0], 4, groups=groups)
+    torch.testing.assert_close(roles.by_text[0, :, -1], by_hand.by_text[0, :, -1])
+    assert roles.by_text[1, ..., 0].isnan().all() and not roles.by_text[1, :, -1, 1:].isnan().any()
+    gap = float(roles.clean_log_p[0, -1] - roles.corrupted_log_p[0, -1])
+    assert float(roles.restored[0, -1, 0]) == pytest.approx(float(roles.by_text[0, 0, -1, 0]) / gap)
+    lines = {x.get_label(): x for x in roles.plot(most=1).axes[0].lines}
+    drawn = torch.as_tensor(lines["the target's masks"].get_ydata())
+    torch.testing.assert_close(drawn, roles.effects.mean[:, 0, 3])
+
+
 def copies(rows=8):
     """Texts with a mask at 7, the same with another source of the copy, the letters, groups."""
     ids, letters = copied_words(7)
@@ -279,8 +296,8 @@ def test_text_that_does_not_fit_is_refused(bridge, tmp_path):
         ((clean, [*corrupted, *corrupted], 4), {}, "corrupted has 2 texts, clean 1"),
         ((clean, corrupted, "w1 w2 w3"), {"block_size": 4}, "lie in blocks"),
         ((clean, corrupted, "[MASK]"), {}, "holds the mask"),
-        ((clean, corrupted, 4.0), {}, "give a string, or the id"),
-        ((clean, corrupted, torch.tensor(4.7)), {}, "give a string, or the id"),
+        ((clean, corrupted, 4.0), {}, "target is float: give a string, an id"),
+        ((clean, corrupted, torch.tensor(4.7)), {}, "target is Tensor: give a string, an id"),
         ((clean, corrupted, 4), {"groups": {"x": None}}, "give positions 0..7"),
         ((clean, corrupted, [4, 5]), {}, "target has 2 entries"),
         ((clean, corrupted, 4), {"site": "heads"}, "site='heads'"),

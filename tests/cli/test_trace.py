@@ -25,6 +25,22 @@ def test_trace_prints_the_best_cells_and_writes_them(tmp_path):
     assert json.loads(values.read_text())["restored"][0][0][3] == pytest.approx(1, abs=0.01)
 
 
+def test_trace_averages_the_pairs_of_a_file_by_role(tmp_path):
+    pairs, values, plot = (tmp_path / name for name in ("pairs.jsonl", "grid.json", "grid.png"))
+    rows = [("a b c = a b [MASK]", "a b d = a b [MASK]", "c"), ("b c = b", "b d = b", "c")]
+    lines = [json.dumps({"clean": a, "corrupted": b, "target": c}) for a, b, c in rows]
+    pairs.write_text("\n".join(lines))
+    command = ("trace", "grammar", str(pairs), "--block-size", "full", "--steps", "2")
+    result = run(*command, "--json", str(values), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    saved = json.loads(values.read_text())
+    assert len(saved["effects_nats_by_text"]) == 2 and plot.stat().st_size > 1000
+    assert saved["positions"][0] == "changed, as the target"
+    assert saved["restored"][0][-1][0] == pytest.approx(1, abs=0.01)
+    assert "give no other text" in run(*command, "--target", "c").output
+    assert "give two texts and --target" in run("trace", "grammar", "a b c").output
+
+
 def test_circuit_reads_pairs_or_a_text(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     rows = [("a b c", "a b d"), ("b c d", "b c e"), ("d e a", "d e b")]

@@ -25,9 +25,20 @@ from transformer_lens_bd3lm.cli.options import (
 @app.command()
 def trace(
     model: ModelArgument,
-    clean: Annotated[str, typer.Argument(help="The text itself, with or without [MASK].")],
-    corrupted: Annotated[str, typer.Argument(help="As many tokens, some of them others.")],
-    target: Annotated[str, typer.Option(help="Token at the first mask, or behind the text.")],
+    clean: Annotated[
+        str,
+        typer.Argument(
+            help="The text itself, with or without [MASK]; or a .jsonl file of pairs: clean, "
+            "corrupted, target a line."
+        ),
+    ],
+    corrupted: Annotated[
+        str | None, typer.Argument(help="As many tokens, some of them others; none with a file.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Token at the first mask, or behind the text; none with a file."),
+    ] = None,
     block_size: BlockSize = None,
     mode: Annotated[str, typer.Option(help="pinned, or exact: over all orders.")] = "pinned",
     site: Annotated[str, typer.Option(help="residual, attn_out or mlp_out.")] = "residual",
@@ -43,14 +54,25 @@ def trace(
 ) -> None:
     r"""Trace where a prediction comes from: clean activations by layer, step and position.
 
-    \n in the texts and the target is a new line.
+    \n in the texts and the target is a new line. Pairs in a file are averaged, by the role of a
+    position: tokens that differ and occur in the target, others that differ, the rest, the target.
     """
-    check_texts([clean, corrupted, target])
     check_files(plot, json)
-    clean, corrupted, target = (x.replace("\\n", "\n") for x in (clean, corrupted, target))
+    given: dict[str, Any]
+    groups = None
+    if clean.endswith(".jsonl"):
+        if corrupted is not None or target is not None:
+            raise typer.BadParameter(f"{clean} is a file of pairs: give no other text or target")
+        given, groups = _read_pairs(Path(clean)), "roles"
+    elif corrupted is None or target is None:
+        raise typer.BadParameter("give two texts and --target, or a .jsonl file of pairs")
+    else:
+        texts = {"clean": clean, "corrupted": corrupted, "target": target}
+        check_texts(list(texts.values()))
+        given = {name: text.replace("\\n", "\n") for name, text in texts.items()}
     result = bd3lm.effect_grid(
-        boot(model, device), clean, corrupted, target, block_size=typed_block_size(block_size),
-        mode=mode, site=site, steps=steps, seeds=seeds, seed=seed, rows=rows,
+        boot(model, device), **given, block_size=typed_block_size(block_size), mode=mode,
+        site=site, groups=groups, steps=steps, seeds=seeds, seed=seed, rows=rows,
     )  # fmt: skip
     show(result, json, result.to_dict(), plot)
 
@@ -88,21 +110,21 @@ def circuit(
     """
     check_files(plot, json)
     sizes = [typed_block_size(each) for each in block_sizes.split(",")]
-    text = read_file(pairs)
+    is_file = pairs.suffix == ".jsonl"
+    given = _read_pairs(pairs) if is_file else {}
+    text = "" if is_file else read_file(pairs)
     bridge = boot(model, device)
-    given = (
-        _read_pairs(text, pairs)
-        if pairs.suffix == ".jsonl"
-        else _windows(bridge, text, texts, length, last_block, seed)
-    )
+    if not is_file:
+        given = _windows(bridge, text, texts, length, last_block, seed)
     result = bd3lm.compare_circuits(
         bridge, **given, block_sizes=sizes, top=top, steps=steps, seed=seed
     )
     show(result, json, result.to_dict(), plot)
 
 
-def _read_pairs(text: str, path: Path) -> dict[str, Any]:
+def _read_pairs(path: Path) -> dict[str, Any]:
     """Return the texts and targets of a file with an object a line."""
+    text = read_file(path)
     try:
         rows = [json_module.loads(line) for line in text.splitlines() if line.strip()]
         names = ("clean", "corrupted", "target") + (("against",) if "against" in rows[0] else ())

@@ -1,13 +1,23 @@
 """Temporal effect grid as a table of the best cells, and as maps of layer by position for steps."""
 
+from collections.abc import Sequence
+
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.show.effects import BOTH_WAYS
-from transformer_lens_bd3lm.show.style import INK, QUIET, SHORT, heat_map, plain, token_label
+from transformer_lens_bd3lm.show.effects import BOTH_WAYS, line_effects, part_of
+from transformer_lens_bd3lm.show.style import (
+    COLORS,
+    INK,
+    QUIET,
+    SHORT,
+    heat_map,
+    plain,
+    token_label,
+)
 from transformer_lens_bd3lm.show.tables import count, new_table
 
 SITES = {
@@ -40,6 +50,8 @@ def effect_grid_table(result: EffectGrid, n: int = 12) -> Table:
 def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
     """Draw the restored share by layer and position, one map a step; dots: p <= 0.05.
 
+    Several texts with few positions or groups are drawn as lines with intervals instead, in nats.
+
     Args:
         result: the grid.
         most: largest number of steps that are drawn, evenly over all.
@@ -49,18 +61,14 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
     """
     if most < 1:
         raise InputError(f"most={most}: give 1 or more")
-    steps = range(len(result.masks_left))
-    if len(steps) > most:
-        places = torch.linspace(0, len(steps) - 1, most) if most > 1 else torch.zeros(1)
-        steps = places.round().long().tolist()
+    steps = _steps(result, most)
+    if len(result.by_text) > 1 and len(result.positions) <= len(COLORS):
+        return _lines(result, steps)
     layers, _, width = result.effects.mean.shape
     high = 0.16 * layers + 0.25
     size = (min(max(0.24 * width, 4.4), 11) + 1.2, high * len(steps) + 1.9)
     figure = Figure(figsize=size, layout="constrained")
-    title = figure.suptitle(_title(result), x=0.01, ha="left", color=INK, fontsize=10)
-    title.set_parse_math(False)
-    caption = figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
-    caption.set_wrap(True)
+    _write_around(figure, result)
     grid = figure.add_gridspec(len(steps) + 1, 1, height_ratios=(0.1, *[high] * len(steps)))
     scale = figure.add_subplot(grid[0])
     for row, step in enumerate(steps):
@@ -88,6 +96,55 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
     return figure
 
 
+def _lines(result: EffectGrid, steps: Sequence[int]) -> Figure:
+    """Draw mean effects by depth with intervals: a panel a step, a line a position or group."""
+    columns = min(len(steps), 2)
+    rows = -(-len(steps) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.2 * rows + 1.6), layout="constrained")
+    _write_around(figure, result)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=(0.3, *[2.2] * rows))
+    first = None
+    for number, step in enumerate(steps):
+        row, column = divmod(number, columns)
+        axes = figure.add_subplot(grid[row + 1, column], sharex=first, sharey=first)
+        first = first or axes
+        for position, name in enumerate(result.positions):
+            part = part_of(result.effects, (slice(None), step, position))
+            line_effects(axes, range(len(part.mean)), part, name, COLORS[position])
+        masks = "all orders" if result.mode == "exact" else _masks(result.masks_left[step])
+        axes.set_title(masks.replace("\n", " "), loc="left", fontsize=9, color=INK)
+        if not column:
+            axes.set_ylabel("effect, nats", color=INK, fontsize=9)
+        if number + columns >= len(steps):
+            axes.set_xlabel(_layer(result), color=INK, fontsize=9)
+        plain(axes)
+    legend = figure.add_subplot(grid[0, :])
+    legend.axis("off")
+    if first is not None:
+        lines, names = first.get_legend_handles_labels()
+        box = legend.legend(lines, names, loc="center left", ncols=4, fontsize=8, frameon=False)
+        for text in box.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _steps(result: EffectGrid, most: int) -> Sequence[int]:
+    """Return the numbers of at most so many steps, evenly over all."""
+    steps = len(result.masks_left)
+    if steps <= most:
+        return range(steps)
+    places = torch.linspace(0, steps - 1, most) if most > 1 else torch.zeros(1)
+    return places.round().long().tolist()
+
+
+def _write_around(figure: Figure, result: EffectGrid) -> None:
+    """Write the title above a figure and the caption below it."""
+    title = figure.suptitle(_title(result), x=0.01, ha="left", color=INK, fontsize=10)
+    title.set_parse_math(False)
+    caption = figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
+    caption.set_wrap(True)
+
+
 def _masks(left: int) -> str:
     """Return a number of masks as two short lines."""
     return f"{count(left, 'mask')}\nleft"
@@ -112,7 +169,7 @@ def _caption(result: EffectGrid) -> str:
     """Say how large the gap is, and what the dots are."""
     gaps = result.gap[result.gap.isfinite()]
     texts = len(result.by_text)
-    sure = "; dots: p ≤ 0.05, max-T over all cells" if texts > 1 else ""
+    sure = "; filled dots: p ≤ 0.05, max-T over all cells" if texts > 1 else ""
     return (
         f"{count(texts, 'pair')} of texts; clean minus corrupted log p: {float(gaps.min()):.2f} to "
         f"{float(gaps.max()):.2f} nats over steps{sure}"

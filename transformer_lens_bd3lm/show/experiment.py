@@ -7,10 +7,8 @@ from rich.table import Table
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.show.effects import line_effects, map_effects, part_of
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import BLUE, COLORS, INK, QUIET, plain
 from transformer_lens_bd3lm.show.tables import count, new_table
-
-COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 
 def experiment_table(result: Experiment, n: int = 20) -> Table:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 INK, QUIET, ORANGE, BLUE = "#222222", "#8a8a8a", "#d55e00", "#0072b2"
+COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # of several lines
 SHORT = 48  # tokens that can be told apart under an axis
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _LONGEST = 9  # characters of a token's label

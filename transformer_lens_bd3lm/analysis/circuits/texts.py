@@ -7,11 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.analysis.text_pairs import (
+    check_same_masks,
+    read_targets,
+    read_text_pairs,
+)
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.bridge.texts import read_ids
-from transformer_lens_bd3lm.checks import check_bos_given, check_finished, is_int
+from transformer_lens_bd3lm.checks import check_bos_given, check_finished
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.ids import check_ids
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 
 
@@ -63,40 +66,23 @@ def read_masked_pairs(
             "this checkpoint is the autoregressive baseline (causal=True): it has never seen a "
             "mask; transformer_lens.tools.analysis.attribution_patch is for such models"
         )
-    texts, others = _read_texts(bridge, clean, "clean"), _read_texts(bridge, corrupted, "corrupted")
-    if len(texts) != len(others):
-        raise InputError(
-            f"corrupted has {len(others)} texts, clean {len(texts)}: give one for each"
-        )
-    given = _read_masks(masks, texts)
-    targets = _read_each(bridge, target, len(texts), "target")
-    opposed = _read_each(bridge, against, len(texts), "against")
+    texts = read_text_pairs(bridge, clean, corrupted)
+    given = _read_masks(masks, [a for a, _ in texts])
+    targets = read_targets(bridge, target, len(texts))
+    opposed = read_targets(bridge, against, len(texts), "against")
     pairs = []
-    for number, (a, b) in enumerate(zip(texts, others, strict=True)):
-        name = f"text {number}"
-        if a.shape != b.shape:
-            raise InputError(
-                f"{name}: clean has {a.shape[1]} tokens, corrupted {b.shape[1]}: positions and "
-                "blocks would shift against each other; give texts of one length in tokens"
-            )
-        finished = None
+    for number, (a, b) in enumerate(texts):
+        name, a, b, finished = f"text {number}", a[None], b[None], None
         if given is not None:
             check_finished("clean", a, mask_id, "masks are given apart")
             check_finished("corrupted", b, mask_id, "masks are given apart")
             here = given[number].to(a.device)
             finished, (a, b) = (a, b), (x.masked_fill(here, mask_id) for x in (a, b))
         check_bos_given("clean", a, mask_id)
+        check_same_masks(number, a[0], b[0], mask_id)
         masked = a == mask_id
-        differing = (masked != (b == mask_id))[0].nonzero()[:, 0].tolist()
-        if differing:
-            raise InputError(
-                f"{name}: position {differing[0]} is masked in one text and not in the other, so "
-                "the two runs answer different questions: mask the same positions in both"
-            )
         if not bool(masked.any()):
             raise InputError(f"{name} holds no mask: mask what is to be predicted")
-        if torch.equal(a, b) and (finished is None or torch.equal(*finished)):
-            raise InputError(f"{name}: clean and corrupted are the same: change some token")
         at = masked[0].nonzero()[:, 0]
         own, other = targets[number], opposed[number]
         if own is None and finished is None:
@@ -116,14 +102,6 @@ def read_masked_pairs(
     return pairs
 
 
-def _read_texts(bridge: Bridge, given: Any, name: str) -> list[Int[Tensor, "1 pos"]]:
-    """Return the ids of each text ``[1, pos]``, at any length."""
-    if isinstance(given, list | tuple):
-        rows = [x[None] if isinstance(x, Tensor) and x.ndim == 1 else x for x in given]
-        return [read_ids(bridge, row, name, prepend_bos=True) for row in rows]
-    return list(read_ids(bridge, given, name, prepend_bos=True).split(1))
-
-
 def _read_masks(masks: Any, texts: list[Tensor]) -> list[Bool[Tensor, "1 pos"]] | None:
     """Return which positions of each text are masked in the dual view, from booleans.
 
@@ -134,39 +112,12 @@ def _read_masks(masks: Any, texts: list[Tensor]) -> list[Bool[Tensor, "1 pos"]] 
         return None
     rows = list(masks)
     fits = len(rows) == len(texts) and all(
-        isinstance(row, Tensor) and row.dtype == torch.bool and row.shape == text.shape[1:]
+        isinstance(row, Tensor) and row.dtype == torch.bool and row.shape == text.shape
         for row, text in zip(rows, texts, strict=False)
     )
     if not fits:
         raise InputError("masks: give booleans [text, pos], or one tensor [pos] for each text")
     return [row[None] for row in rows]
-
-
-def _read_each(bridge: Bridge, given: Any, texts: int, name: str) -> list[Tensor | None]:
-    """Return each text's ids of a target, from a string or id, or a list with one for each text.
-
-    Raises:
-        InputError: for anything else.
-    """
-    each = list(given) if isinstance(given, list | tuple) else [given] * texts
-    if len(each) != texts:
-        raise InputError(f"{name} has {len(each)} entries, clean {texts} texts: give one for each")
-    result: list[Tensor | None] = []
-    for one in each:
-        if one is None:
-            result.append(None)
-            continue
-        if isinstance(one, str):
-            ids = bridge.to_tokens(one, prepend_bos=False, truncate=False)
-        elif is_int(one) or isinstance(one, Tensor) and one.ndim < 2:
-            ids = torch.as_tensor(one).reshape(1, -1)
-        else:
-            raise InputError(f"{name} is {type(one).__name__}: give a string, an id, or ids")
-        ids = check_ids(ids, bridge.original_model.config.vocab_size, name)[0]
-        if bool((ids == bridge.cfg.mask_token_id).any()):
-            raise InputError(f"{name} holds the mask: give a token")
-        result.append(ids.to(bridge.cfg.device))
-    return result
 
 
 def _at_masks(ids: Tensor | None, at: Tensor, what: str, name: str) -> Int[Tensor, " token"]:

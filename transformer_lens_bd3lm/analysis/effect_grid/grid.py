@@ -51,7 +51,7 @@ class EffectGrid(Result):
             position]``. For the residual stream the first axis is depth: 0 after the embedding,
             i + 1 after layer i.
         by_text: the effects of each text ``[text, layer, step, position]``, nats, means over seeds;
-            NaN at a step that a text does not have.
+            NaN at a step or role that a text does not have.
         clean_log_p: log p of the target in the clean run ``[text, step]``, nats.
         corrupted_log_p: the same in the corrupted run.
         masks_left: number of masks of the block at each step; those of the target with "exact".
@@ -84,8 +84,12 @@ class EffectGrid(Result):
 
     @property
     def restored(self) -> Float[Tensor, "layer step position"]:
-        """Mean effect as a share of the mean gap: 1 restores the clean run's prediction."""
-        return self.effects.mean / self.gap[:, None]
+        """Mean effect as a share of the mean gap: 1 restores the clean run's prediction.
+
+        Both means are over the texts that have a value in the cell.
+        """
+        gaps = (self.clean_log_p - self.corrupted_log_p)[:, None, :, None].expand_as(self.by_text)
+        return self.effects.mean / gaps.masked_fill(self.by_text.isnan(), torch.nan).nanmean(0)
 
     def best(self, n: int = 1) -> list[tuple[int, int, int]]:
         """Return the ``n`` cells (layer, step, position) with the largest mean effects."""
@@ -156,14 +160,17 @@ def effect_grid(
         target: the target as a string or the id of a token, for all texts or one for each. Several
             tokens are predicted in parallel, and have to lie in one block.
         block_size: tokens per block, or ``"full"``; the bridge's by default.
-        mode: ``"pinned"``: the direct effect at each step of one order. ``"exact"``: the effect on
+        mode: ``"pinned"``: the direct effect at each step of one order; for total effects on text
+            that is drawn anew, see :func:`.replay` with ``"coupled"``. ``"exact"``: the effect on
             the exact log p of the target as a continuation, over all reveal orders, where blocks
             are small; the target may lie in several blocks, and the last one ends with it.
         site: what is patched: ``"residual"``, the stream after each layer; ``"attn_out"`` or
             ``"mlp_out"``, what a layer's attention or MLP adds to it.
         position: where the target begins; by default at the first mask, or behind the text.
         groups: ``{name: positions}`` to patch together, for all texts or a list with one for each;
-            by default each position, and texts whose positions line up.
+            or ``"roles"``: tokens that differ between the two texts and occur in the target, others
+            that differ, those that do not, and the target's masks. By default each position, of
+            texts whose positions line up.
         steps: largest number of steps, evenly over those of the target's block.
         seeds: number of reveal orders of each text, averaged.
         seed: random seed of the first order and of its tokens.
@@ -217,6 +224,8 @@ def effect_grid(
                         log_p[cell] = torch.tensor(both, dtype=torch.float64)
                         update(advance=1)
     by_text = values.nanmean(1).transpose(1, 2)
+    for text, each in enumerate(positions):
+        by_text[text, ..., [not group for group in each]] = torch.nan
     clean_log_p, corrupted_log_p = log_p.nanmean(1).unbind(-1)
     return EffectGrid(
         effects=mean_effects(by_text),

@@ -13,14 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.analysis.text_pairs import (
+    check_same_masks,
+    read_targets,
+    read_text_pairs,
+)
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int, is_int
-from transformer_lens_bd3lm.denoising.canvas import Canvas, read_canvas, read_prompts
+from transformer_lens_bd3lm.denoising.canvas import Canvas, read_canvas
 from transformer_lens_bd3lm.denoising.denoise import denoise
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.model.ids import check_ids
+
+ROLES = ("changed, as the target", "changed, other", "unchanged", "the target's masks")
+"""What a position is in a pair of texts, in any pair: the groups of ``groups="roles"``."""
 
 
 @dataclass(frozen=True)
@@ -119,50 +126,34 @@ def read_pairs(
     Raises:
         InputError: for texts that do not fit each other, and targets that do not fit their masks.
     """
-    texts = read_prompts(bridge, clean)
-    others = read_prompts(bridge, corrupted)
-    targets = _read_targets(bridge, target, len(texts))
-    if len(others) != len(texts):
-        raise InputError(
-            f"corrupted has {len(others)} texts, clean {len(texts)}: give one for each"
-        )
-    rows = zip(texts, others, targets, strict=True)
+    texts = read_text_pairs(bridge, clean, corrupted)
+    targets = read_targets(bridge, target, len(texts))
     return [
-        _read_pair(bridge, *row, block_size, position, mode, f"text {number}")
-        for number, row in enumerate(rows)
+        _read_pair(bridge, *pair, ids, block_size, position, mode, number)
+        for number, (pair, ids) in enumerate(zip(texts, targets, strict=True))
     ]
 
 
 def _read_pair(
     bridge: Bridge,
     clean: Int[Tensor, " pos"],
-    corrupted: Int[Tensor, " other_pos"],
-    target: Int[Tensor, " token"],
+    corrupted: Int[Tensor, " pos"],
+    target: Int[Tensor, " token"] | None,
     block_size: Any,
     position: Any,
     mode: str,
-    name: str,
+    number: int,
 ) -> Pair:
     """Check one pair.
 
     Raises:
         InputError: naming what does not fit.
     """
-    mask_id = bridge.cfg.mask_token_id
-    if len(clean) != len(corrupted):
-        raise InputError(
-            f"{name}: clean has {len(clean)} tokens, corrupted {len(corrupted)}: positions and "
-            "blocks would shift against each other; give texts of one length in tokens"
-        )
-    clean, corrupted = clean.cpu(), corrupted.cpu()
-    differing = ((clean == mask_id) != (corrupted == mask_id)).nonzero()[:, 0].tolist()
-    if differing:
-        raise InputError(
-            f"{name}: position {differing[0]} is masked in one text and not in the other, so a "
-            "patch there would compare different questions: mask the same positions in both"
-        )
-    if torch.equal(clean, corrupted):
-        raise InputError(f"{name}: clean and corrupted are the same text: change some token")
+    mask_id, name = bridge.cfg.mask_token_id, f"text {number}"
+    if target is None:
+        raise InputError("target=None: give a string, an id, or ids")
+    clean, corrupted, target = clean.cpu(), corrupted.cpu(), target.cpu()
+    check_same_masks(number, clean, corrupted, mask_id)
     masks = (clean == mask_id).nonzero()[:, 0]
     first = int(masks[0]) if len(masks) else len(clean)
     if position is not None:
@@ -205,45 +196,12 @@ def _read_pair(
     return Pair(cut, other, target.to(other.device), at.to(other.device))
 
 
-def _read_targets(bridge: Bridge, target: Any, texts: int) -> list[Int[Tensor, " token"]]:
-    """Return the ids of each text's target, from a string or id, or a list with one for each text.
-
-    Raises:
-        InputError: for anything else, and for the mask.
-    """
-    each = target if isinstance(target, list | tuple) else [target] * texts
-    if len(each) != texts:
-        raise InputError(f"target has {len(each)} entries, clean {texts} texts: give one for each")
-    return [_read_target(bridge, entry) for entry in each]
-
-
-def _read_target(bridge: Bridge, target: Any) -> Int[Tensor, " token"]:
-    """Return the ids of one target.
-
-    Raises:
-        InputError: for anything but a string or an id, and for the mask.
-    """
-    if isinstance(target, str):
-        ids = bridge.to_tokens(target, prepend_bos=False, truncate=False)
-    elif (
-        is_int(target)
-        or isinstance(target, Tensor)
-        and target.ndim == 0
-        and not (target.is_floating_point() or target.dtype == torch.bool)
-    ):
-        ids = torch.tensor([[int(target)]])
-    else:
-        raise InputError(f"target is {type(target).__name__}: give a string, or the id of a token")
-    ids = check_ids(ids, bridge.original_model.config.vocab_size, "target")[0].cpu()
-    if not len(ids) or bool((ids == bridge.cfg.mask_token_id).any()):
-        raise InputError(f"target={target!r} is empty or holds the mask: give a token")
-    return ids
-
-
 def read_groups(
     groups: Any, pairs: Sequence[Pair]
 ) -> tuple[list[str] | None, list[list[list[int]]]]:
     """Return names of position groups (None: each position), and each pair's positions by group.
+
+    A role that a text does not have is an empty list.
 
     Raises:
         InputError: for groups that do not fit, and for texts of several lengths without groups.
@@ -253,13 +211,18 @@ def read_groups(
         if len(shapes) > 1:
             raise InputError(
                 "the texts have several lengths, or targets at several positions, so their "
-                "positions do not line up: give groups=[{name: positions}, ...], one for each text"
+                'positions do not line up: give groups="roles", or groups=[{name: positions}, '
+                "...], one for each text"
             )
         return None, [[[i] for i in range(pairs[0].length)]] * len(pairs)
-    each = list(groups) if isinstance(groups, list | tuple) else [groups] * len(pairs)
+    if isinstance(groups, str) and groups == "roles":
+        return list(ROLES), [list(_roles(pair)) for pair in pairs]
+    each: list[Any] = list(groups) if isinstance(groups, list | tuple) else [groups] * len(pairs)
     if len(each) != len(pairs) or not all(isinstance(one, Mapping) and one for one in each):
-        raise InputError("groups: give {name: positions}, or a list with one for each text")
-    names = list(each[0])
+        raise InputError(
+            'groups: give "roles", {name: positions}, or a list with one for each text'
+        )
+    names: list[Any] = list(each[0])
     result = []
     for number, (one, pair) in enumerate(zip(each, pairs, strict=True)):
         if list(one) != names:
@@ -272,6 +235,15 @@ def read_groups(
                 )
         result.append(rows)
     return [str(name) for name in names], result
+
+
+def _roles(pair: Pair) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return the positions of each of the ROLES."""
+    clean, at = pair.clean.tokens[0], pair.at.tolist()
+    changed = (clean != pair.corrupted[0]).nonzero()[:, 0].tolist()
+    copied = [i for i in changed if bool((pair.target == clean[i]).any())]
+    rest = [i for i in range(pair.length) if i not in {*changed, *at}]
+    return copied, [i for i in changed if i not in copied], rest, at
 
 
 def check_site(site: Any) -> None:
