@@ -62,7 +62,7 @@ def _steps(hook: StepHook) -> str:
 
 
 def read_arms(
-    bridge: Bridge, prompts: list[Any], arms: Any, settings: dict[str, Any]
+    bridge: Bridge, prompts: Any, arms: Any, settings: dict[str, Any]
 ) -> dict[str, Arm]:
     """Return the arms by name, with everything checked and nothing run.
 

@@ -169,11 +169,14 @@ def experiment(
                 noise = Noise(seed, rows=[noise_row(*pair) for pair in part])
                 rows = [prompts[text] for text, _ in part]
                 values = _measure(bridge, rows, read, metrics, noise, max_bytes)
-                jobs[number] = Job(number, mark, values)
-                ledger.keep(jobs[number])
+                job = Job(number, mark, values)
+                _check_cells([*jobs.values(), job])
+                jobs[number] = job
+                ledger.keep(job)
             update(advance=len(part) * len(read))
     for others in gather_object([jobs]):
         jobs = others | jobs
+    _check_cells(list(jobs.values()))
     ordered = [jobs[number].values for number in sorted(jobs)]
     values = {}
     for name in metrics:
@@ -217,10 +220,23 @@ def _measure(
         )  # fmt: skip
         for name, metric in metrics.items():
             values[name][arm_name] = metric.values(runs).tolist()
-    for name, by_arm in values.items():
-        shapes = {arm: tuple(torch.tensor(value[0]).shape) for arm, value in by_arm.items()}
-        if len(set(shapes.values())) > 1:
-            raise InputError(
-                f"the metric {name!r} has cells of shapes {shapes}: give every arm the same cells"
-            )
     return values
+
+
+def _check_cells(jobs: list[Job]) -> None:
+    """Refuse metrics that have other cells in some jobs or arms than in others.
+
+    Raises:
+        InputError: naming the metric and the shapes.
+    """
+    for name in jobs[0].values:
+        shapes = {
+            tuple(torch.tensor(by_arm[0]).shape)
+            for job in jobs
+            for by_arm in job.values[name].values()
+        }
+        if len(shapes) > 1:
+            raise InputError(
+                f"the metric {name!r} returned values of shapes {sorted(shapes)}: give every text "
+                "and every arm the same cells, NaN where it has no value"
+            )
