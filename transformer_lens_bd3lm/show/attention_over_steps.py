@@ -55,8 +55,9 @@ def attention_figure(result: AttentionOverSteps, layer: int | None = None) -> Fi
     down = -(-len(names) // across)
     figure = Figure(figsize=(7.6, 1.75 * down + (1.2 if one_pass else 2.9)), layout="constrained")
     of = "heads averaged" if layer is None else f"layer {layer}"
+    view = f", {result.view} view" if one_pass else ""
     figure.suptitle(
-        f"{result.model}: where masked queries look ({of})", x=0.01, ha="left", color=INK,
+        f"{result.model}{view}: where masked queries look ({of})", x=0.01, ha="left", color=INK,
         fontsize=11,
     )  # fmt: skip
     heights = [1.0] * down + ([] if one_pass else [0.12, 1.1])
@@ -70,8 +71,12 @@ def attention_figure(result: AttentionOverSteps, layer: int | None = None) -> Fi
         if i >= len(names) - across:
             axes.set_xlabel("masked queries" if one_pass else "masks left", fontsize=8)
         if i == 0:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center",
-                          ncols=len(result.groups), frameon=False, fontsize=8)  # fmt: skip
+            handles, labels = axes.get_legend_handles_labels()
+            if one_pass:
+                shares = zip(labels, result.mean_uniform.tolist(), strict=True)
+                labels = [f"{name} (uniform: {share:.2f})" for name, share in shares]
+            figure.legend(handles, labels, loc="outside lower center", ncols=3 if one_pass else 5,
+                          frameon=False, fontsize=8)  # fmt: skip
     if not one_pass:
         scale, axes = figure.add_subplot(grid[down, :]), figure.add_subplot(grid[down + 1, :])
         top = float(result.mean_drift.nan_to_num().max()) or 1.0

@@ -36,12 +36,13 @@ def effect_grid_table(result: EffectGrid, n: int = 12) -> Table:
     for flat in sizes.argsort(descending=True, stable=True)[:n]:
         layer, step, position = (int(i) for i in torch.unravel_index(flat, effects.mean.shape))
         p = float(effects.p[layer, step, position])
+        restored = float(result.restored[layer, step, position])
         table.add_row(
             str(layer),
             str(result.masks_left[step]),
             f"{position} {token_label(result.positions[position])}",
             effects.text(layer, step, position),
-            f"{float(result.restored[layer, step, position]):.0%}",
+            f"{restored:.0%}" if _has_gap(result, step) else "–",
             "–" if p != p else f"{p:.4f}",
         )
     return table
@@ -75,6 +76,10 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
         axes = figure.add_subplot(grid[row + 1])
         name = "share of the clean prediction that is restored; colors end at ±1"
         values = result.restored[:, step].nan_to_num(0.0)
+        if not _has_gap(result, step):
+            values = torch.full_like(values, torch.nan)
+            axes.text(0.5, 0.5, "no gap to restore a share of", transform=axes.transAxes,
+                      ha="center", va="center", fontsize=9, color=QUIET)  # fmt: skip
         heat_map(axes, scale if not row else axes.inset_axes((0, 2, 1, 0.1)), values, 0,
                  (-1.0, 1.0), BOTH_WAYS, name)  # fmt: skip
         if row:
@@ -83,6 +88,7 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
         axes.plot(*sure.flip(0).tolist(), ".", color=INK, markersize=3)
         axes.set_ylabel(_layer(result), color=INK, fontsize=9)
         masks = "all\norders" if result.mode == "exact" else _masks(result.masks_left[step])
+        masks += f"\ngap {float(result.gap[step]):.2f}"
         axes.text(1.01, 0.5, masks, transform=axes.transAxes, fontsize=8, va="center")
         axes.set_yticks(range(0, layers, 1 if layers < 9 else 2))
         last = row == len(steps) - 1
@@ -126,6 +132,11 @@ def _lines(result: EffectGrid, steps: Sequence[int]) -> Figure:
         for text in box.get_texts():
             text.set_parse_math(False)
     return figure
+
+
+def _has_gap(result: EffectGrid, step: int) -> bool:
+    """Whether a step's gap is at least a tenth of the largest: shares of less are noise."""
+    return float(result.gap[step].abs()) >= 0.1 * float(result.gap.abs().max())
 
 
 def _steps(result: EffectGrid, most: int) -> Sequence[int]:

@@ -61,9 +61,7 @@ def _steps(hook: StepHook) -> str:
     return f" ({named})" if named else ""
 
 
-def read_arms(
-    bridge: Bridge, prompts: Any, arms: Any, settings: dict[str, Any]
-) -> dict[str, Arm]:
+def read_arms(bridge: Bridge, prompts: Any, arms: Any, settings: dict[str, Any]) -> dict[str, Arm]:
     """Return the arms by name, with everything checked and nothing run.
 
     Args:
