@@ -211,10 +211,42 @@ def test_what_the_harness_asks_in_vain_is_refused(bridge, golden, device):
         model.generate_until(ask("", ("w1", {"num_beams": 4})))
     with pytest.raises(InputError, match="dtype='float33'"):
         BD3LM(bridge, dtype="float33")
-    with pytest.raises(InputError, match="batch_size=0"):
-        BD3LM(bridge, batch_size=0)
+    for name in ("batch_size", "rows", "stride", "replicates"):
+        with pytest.raises(InputError, match=f"{name}=0: give"):
+            BD3LM(bridge, **{name: 0})
     with pytest.raises(InputError, match="block_size=16 has 65536 mask patterns"):
         BD3LM(bridge, block_size=16, method="exact")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_gen_toks": "abc"}, "max_gen_toks='abc': give an int"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: give an int"),
+        ({"max_tokens": -1}, "max_tokens=-1"),
+        ({"temperature": "hot"}, "temperature='hot': give a number"),
+        ({"do_sample": True, "top_p": []}, r"top_p=\[\]"),
+        ({"until": 5}, "until=5: give a string"),
+        ({"until": ["w1", 5]}, r"until=\['w1', 5\]"),
+    ],
+)
+def test_generation_options_that_do_not_fit_are_refused(bridge, options, says):
+    with pytest.raises(InputError, match=says):
+        BD3LM(bridge).generate_until(ask("", ("w1", options)))
+
+
+def test_a_number_of_new_tokens_that_is_none_is_not_given(bridge):
+    options = {"max_gen_toks": "3", "max_new_tokens": None}
+    model = BD3LM(bridge, seed=5)
+    given, plain = (ask("", ("w1", each)) for each in (options, {"max_gen_toks": 3}))
+    assert model.generate_until(given) == model.generate_until(plain)
+
+
+def test_the_rolling_likelihood_of_an_empty_text_is_zero(bridge):
+    model = BD3LM(bridge)
+    for texts in ([("",), ("",)], [("",), ("w1 w2",)]):
+        first = model.loglikelihood_rolling(ask("", *texts))[0]
+        assert first == 0.0 and math.copysign(1, first) == 1
 
 
 def test_hooks_on_the_bridge_reach_every_answer(tmp_path, device):

@@ -8,7 +8,7 @@ Checks that one module alone makes stand in that module.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -75,6 +75,18 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in choices:
         *others, last = (f'"{choice}"' for choice in choices)
         raise InputError(f"{name}={value!r}: give {', '.join(others)} or {last}")
+
+
+def read_several(name: str, value: Any, rule: str) -> list[Any]:
+    """Return the entries of an argument that is a list or tuple, an array or a tensor.
+
+    Raises:
+        InputError: for a string, and for anything else without entries.
+    """
+    several = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or array
+    if isinstance(several, str) or not isinstance(several, Iterable):
+        raise InputError(f"{name}={value!r}: {rule}")
+    return list(several)
 
 
 def check_finished(
@@ -152,6 +164,6 @@ def check_tokenizer(bridge: Any, way_out: str) -> None:
 
 def _verb(name: str, verb: str) -> str:
     """Return a verb in the form that goes with a name: tokens hold, x_0 holds."""
-    if name in ("ids", "tokens"):
+    if name in ("ids", "texts", "tokens"):
         return verb
     return {"have": "has"}.get(verb, f"{verb}s")

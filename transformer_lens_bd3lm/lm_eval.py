@@ -249,15 +249,20 @@ class BD3LM(TemplateLM):
         return greedy
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Compute log p of whole texts in nats, as :func:`likelihood` does for them together."""
+        """Compute log p of whole texts in nats, as :func:`likelihood` does for them together.
+
+        That of a text without tokens is 0.
+        """
         settings, texts = self.settings, [request.args[0] for request in requests]
+        if not any(self.tok_encode(text, add_special_tokens=False) for text in texts):
+            return [0.0] * len(texts)
         result = likelihood(
             self.bridge, texts, settings.block_size, settings.method,
             replicates=settings.replicates, seed=settings.seed, stride=settings.stride,
             max_states=settings.max_states, rows=settings.rows,
             progress=False if disable_tqdm else self.progress,
         )  # fmt: skip
-        return (-result.best.nats).tolist()
+        return (0.0 - result.best.nats).tolist()  # 0.0, not -0.0, without tokens
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Write the text after each prompt, up to the first of its stop strings.
@@ -335,25 +340,44 @@ def _read_generation(options: dict[str, Any]) -> tuple[tuple[str, ...], int, flo
     """Return stop strings, largest number of new tokens, temperature and nucleus of a request.
 
     Raises:
-        InputError: for an option that denoising does not have.
+        InputError: for an option that denoising does not have, or a value that does not fit.
     """
     left = dict(options)
     until = left.pop("until", None) or []
-    most = [int(left.pop(name)) for name in MOST_NEW if left.get(name) is not None]
+    strings = [until] if isinstance(until, str) else until
+    if not isinstance(strings, list | tuple) or not all(isinstance(word, str) for word in strings):
+        raise InputError(f"until={until!r}: give a string or several")
+    lengths = [(name, left.pop(name, None)) for name in MOST_NEW]
+    most = [_read_number(name, value, int) for name, value in lengths if value is not None]
     sample, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    temperature = None if temperature is None else _read_number("temperature", temperature, float)
     if sample is None:
         sample = bool(temperature)
-    temperature = (1.0 if temperature is None else float(temperature)) if sample else 0.0
+    temperature = (1.0 if temperature is None else temperature) if sample else 0.0
     top_p = left.pop("top_p", None)
-    nucleus_p = float(top_p) if sample and top_p is not None else 1.0
+    nucleus_p = _read_number("top_p", top_p, float) if sample and top_p is not None else 1.0
     if left.pop("num_beams", 1) != 1 or left:
         unknown = sorted(left) or ["num_beams"]
         raise InputError(
             f"generation options {', '.join(unknown)}: denoising has until, max_gen_toks, "
             "do_sample, temperature and top_p; leave the others out"
         )
-    strings = [until] if isinstance(until, str) else until
     return tuple(word for word in strings if word), (most or [256])[0], temperature, nucleus_p
+
+
+def _read_number(name: str, value: Any, kind: type) -> Any:
+    """Return a generation option as a number of a type, 0 or more; a string may spell it.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not number >= 0 or (not isinstance(value, str) and number != value):
+        raise InputError(f"{name}={value!r}: give {'an int' if kind is int else 'a number'} >= 0")
+    return number
 
 
 def _before(text: str, until: Iterable[str]) -> str:

@@ -200,6 +200,9 @@ def test_what_cannot_be_measured_is_refused(bridge, golden, device):
         bd3lm.attention_over_steps(golden("autoregressive").path, "w1 w2")
     with pytest.raises(InputError, match="tokens hold no mask"):
         bd3lm.attention_shares(bridge, "w1 w2")
+    broken = [("hook_embed", lambda x, hook: x * torch.nan)]
+    with pytest.raises(NotExactError, match="attention is NaN in torch.float64"):
+        bd3lm.attention_shares(bridge, "w1 [MASK]", hooks=broken)
     with pytest.raises(InputError, match="group=\"future\"|group='future'"):
         bd3lm.attention_over_steps(run).above_uniform("future")
     calls = []

@@ -261,6 +261,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
         ((clean, corrupted, 4), {"steps": 0}, "steps=0"),
         ((clean, corrupted, 4), {"masks": masks}, "clean holds the mask"),
         ((clean, corrupted, 4), {"masks": masks[:, :3]}, "masks: give booleans"),
+        ((clean, corrupted, 4), {"masks": 5}, "masks: give booleans"),
+        (([], corrupted, 4), {}, r"clean=\[\]: give a text"),
         ((clean, corrupted, 4), {"view": "dual"}, "view='dual'"),
     ]:
         with pytest.raises(bd3lm.InputError, match=message):
@@ -273,6 +275,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
         bd3lm.compare_circuits(bridge, clean, corrupted, 4, steps=1)
     with pytest.raises(bd3lm.InputError, match="give two"):
         bd3lm.compare_circuits(bridge, clean, corrupted, 4, block_sizes=(4,))
+    with pytest.raises(bd3lm.BlockSizeError, match="block_sizes='four'"):
+        bd3lm.compare_circuits(bridge, clean, corrupted, 4, block_sizes=("four", 4))
     causal = boot(small.save(tmp_path, cross_attn=False, causal=True, adaln=False, block_size=16))
     with pytest.raises(bd3lm.InputError, match="autoregressive"):
         call(causal, clean, corrupted, 4)
@@ -282,12 +286,24 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left_behind(path, tmp_path)
     assert all(p.grad is None for p in bridge.parameters())
 
 
+def test_predictions_that_are_nan_are_refused(path):
+    bridge = boot(path)
+    clean, corrupted = (torch.tensor([[0, 5, x, 7, 11]] * 2) for x in (1, 2))
+    with torch.no_grad():
+        bridge.original_model.backbone.output_layer.linear.weight.fill_(torch.nan)
+    with pytest.raises(bd3lm.NotExactError, match="predictions are NaN"):
+        bd3lm.attribute_edges(bridge, clean, corrupted, 4)
+    with pytest.raises(bd3lm.NotExactError, match="predictions are NaN"):
+        bd3lm.compare_circuits(bridge, clean, corrupted, 4)
+    assert not bridge.cfg.use_attn_result
+
+
 def test_a_block_size_is_refused_where_there_are_no_blocks(tmp_path):
     flat = boot(small.save(tmp_path, cross_attn=False, block_size=16))
     clean, corrupted = (torch.tensor([[0, 5, x, 7, 11]]) for x in (1, 2))
     with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
         bd3lm.attribute_edges(flat, clean, corrupted, 4, block_size=4)
-    with pytest.raises(bd3lm.BlockSizeError, match="block_size=4"):
+    with pytest.raises(bd3lm.BlockSizeError, match="block_sizes=4"):
         bd3lm.compare_circuits(flat, [*clean] * 2, [*corrupted] * 2, 4)
 
 

@@ -306,6 +306,7 @@ def by_place(run):
         (TWO, {"base": "other"}, "base='other'"),
         (TWO, {"metric": "perplexity"}, "metric='perplexity'"),
         (TWO, {"metric": WordFrequency("w1 w2")}, "is 2 tokens"),
+        (TWO, {"metric": WordFrequency(["w1", "nope"])}, "'nope' is not in the tokenizer's"),
         (TWO, {"metric": lambda run: torch.zeros(2)}, "for a run of one row"),
         (TWO, {"metric": lambda run: run.tokens.double()}, "of shapes"),
         (TWO, {"metric": [lambda run: 1.0, lambda run: 2.0]}, "metric several times"),

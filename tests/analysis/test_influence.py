@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from inspect import unwrap
 
 import pytest
 import torch
@@ -82,8 +83,11 @@ def test_the_last_block_needs_no_clean_text_and_rows_change_nothing(bridge):
     clean, x_t = noised(8, 8)
     for row, finished in zip(x_t, clean, strict=True):
         row[:4] = finished[:4]
-    wanted = influence(bridge, x_t, clean=clean, block_size=4)
-    alone = influence(bridge, torch.stack(x_t), block_size=4, rows=20)
+    wanted, rows = influence(bridge, x_t, clean=clean, block_size=4), []
+    with bridge.hooks(fwd_hooks=[("hook_embed", lambda x, hook: rows.append(len(x)))]):
+        alone = influence(bridge, torch.stack(x_t), block_size=4, rows=8)
+        influence(bridge, x_t, clean=clean, block_size=4, rows=8)
+    assert set(rows) == {1}
     torch.testing.assert_close(alone.influence, wanted.influence, equal_nan=True)
     torch.testing.assert_close(alone.attention, wanted.attention, equal_nan=True)
 
@@ -192,6 +196,10 @@ def test_the_table_figure_and_values_show_the_result(bridge):
         ([[0, MASK, MASK, 1, 2]], {"block_size": 4}, bd3lm.InputError, "position 1.*clean="),
         ([[0, MASK, MASK]], {"heads": [(2, 0)]}, bd3lm.InputError, "layer of heads=2"),
         ([[0, MASK, MASK]], {"heads": []}, bd3lm.InputError, r"heads=\(\)"),
+        ([[0, MASK, MASK]], {"heads": 5}, bd3lm.InputError, "heads=5: give pairs"),
+        ([[0, MASK, MASK]], {"heads": (0,)}, bd3lm.InputError, "heads=0: give pairs"),
+        ([[0, MASK, MASK]], {"heads": [(0,)]}, bd3lm.InputError, r"heads=\[\(0,\)\]"),
+        ([[0, MASK, MASK]], {"method": "estimate", "words": 1}, bd3lm.InputError, "words=1.*2"),
         ([[0, MASK, MASK]], {"method": "all"}, bd3lm.InputError, "method='all'"),
         ([[0, MASK, MASK]], {"words": 0}, bd3lm.InputError, "words=0"),
         ([[0, MASK, MASK]], {"block_size": 0}, bd3lm.BlockSizeError, "block_size=0"),
@@ -200,7 +208,7 @@ def test_the_table_figure_and_values_show_the_result(bridge):
 )
 def test_bad_input_is_refused(bridge, x_t, options, error, says):
     with pytest.raises(error, match=says):
-        influence(bridge, torch.tensor(x_t), **options)
+        unwrap(influence)(bridge, torch.tensor(x_t), **options)
 
 
 def test_models_without_masks_are_refused(golden, device):

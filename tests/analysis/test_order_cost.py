@@ -163,6 +163,13 @@ def test_the_table_figure_and_values_show_the_result(bridge):
         ({"orders": ([1, 2],)}, bd3lm.InputError, r"orders\[0\] has 2 positions.*1\.\.4"),
         ({"orders": [1, 2, 3, 3]}, bd3lm.InputError, "each counted position once"),
         ({"orders": ()}, bd3lm.InputError, r"orders=\(\)"),
+        ({"orders": 5}, bd3lm.InputError, "orders=5: give left_to_right"),
+        ({"orders": None}, bd3lm.InputError, "orders=None"),
+        ({"orders": [None]}, bd3lm.InputError, r"orders\[0\]=None"),
+        ({"orders": [["a", 1]]}, bd3lm.InputError, r"orders\[0\] has 2 positions \['a', 1\]"),
+        ({"orders": [[1.0, 2.0, 3.0, 4.0]]}, bd3lm.InputError, r"orders\[0\] .*each counted"),
+        ({"orders": [[True, 2, 3, 4]]}, bd3lm.InputError, r"orders\[0\] .*each counted"),
+        ({"orders": [True, 2, 3, 4]}, bd3lm.InputError, r"orders\[0\]=True"),
         ({"draws": 0}, bd3lm.InputError, "draws=0"),
         ({"max_states": 2}, bd3lm.InputError, "max_states is 2"),
         ({"block_size": 0}, bd3lm.BlockSizeError, "block_size=0"),
@@ -172,6 +179,13 @@ def test_the_table_figure_and_values_show_the_result(bridge):
 def test_bad_input_is_refused(bridge, options, error, says):
     with pytest.raises(error, match=says):
         order_cost(bridge, small.prompt_of(2, 5), **options)
+
+
+def test_texts_that_do_not_fit_are_called_texts(grammatical):
+    with pytest.raises(bd3lm.InputError, match="texts are texts of 4 to 5 tokens"):
+        order_cost(grammatical, ["a b =", "a b = a"])
+    with pytest.raises(bd3lm.InputError, match="texts hold the mask"):
+        order_cost(grammatical, ["a b = [MASK]"])
 
 
 def test_the_autoregressive_baseline_has_one_order(golden, device):

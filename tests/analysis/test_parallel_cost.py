@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import shutil
+from inspect import unwrap
 
 import pytest
 import torch
@@ -203,11 +204,16 @@ def test_the_table_figure_and_values_show_the_result(bridge):
         ({"k": (0,)}, bd3lm.InputError, "k=0: give numbers of tokens"),
         ({"k": ("all",)}, bd3lm.InputError, "k='all'"),
         ({"k": ()}, bd3lm.InputError, "k=()"),
+        ({"k": None}, bd3lm.InputError, "k=None: give numbers of tokens"),
+        ({"k": 1.5}, bd3lm.InputError, "k=1.5: give numbers of tokens"),
+        ({"steps": None}, bd3lm.InputError, "steps=None"),
+        ({"block_sizes": 1.5}, bd3lm.InputError, "block_sizes=1.5"),
+        ({"block_sizes": "four"}, bd3lm.BlockSizeError, "block_sizes='four'"),
         ({"steps": (0,)}, bd3lm.InputError, "steps=0"),
         ({"order": "easy"}, bd3lm.InputError, "order='easy'.*left_to_right"),
         ({"method": "fast"}, bd3lm.InputError, "method='fast'"),
         ({"method": "exact", "max_states": 4}, bd3lm.InputError, "states a block, max_states is 4"),
-        ({"block_sizes": [0]}, bd3lm.BlockSizeError, "block_size=0"),
+        ({"block_sizes": [0]}, bd3lm.BlockSizeError, "block_sizes=0"),
         ({"block_sizes": []}, bd3lm.InputError, "block_sizes=()"),
         ({"given": 5}, bd3lm.InputError, "given=5"),
         ({"draws": 0}, bd3lm.InputError, "draws=0"),
@@ -216,11 +222,11 @@ def test_the_table_figure_and_values_show_the_result(bridge):
 def test_bad_input_is_refused(bridge, options, error, says):
     ids = small.prompt_of(2, 5, vocab_size=5)
     with pytest.raises(error, match=says.replace("()", r"\(\)")):
-        parallel_cost(bridge, ids, **options)
+        unwrap(parallel_cost)(bridge, ids, **options)
 
 
 def test_texts_and_models_that_do_not_fit_are_refused(bridge, golden, device):
-    with pytest.raises(bd3lm.InputError, match="texts hold the mask|texts holds the mask"):
+    with pytest.raises(bd3lm.InputError, match="texts hold the mask"):
         parallel_cost(bridge, torch.tensor([[0, 1, MASK]]))
     with pytest.raises(bd3lm.InputError, match="at most 12"):
         parallel_cost(bridge, small.prompt_of(1, 13, vocab_size=5))

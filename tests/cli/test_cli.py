@@ -213,6 +213,12 @@ def test_a_model_that_is_none_is_one_message(model):
     assert result.exit_code == 2 and "could not be loaded" in result.output
 
 
+def test_a_name_that_is_no_path_is_answered_with_the_embedded_ones():
+    result = run("exact", "tinny", "To be")
+    assert result.exit_code == 2
+    assert '"tiny"' in result.output and '"grammar"' in result.output
+
+
 def test_standard_output_is_json_alone(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"body": "To be"}\n')

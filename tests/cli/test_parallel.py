@@ -39,7 +39,8 @@ def test_without_a_file_the_model_writes_the_texts():
     ("options", "says"),
     [
         (["--k", "some"], "k='some'"),
-        (["--block-sizes", "0"], "block_size=0"),
+        (["--block-sizes", "0"], "block_sizes=0"),
+        (["--block-sizes", "four"], "block_sizes='four'"),
         (["--texts", "0"], "--texts"),
     ],
 )

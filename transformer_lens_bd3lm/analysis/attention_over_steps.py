@@ -35,6 +35,7 @@ from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.along import along, run_or_texts
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.denoising.step import Step
+from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.result import Contract, Result, plain_values
 
@@ -292,6 +293,7 @@ def attention_shares(
             autoregressive baseline.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         HookNameError: for a hook name that the bridge does not have.
+        NotExactError: in training mode with dropout, or where attention is NaN.
     """
     bridge = read_bridge(bridge)
     require_eval(bridge)
@@ -306,6 +308,11 @@ def attention_shares(
 
     def see(pattern: Tensor, hook: Any) -> None:
         by_query = _shares(text.attention(pattern)[:, :, None], picked)[:, 0].cpu().double()
+        if bool(by_query.isnan().any()):
+            raise NotExactError(
+                f"attention is NaN in {pattern.dtype}: boot in a wider dtype, or check what the "
+                "hooks return"
+            )
         sums = by_query.new_zeros(len(label), *by_query.shape[1:])
         shares.append(sums.index_add_(0, row.cpu(), by_query))
 

@@ -39,6 +39,7 @@ from transformer_lens_bd3lm.checks import (
     check_finished,
     check_int,
     check_noised,
+    read_several,
 )
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import Contract, Result, plain_values
@@ -140,7 +141,7 @@ def influence(
         method: ``"exact"`` reveals every word at i, ``"top"`` the likeliest ``words`` (a lower
             bound, with the rest of the probability reported), ``"estimate"`` draws ``words`` words;
             by default exact for vocabularies of at most ``words``, else top.
-        words: number of words revealed at each position.
+        words: number of words revealed at each position; an estimate needs 2 or more.
         heads: heads ``(layer, head)`` whose attention is averaged; all by default.
         permutations: number of permutations of the attention's masked positions.
         seed: random seed of draws and permutations.
@@ -155,11 +156,12 @@ def influence(
     """
     bridge = read_bridge(bridge)
     require_masks(bridge)
-    check_int("words", words, 1)
     check_int("permutations", permutations, 1)
     check_int("seed", seed, 0, 2**63 - 1)
     if method is not None:
         check_choice("method", method, ("exact", "top", "estimate"))
+    rule = "a standard error needs 2 words or more" if method == "estimate" else ""
+    check_int("words", words, 2 if method == "estimate" else 1, rule=rule)
     kind: Any = method or ("exact" if bridge.original_model.config.vocab_size <= words else "top")
     ids, texts = _read(bridge, x_t, clean, block_size, rows)
     attended = _read_heads(bridge, heads)
@@ -257,17 +259,22 @@ def _read_heads(bridge: Bridge, heads: Any) -> list[list[int]]:
     """Return the heads of each layer whose attention is averaged.
 
     Raises:
-        InputError: for none, or one that the model does not have.
+        InputError: for none, one that the model does not have, and anything but pairs.
     """
+    rule = "give pairs (layer, head), or leave it out for all heads"
     layers, each = bridge.cfg.n_layers, bridge.cfg.n_heads
     if heads is None:
         return [list(range(each)) for _ in range(layers)]
     chosen: list[list[int]] = [[] for _ in range(layers)]
-    for layer, head in heads:
+    for pair in read_several("heads", heads, rule):
+        values = read_several("heads", pair, rule)
+        if len(values) != 2:
+            raise InputError(f"heads={heads!r}: {rule}")
+        layer, head = values
         check_int("layer of heads", layer, 0, layers - 1)
         chosen[layer].append(check_int("head of heads", head, 0, each - 1))
     if not any(chosen):
-        raise InputError("heads=(): give pairs (layer, head), or leave it out for all heads")
+        raise InputError(f"heads=(): {rule}")
     return chosen
 
 
@@ -277,18 +284,20 @@ def _base(
     """Run the texts as they are; return predictions, and mean attention of query j to key i."""
     n, total = ids.shape[1], sum(map(len, heads))
     attention = torch.zeros(len(ids), n, n, dtype=torch.float64)
+    base, part = [], slice(0)
 
     def add(pattern: Tensor, hook: Any, layer: int) -> None:
         own = pattern[:, heads[layer], :n, :n].sum(1)  # the noisy stream, in both views
-        attention.add_(own.mT.cpu().double() / total)
+        attention[part] += own.mT.cpu().double() / total
 
     hooks: list[Any] = [
         (f"blocks.{layer}.attn.hook_pattern", partial(add, layer=layer))
         for layer in range(len(heads))
     ]
     with texts.bridge.hooks(fwd_hooks=hooks):
-        base = texts.log_probs(ids, dual)
-    return base.cpu().double(), attention
+        for part in texts.parts(len(ids), 2):
+            base.append(texts.log_probs(ids[part], None if dual is None else dual[part]).cpu())
+    return torch.cat(base).double(), attention
 
 
 def _words(

@@ -30,7 +30,7 @@ from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.analysis.masked_predictions import read_finished, require_masks
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.checks import check_choice, check_int
+from transformer_lens_bd3lm.checks import check_choice, check_int, is_int, read_several
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import Exact, sum_patterns
 from transformer_lens_bd3lm.likelihoods.mask_patterns import MaskPatterns, read_mask_patterns
@@ -159,7 +159,7 @@ def order_cost(
     require_masks(bridge)
     check_int("draws", draws, 1)
     check_int("seed", seed, 0, 2**63 - 1)
-    limits = (max_states, rows, given)
+    limits = (max_states, rows, given, "texts")
     patterns = read_mask_patterns(bridge, texts, block_size, hooks, "active", None, *limits)
     counted = patterns.passes.counted
     names, positions = _read_orders(orders, counted[0].nonzero()[:, 0].tolist())
@@ -203,14 +203,13 @@ def _read_orders(orders: Any, counted: list[int]) -> tuple[tuple[str, ...], list
     """Return the name of each order, and its positions, first revealed first.
 
     Raises:
-        InputError: for an unknown name, or positions that are not all counted ones, once each.
+        InputError: for an unknown name, positions that are not all counted ones, once each, and
+            anything else.
     """
-    if isinstance(orders, Tensor):
-        orders = orders.tolist()
-    one = isinstance(orders, str)
-    several = (
-        [orders] if one or orders and all(isinstance(x, int) for x in orders) else list(orders)
-    )
+    rule = f"give {', '.join(NAMES)}, or lists of positions, first revealed first"
+    several = [orders] if isinstance(orders, str) else read_several("orders", orders, rule)
+    if several and all(is_int(x) for x in several):
+        several = [several]
     if not several:
         raise InputError(f"orders=(): give one of {', '.join(NAMES)}, or positions")
     names, positions = [], []
@@ -220,8 +219,8 @@ def _read_orders(orders: Any, counted: list[int]) -> tuple[tuple[str, ...], list
             names.append(order)
             positions.append(counted[::-1] if order == "right_to_left" else counted)
             continue
-        order = order.tolist() if isinstance(order, Tensor) else list(order)
-        if sorted(order) != counted:
+        order = read_several(f"orders[{number}]", order, rule)
+        if not all(is_int(x) for x in order) or sorted(order) != counted:
             raise InputError(
                 f"orders[{number}] has {len(order)} positions {order[:8]}: give each counted "
                 f"position once, {counted[0]}..{counted[-1]}, first revealed first"

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.analysis.masked_predictions import FinishedTexts, read_finished
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.checks import check_choice, check_int
+from transformer_lens_bd3lm.checks import check_choice, check_int, read_several
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.result import Contract, Result, plain_values
@@ -177,7 +178,7 @@ def parallel_cost(
     check_int("max_states", max_states, 1)
     if method is not None:
         check_choice("method", method, ("exact", "estimate"))
-    sizes = _read_sizes(block_sizes)
+    sizes = _read_sizes(bridge, block_sizes)
     read = [read_finished(bridge, texts, size, given, rows) for size in sizes]
     kinds: tuple[Kind, ...] = tuple(_kind(each, method, max_states) for each in read)
     costs = []
@@ -259,30 +260,35 @@ def _read_columns(k: Any, steps: Any) -> list[_Column]:
     Raises:
         InputError: for values that do not fit, or none.
     """
-    k = [k] if isinstance(k, int | str) else list(k)
-    steps = [steps] if isinstance(steps, int) else list(steps)
+    rule_of_k = 'give numbers of tokens, each at least 1, or "block"'
+    rule = "give numbers of ancestral steps a block, each in 1..4096"
+    k = [k] if isinstance(k, int | str) else read_several("k", k, rule_of_k)
+    steps = [steps] if isinstance(steps, int) else read_several("steps", steps, rule)
     if not k and not steps:
         raise InputError('k=(): give numbers of tokens drawn at once, as (2, 4, "block")')
     columns = []
     for each in k:
         if each != "block":
-            check_int("k", each, 1, rule='give numbers of tokens, each at least 1, or "block"')
+            check_int("k", each, 1, rule=rule_of_k)
         columns.append(_Column(k=None if each == "block" else each))
-    rule = "give numbers of ancestral steps a block, each in 1..4096"
     return columns + [_Column(steps=check_int("steps", each, 1, 4096, rule)) for each in steps]
 
 
-def _read_sizes(block_sizes: Any) -> list[Any]:
-    """Return block sizes as a list; ``read_finished`` checks each.
+def _read_sizes(bridge: Bridge, block_sizes: Any) -> list[Any]:
+    """Return block sizes as a list.
 
     Raises:
-        InputError: for an empty list.
+        InputError: for an empty list, and for anything but block sizes.
+        BlockSizeError: for a value that is not a block size of this checkpoint.
     """
-    if block_sizes is None or isinstance(block_sizes, int | str):
-        return [block_sizes]
-    if not len(block_sizes):
-        raise InputError("block_sizes=(): give one block size or more")
-    return list(block_sizes)
+    rule = 'give one block size or more, in tokens or "full"'
+    one = block_sizes is None or isinstance(block_sizes, int | str)
+    sizes = [block_sizes] if one else read_several("block_sizes", block_sizes, rule)
+    if not sizes:
+        raise InputError(f"block_sizes=(): {rule}")
+    for size in sizes:
+        block_size_of(bridge, size, "block_sizes")
+    return sizes
 
 
 def _kind(texts: FinishedTexts, method: str | None, max_states: int) -> Kind:

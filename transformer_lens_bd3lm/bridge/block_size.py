@@ -26,11 +26,11 @@ class ConfigAtBlockSize:
         self.mask_id: int = cfg.mask_token_id
 
 
-def block_size_of(bridge: Bridge, block_size: Any = None) -> int:
+def block_size_of(bridge: Bridge, block_size: Any = None, name: str = "block_size") -> int:
     """Return the block size of a call in tokens: the one given, else the bridge's.
 
     Without blocks it is the whole context, which full diffusion writes at once, or one token, where
-    the model is autoregressive.
+    the model is autoregressive. ``name`` is that of the argument, for messages.
 
     Raises:
         BlockSizeError: if it is not a block size, or given for a checkpoint without blocks.
@@ -38,10 +38,10 @@ def block_size_of(bridge: Bridge, block_size: Any = None) -> int:
     config = bridge.original_model.config
     if config.cross_attn:
         size = bridge.cfg.block_size if block_size is None else block_size
-        return read_block_size(size, config.model_length)
+        return read_block_size(size, config.model_length, name=name)
     size = 1 if config.causal else config.model_length
     if block_size is not None and (isinstance(block_size, bool) or block_size != size):
-        read_block_size(block_size, config.model_length, has_blocks=False)
+        read_block_size(block_size, config.model_length, has_blocks=False, name=name)
     return size
 
 

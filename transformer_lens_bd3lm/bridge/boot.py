@@ -33,6 +33,13 @@ def path_of(model: str) -> str:
     return str(_CHECKPOINTS / model) if model in _EMBEDDED else model
 
 
+def embedded_hint(name: str) -> str:
+    """Return the end of a message that names the embedded models, for a name that is no path."""
+    if "/" in name or Path(name).exists():
+        return ""
+    return "; the embedded models are " + " and ".join(f'"{each}"' for each in _EMBEDDED)
+
+
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
     """Turn every error of loading a checkpoint into a CheckpointError that names it.
@@ -46,7 +53,7 @@ def loading(path: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} could not be loaded: {why}") from error
+        raise CheckpointError(f"{path} could not be loaded: {why}{embedded_hint(path)}") from error
 
 
 def read_bridge(model: Any, **kwargs: Any) -> Any:

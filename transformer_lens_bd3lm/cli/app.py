@@ -12,7 +12,7 @@ import torch
 import typer
 from transformers.utils import logging
 
-from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
+from transformer_lens_bd3lm.bridge.boot import boot_checkpoint, embedded_hint
 from transformer_lens_bd3lm.bridge.boot import path_of as path_of
 from transformer_lens_bd3lm.bridge.texts import refuse_path
 from transformer_lens_bd3lm.errors import BD3LMError, InputError
@@ -40,7 +40,7 @@ def boot(model: str | None, device: str | None = None, **options: Any) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise typer.BadParameter(
-            f"{model} could not be loaded: {str(error).splitlines()[0]}"
+            f"{model} could not be loaded: {str(error).splitlines()[0]}{embedded_hint(str(model))}"
         ) from error
 
 

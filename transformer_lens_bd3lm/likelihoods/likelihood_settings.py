@@ -5,6 +5,7 @@ from typing import Any
 
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.mask_patterns import too_many_patterns
@@ -42,7 +43,12 @@ def read_settings(
     Raises:
         InputError: for a block size, method or option that does not fit.
     """
-    size = block_size_of(bridge, block_size)
+    size, longest = block_size_of(bridge, block_size), bridge.cfg.n_ctx - 1
+    for name in ("replicates", "max_states", "rows"):
+        check_int(name, options[name], 1)
+    if options["stride"] is not None:
+        rule = f"give 1..{longest}, the context less BOS"
+        check_int("stride", options["stride"], 1, longest, rule)
     if method is None:
         method = "exact" if 2**size <= options["max_states"] else "monte_carlo"
     check_choices(

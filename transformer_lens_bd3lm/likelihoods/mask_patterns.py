@@ -92,8 +92,11 @@ def read_mask_patterns(
     max_states: int,
     rows: int,
     given: int,
+    name: str = "tokens",
 ) -> MaskPatterns:
     """Check the arguments of :func:`exact` and return the mask patterns, before anything is run.
+
+    ``name`` is that of ``tokens`` where it was given, for messages.
 
     Raises:
         InputError: for arguments that do not fit, or too many mask patterns.
@@ -106,7 +109,7 @@ def read_mask_patterns(
             "FirstHitting() with temperature 1 and no nucleus draws from; no likelihood of this "
             "sampler is known"
         )
-    passes = read_masked_passes(bridge, tokens, block_size, hooks, scope, rows, given)
+    passes = read_masked_passes(bridge, tokens, block_size, hooks, scope, rows, given, name)
     size = passes.block_size
     if 2**size > max_states:
         raise InputError(too_many_patterns(size, max_states))

@@ -323,8 +323,11 @@ def read_masked_passes(
     scope: str = "active",
     rows: int = 2048,
     given: int = 1,
+    name: str = "tokens",
 ) -> MaskedPasses:
     """Check texts, block size and hooks, and return their passes, before anything is run.
+
+    ``name`` is that of ``tokens`` where it was given, for messages.
 
     A string gets BOS in front, whatever ``cfg.default_prepend_bos`` is: position 0 is context that
     every likelihood is conditioned on.
@@ -345,14 +348,14 @@ def read_masked_passes(
     several = tokens if isinstance(tokens, list | tuple) else [tokens]
     texts = [text for text in several if isinstance(text, str)]
     for text in texts:
-        refuse_path(text, "tokens")
-    ids = read_ids(bridge, tokens, prepend_bos=True)
+        refuse_path(text, name)
+    ids = read_ids(bridge, tokens, name, prepend_bos=True)
     asked, trained = block_size_of(bridge, block_size), trained_block_sizes(config)
     if not 2 <= ids.shape[1] <= config.model_length:
         raise InputError(
             f"{ids.shape[1]} tokens: give BOS and at least one more, at most {config.model_length}"
         )
-    check_finished("tokens", ids, bridge.cfg.mask_token_id)
+    check_finished(name, ids, bridge.cfg.mask_token_id)
     if not 1 <= given < ids.shape[1]:
         raise InputError(
             f"given={given} of {ids.shape[1]} positions: give at least 1 (BOS), and leave one to "

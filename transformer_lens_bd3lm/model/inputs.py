@@ -127,26 +127,29 @@ def _join(
     return torch.cat([x_t, x_0.to(x_t.device)], dim=1)
 
 
-def read_block_size(value: Any, model_length: int, has_blocks: bool = True) -> int:
+def read_block_size(
+    value: Any, model_length: int, has_blocks: bool = True, name: str = "block_size"
+) -> int:
     """Return a block size in tokens.
 
     Args:
         value: an int, or ``"full"`` for the whole context.
         model_length: context of the checkpoint, in tokens.
         has_blocks: whether the checkpoint has blocks (``cross_attn``).
+        name: name of the argument, for messages.
 
     Raises:
         BlockSizeError: for anything but 1..model_length or ``"full"``, and without blocks.
     """
     if not has_blocks:
         raise BlockSizeError(
-            f"block_size={value!r} was given, but this checkpoint has cross_attn=False: its one "
+            f"{name}={value!r} was given, but this checkpoint has cross_attn=False: its one "
             "stream has no blocks, and no block size to set"
         )
     if isinstance(value, str) and value == "full":
         return model_length
     rule = f'give an int in 1..{model_length} or "full"'
-    return check_int("block_size", value, 1, model_length, rule, BlockSizeError)
+    return check_int(name, value, 1, model_length, rule, BlockSizeError)
 
 
 def read_sigma(

@@ -198,7 +198,8 @@ def attribute_edges(
     each node writes in the clean run less what it writes in the corrupted one. The edges of the
     embedding sum to the difference of the two scores as ``steps`` grows. An attribution is an
     estimate of what an edge does, first of all of its rank and sign; only in a linear model is it
-    equal to the effect of patching the edge.
+    equal to the effect of patching the edge. Hooks that are set on the bridge fire; with those that
+    rescale the residual stream the edges of the embedding need not sum to the difference.
 
     Args:
         bridge: a BD3LM bridge, or a checkpoint's name, which is booted.
@@ -221,7 +222,7 @@ def attribute_edges(
             baseline, and under ``torch.inference_mode``, where no gradient can be computed.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         CheckpointError: for a name whose checkpoint cannot be loaded.
-        NotExactError: in training mode with dropout.
+        NotExactError: in training mode with dropout, or where predictions are NaN.
     """
     bridge = read_bridge(bridge)
     require_eval(bridge)
@@ -239,6 +240,9 @@ def attribute_edges(
     size = size if bridge.original_model.config.cross_attn else None
     if size is None and masks is not None:
         raise InputError("masks: this checkpoint has no dual view; give texts with masks in them")
+    for name, texts in (("clean", clean), ("corrupted", corrupted)):
+        if isinstance(texts, list | tuple) and not texts:
+            raise InputError(f"{name}={texts!r}: give a text or more")
     pairs = read_masked_pairs(bridge, clean, corrupted, target, against, masks)
     parts, rows = Components.of(bridge), []
     with progress_bar("gradients", len(pairs), progress) as update, split(bridge):

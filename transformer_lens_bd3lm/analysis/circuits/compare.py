@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.analysis.circuits.attribute import (
     jaccard,
 )
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
+from transformer_lens_bd3lm.bridge.block_size import block_size_of
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_int
@@ -123,7 +124,7 @@ def compare_circuits(
             sizes.
         BlockSizeError: for a value that is not a block size of this checkpoint.
         CheckpointError: for a name whose checkpoint cannot be loaded.
-        NotExactError: in training mode with dropout.
+        NotExactError: in training mode with dropout, or where predictions are NaN.
     """
     bridge = read_bridge(bridge)
     check_int("top", top, 1)
@@ -132,6 +133,8 @@ def compare_circuits(
     check_int("seed", seed, 0, 2**63 - 1)
     if not isinstance(block_sizes, tuple | list) or len(block_sizes) != 2:
         raise InputError(f'block_sizes={block_sizes!r}: give two, as (4, "full")')
+    for size in block_sizes:
+        block_size_of(bridge, size, "block_sizes")
     first, second = (
         attribute_edges(
             bridge, clean, corrupted, target, against, block_size=size, **options

@@ -23,6 +23,7 @@ from transformer_lens_bd3lm.analysis.circuits.texts import MaskedPair
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
+from transformer_lens_bd3lm.errors import NotExactError
 
 _FLAGS = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 
@@ -50,12 +51,18 @@ def edge_scores(
     Returns:
         Scores ``[node, reader]`` in nats, 0 where there is no edge; and the score of the clean and
         of the corrupted run.
+
+    Raises:
+        NotExactError: if a score is NaN.
     """
     parts = Components.of(bridge)
     run = _Passes(bridge, pair, block_size, timesteps)
     with torch.no_grad():
         clean, kept = run(0, parts.node_hooks)
         corrupted, kept_of_corrupted = run(1, parts.node_hooks)
+    if bool(torch.stack([clean, corrupted]).isnan().any()):
+        dtype = kept["hook_embed"].dtype
+        raise NotExactError(f"predictions are NaN in {dtype}: boot in a wider dtype")
     writes = _stack(kept, parts.node_hooks) - _stack(kept_of_corrupted, parts.node_hooks)
     e, e_corrupted = kept["hook_embed"], kept_of_corrupted["hook_embed"]
     scores = torch.zeros(len(parts.nodes), len(parts.readers), dtype=torch.float64)

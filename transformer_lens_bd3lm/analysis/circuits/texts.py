@@ -110,7 +110,7 @@ def _read_masks(masks: Any, texts: list[Tensor]) -> list[Bool[Tensor, "1 pos"]] 
     """
     if masks is None:
         return None
-    rows = list(masks)
+    rows = list(masks) if isinstance(masks, list | tuple) or getattr(masks, "ndim", 0) else []
     fits = len(rows) == len(texts) and all(
         isinstance(row, Tensor) and row.dtype == torch.bool and row.shape == text.shape
         for row, text in zip(rows, texts, strict=False)

@@ -70,7 +70,8 @@ class WordFrequency:
             with its leading space where the tokenizer counts that as a part of it.
 
     Raises:
-        InputError: from :func:`experiment`, for a word of several tokens, and for no word.
+        InputError: from :func:`experiment`, for a word of several tokens, one that the tokenizer
+            does not know, and for no word.
     """
 
     words: Any
@@ -83,7 +84,8 @@ class WordFrequency:
         """Return the ids of the words.
 
         Raises:
-            InputError: for a word of several tokens, an id outside the vocabulary, and no word.
+            InputError: for a word of several tokens, one that the tokenizer does not know, an id
+                outside the vocabulary, and no word.
         """
         words = self.words if isinstance(self.words, list | tuple) else [self.words]
         if not words:
@@ -102,6 +104,12 @@ class WordFrequency:
                     f"words: {word!r} is {len(tokens)} tokens, {parts}: give words of one token "
                     "(a leading space may be a part of it), or a function of a run"
                 )
+            unknown = _unknown_tokens(bridge.tokenizer)
+            if bridge.tokenizer.convert_ids_to_tokens(tokens[0]) in unknown - {word.strip()}:
+                raise InputError(
+                    f"words: {word!r} is not in the tokenizer's vocabulary: all unknown words "
+                    f"become one token (id {tokens[0]}); give known words, or that id to count it"
+                )
             ids += tokens
         return ids
 
@@ -110,6 +118,12 @@ class WordFrequency:
         written, ids = run.commit_step >= 0, run.tokens.cpu()
         here = torch.isin(ids, torch.tensor(self.ids(run.bridge))) & written
         return here.sum(-1).double() / written.sum(-1)
+
+
+def _unknown_tokens(tokenizer: Any) -> set[Any]:
+    """Return the token that unknown words become, as the tokenizer and its model call it."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return {tokenizer.unk_token, getattr(model, "unk_token", None)} - {None}
 
 
 BUILT_IN: dict[str, tuple[MetricFn, str]] = {
