@@ -708,7 +708,8 @@ def same_field(x, y) -> bool:
 
 @pytest.mark.parametrize("kwargs", REBUILT.values(), ids=REBUILT.keys())
 def test_a_runs_steps_are_those_of_the_loop_field_by_field(bridge, kwargs):
-    how = {"max_new_tokens": 8, "noise": Noise(5)} | kwargs
+    # One state a pass: two runs may otherwise share passes in other ways, and round differently.
+    how = {"max_new_tokens": 8, "noise": Noise(5), "lookahead": 1} | kwargs
     rebuilt = bd3lm.denoise(bridge, RAGGED, **how).steps
     ran = list(bd3lm.denoise_steps(bridge, RAGGED, **how))
     assert len(rebuilt) == len(ran) > 3
