@@ -83,6 +83,9 @@ def test_translators_are_applied_before_the_read_out(bridge):
     assert torch.equal(turned.log_p[1:], plain.log_p[1:])
     with pytest.raises(InputError, match="give 2 functions"):
         run.logit_lens(translate=[lambda h: h])
+    for broken in (lambda h: h[:1], lambda h: None):
+        with pytest.raises(InputError, match=r"translate\[0\] returned"):
+            run.logit_lens(translate=[broken, None])
 
 
 def test_first_readable_is_the_first_step_and_its_least_depth(bridge):

@@ -225,7 +225,23 @@ def _read_translators(run: Run, translate: Any) -> list[Callable[[Tensor], Tenso
             "residuals [token, d_model], one for each depth but the last; None leaves a depth as "
             "it is"
         )
-    return [*fns, None]
+    return [*(fn and _checked(fn, depth) for depth, fn in enumerate(fns)), None]
+
+
+def _checked(fn: Callable[[Tensor], Tensor], depth: int) -> Callable[[Tensor], Tensor]:
+    """Return a translator that raises where it returns anything but residuals like those given."""
+
+    def translated(residual: Tensor) -> Tensor:
+        result = fn(residual)
+        if not isinstance(result, Tensor) or result.shape != residual.shape:
+            kind = getattr(result, "shape", type(result).__name__)
+            raise InputError(
+                f"translate[{depth}] returned {kind} for residuals of {tuple(residual.shape)}: "
+                "give a function that returns a tensor of the same shape"
+            )
+        return result
+
+    return translated
 
 
 run_lens.register(Run, _run_lens)
