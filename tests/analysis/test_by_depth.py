@@ -372,7 +372,7 @@ def there_probe(found):
 
 def test_sentences_are_split_and_labels_shuffled_within_their_part(bridge):
     parsed = read_parsed(bridge, many(20), 8)
-    split = split_of(parsed, 0)
+    split = split_of(len(parsed.tokens), 0)
     assert torch.bincount(split).tolist() == [12, 4, 4]
     labels = shuffled_depths(parsed, split, 2, 0)
     for number in range(3):
@@ -386,7 +386,7 @@ def test_the_probe_reads_the_residuals_of_plain_dual_passes(bridge):
     """By layer: R^2 of a ridge over activations that were cached, one sentence at a time."""
     text, parsed = many(20, 5), read_parsed(bridge, many(20, 5), 8)
     probe = there_probe(bd3lm.by_dependency_depth(bridge, text, times=(0.75,), shuffles=1, seed=2))
-    split, ridges = split_of(parsed, 2), [Ridge() for _ in range(3)]
+    split, ridges = split_of(len(parsed.tokens), 2), [Ridge() for _ in range(3)]
     for number, tokens in enumerate(parsed.tokens):
         times = Noise(2, rows=[number]).times(1, 0, 6)
         masked = times < 0.75
@@ -446,7 +446,7 @@ def test_what_does_not_fit_is_refused(bridge, how, error, told):
 
 
 def test_too_few_sentences_and_the_mask_are_refused(bridge, tmp_path, device):
-    with pytest.raises(InputError, match="4 sentences: a probe needs 5"):
+    with pytest.raises(InputError, match="4 texts or sentences: a probe needs 5"):
         bd3lm.by_dependency_depth(bridge, conllu_of(*SENTENCES[:4]))
     with pytest.raises(InputError, match="holds the mask"):
         bd3lm.by_dependency_depth(bridge, conllu_of(chain("w1", "[MASK]")))
