@@ -308,7 +308,9 @@ def test_the_absence_of_the_harness_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     spec = importlib.util.spec_from_file_location("lm_eval_of_bd3lm_again", MODULE)
     module = importlib.util.module_from_spec(spec)
-    with pytest.raises(ImportError, match=r"pip install 'transformer-lens-bd3lm\[lm-eval\]'"):
+    with pytest.raises(
+        ImportError, match=r"pip install 'lm_eval>=0.4.13,<0.5' \(the extra \[lm-eval\]\)"
+    ):
         spec.loader.exec_module(module)
 
 

@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "lm_eval (lm-evaluation-harness) is not installed: "
-        "pip install 'transformer-lens-bd3lm[lm-eval]'"
+        "pip install 'lm_eval>=0.4.13,<0.5' (the extra [lm-eval])"
     ) from error
 
 Encoded = tuple[Any, list[int], list[int]]  # strings, ids of the context, ids of the continuation

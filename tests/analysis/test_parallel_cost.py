@@ -237,3 +237,18 @@ def test_texts_and_models_that_do_not_fit_are_refused(bridge, golden, device):
         parallel_cost(boot(golden("time_conditioned").path, device), ids)
     full = parallel_cost(boot(golden("full_diffusion").path, device), ids)
     assert full.kind == "estimate" and float(full.nats.min()) > -1e-6
+
+
+def test_a_word_that_a_hook_rules_out_costs_nothing(bridge, texts):
+    """Its log-probability is -inf, and -1e4 is as good as that."""
+
+    def cost(value):
+        def rule_out(logits, hook):
+            return logits.index_fill(-1, torch.tensor(3, device=logits.device), value)
+
+        with bridge.hooks(fwd_hooks=[("unembed.hook_out", rule_out)]):
+            return parallel_cost(bridge, texts[:1], block_sizes=(3,), method="exact").nats
+
+    ruled_out = cost(float("-inf"))
+    torch.testing.assert_close(ruled_out, cost(-1e4), atol=1e-12, rtol=0)
+    assert float(ruled_out.min()) > 1e-3

@@ -30,7 +30,8 @@ def prompt(batch: int = 2) -> torch.Tensor:
 
 def run(bridge, force=None, given=None, new=10, **kwargs):
     given = prompt() if given is None else given
-    return bd3lm.denoise(bridge, given, max_new_tokens=new, force=force, **kwargs)
+    # One state a pass: runs that share passes in other ways round differently.
+    return bd3lm.denoise(bridge, given, max_new_tokens=new, force=force, lookahead=1, **kwargs)
 
 
 def steps(bridge, force=None, new=10, **kwargs) -> list[Step]:

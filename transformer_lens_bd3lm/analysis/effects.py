@@ -105,8 +105,9 @@ def mean_effects(
         texts: number of each row's text ``[row]``: rows of one text are averaged. By default each
             row is a text of its own.
         level: probability that an interval covers its cell's true mean, between 0 and 1.
-        resamples: number of bootstrap resamples, and of sign flips; all ``2^n`` flips are used
-            where they are fewer.
+        resamples: number of bootstrap resamples, and of sign flips; all ``2^n`` flips of n texts
+            are used where they are fewer. The smallest p-value is ``2 / 2^n``, so it can be below
+            0.05 from 6 texts on.
         seed: random seed of the resamples and flips.
 
     Raises:

@@ -380,7 +380,8 @@ def expected_kl(
             log_p = table[state, place]
             p = log_p.exp()
             for s, earlier in enumerate(before):
-                kl = (p * (log_p - table[earlier, place])).sum(-1)
+                apart = (log_p - table[earlier, place]).masked_fill(p == 0, 0.0)
+                kl = (p * apart).sum(-1)
                 result[s, i] += (weight * kl).sum()
             before = [each.repeat_interleave(words) for each in (*before, state)]
             weight = (weight[:, None] * p).flatten()
