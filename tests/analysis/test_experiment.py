@@ -232,6 +232,7 @@ def test_a_function_is_known_by_its_code_and_by_what_it_reads(monkeypatch):
         bd3lm.Direction.of(2 * vectors[1], 0)
     )
     assert described([vectors[0]]) != described([vectors[1]])
+    assert described(bd3lm.denoise) == "transformer_lens_bd3lm.denoising.denoise.denoise"
     monkeypatch.setitem(globals(), "SHIFT", 1.0)
     assert described(without(1)) != same
 

@@ -5,28 +5,37 @@ its defaults, the values that it closes over, and the globals that it names. So 
 a metric, or of a number that it reads, is noticed. Python's bytecode differs between versions of
 Python, and so does the hash.
 
-What an object holds that is no dataclass, number, text, tensor or function is not looked into.
+What an object holds that is no dataclass, number, text, tensor or function is not looked into, and
+functions of installed packages, this one among them, are known by their names.
 """
 
 import functools
 import hashlib
 import re
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_INSTALLED = tuple(
+    f"{Path(folder).resolve()}/"
+    for folder in (Path(__file__).parents[2], *map(sysconfig.get_path, ("stdlib", "purelib")))
+)
 
-def described(value: Any, seen: frozenset[int] = frozenset()) -> str:
+
+def described(value: Any, seen: set[int] | None = None) -> str:
     """Return a value as text without addresses in memory.
 
     Args:
         value: any value.
-        seen: ids of the functions that this one is a part of.
+        seen: ids of the functions that have been described; each is looked into once.
     """
+    seen = set() if seen is None else seen
     inner = functools.partial(described, seen=seen)
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -53,11 +62,12 @@ def described(value: Any, seen: frozenset[int] = frozenset()) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _function(fn: FunctionType, seen: frozenset[int]) -> str:
+def _function(fn: FunctionType, seen: set[int]) -> str:
     """Return a function's name, and a hash of its code and of the values that it reads."""
-    if id(fn) in seen:
-        return fn.__qualname__
-    inner = functools.partial(described, seen=seen | {id(fn)})
+    if id(fn) in seen or str(Path(fn.__code__.co_filename).resolve()).startswith(_INSTALLED):
+        return f"{fn.__module__}.{fn.__qualname__}"
+    seen.add(id(fn))
+    inner = functools.partial(described, seen=seen)
     cells = [cell.cell_contents for cell in fn.__closure__ or () if cell != type(cell)()]
     globals_read = [fn.__globals__[name] for name in _names(fn.__code__) if name in fn.__globals__]
     reads = [fn.__defaults__, fn.__kwdefaults__, cells, globals_read]
