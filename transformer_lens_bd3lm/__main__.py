@@ -1,5 +1,5 @@
-"""``python -m transformer_lens_bd3lm`` is the command line."""
+"""``python -m transformer_lens_bd3lm`` is the command line, the package ``bd3lm_cli``."""
 
-from transformer_lens_bd3lm.cli import main
+from runpy import run_module
 
-main()
+run_module("bd3lm_cli", run_name="__main__")

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import FIXTURES, small
 from tests.helpers.passes import boot, relative, shared, there
 from transformer_lens_bd3lm.analysis.by_depth import parse, read_conllu
@@ -21,7 +22,6 @@ from transformer_lens_bd3lm.analysis.by_depth.parses import Sentence
 from transformer_lens_bd3lm.analysis.by_depth.probe import masked_at, shuffled_depths, split_of
 from transformer_lens_bd3lm.analysis.by_depth.ridge import PENALTIES, Ridge
 from transformer_lens_bd3lm.analysis.by_depth.tokens import align, read_parsed
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError, NotExactError
 from transformer_lens_bd3lm.show.by_depth import by_depth_figure

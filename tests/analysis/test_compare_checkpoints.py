@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import FIXTURES, checkpoints, small
 from tests.helpers.checkpoints import PAIR, REPOSITORY
 from tests.helpers.passes import boot, shared, there
@@ -24,7 +25,6 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import (
 )
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import Change, parameters_of
 from transformer_lens_bd3lm.analysis.similarity import cka
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import (
     BlockSizeError,
     CheckpointError,

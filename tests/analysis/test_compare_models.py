@@ -12,11 +12,11 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import small
 from tests.helpers.passes import boot, relative, there
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.bridge.ar_baseline import WithNextToken
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import (
     BlockSizeError,
     CheckpointError,

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import small
 from tests.helpers.hook_points import names_of
 from tests.helpers.passes import boot
@@ -29,7 +30,6 @@ from transformer_lens_bd3lm.bridge import routing
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
 from transformer_lens_bd3lm.bridge.conditioning import BD3LMEmbeddingBridge
 from transformer_lens_bd3lm.bridge.plain_layer import PlainLayer
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import BlockSizeError, CheckpointError, InputError, NotExactError
 
 NAMES = ("bd3lm", "time_conditioned", "no_adaln", "full_diffusion", "autoregressive")

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import small
 from tests.helpers.checkpoints import empty_cache, put_in_cache
 from tests.helpers.passes import boot
 from tests.helpers.repositories import copy_of, edit_config
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig, trained_block_sizes
 from transformer_lens_bd3lm.training.recipe import Recipe

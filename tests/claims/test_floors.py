@@ -29,7 +29,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def copy_of_package(tmp_path):
     shutil.copy(TOP / "pyproject.toml", tmp_path)
-    for file in (TOP / PACKAGE).rglob("*.py"):
+    for file in (*(TOP / PACKAGE).rglob("*.py"), *(TOP / "bd3lm_cli").rglob("*.py")):
         copy = tmp_path / file.relative_to(TOP)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
@@ -48,8 +48,9 @@ def test_no_folder_imports_from_a_floor_above_it(copy_of_package):
         ("analysis/lens.py", f"import {PACKAGE}.show"),
         ("bridge/boot.py", f"def late():\n    from {PACKAGE}.denoising import loop"),
         ("denoising/noise.py", f"from {PACKAGE}.denoising import loop"),
+        ("analysis/speed.py", "def late():\n    from bd3lm_cli import terminal"),
     ],
-    ids=["two floors up", "what draws results", "inside a function", "a circle"],
+    ids=["two floors up", "what draws results", "inside a function", "a circle", "the command"],
 )
 def test_an_import_from_above_or_in_a_circle_fails(copy_of_package, module, line):
     file = copy_of_package / PACKAGE / module

@@ -10,8 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import FIXTURES
-from transformer_lens_bd3lm.cli import app
 
 HAMLET = FIXTURES / "hamlet.txt"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli import main
+from bd3lm_cli import main
 
 
 class Terminal(io.TextIOWrapper):

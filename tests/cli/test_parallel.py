@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from bd3lm_cli import app
 from tests.helpers import FIXTURES
-from transformer_lens_bd3lm.cli import app
 
 
 def run(*words):

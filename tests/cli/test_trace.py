@@ -6,8 +6,8 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from bd3lm_cli import app
 from tests.helpers import FIXTURES
-from transformer_lens_bd3lm.cli import app
 
 
 def run(*words):

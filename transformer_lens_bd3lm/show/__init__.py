@@ -1,4 +1,4 @@
-"""Results as tables and figures, and a run on a terminal: the floor that draws what others compute.
+"""Results as tables and figures: the floor that draws what others compute.
 
 Importing it gives every result its ``table()`` and ``plot()``. What draws a result, and matplotlib
 with it, is imported when it is drawn.

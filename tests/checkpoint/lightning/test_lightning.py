@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import app
 from tests.helpers import FIXTURES, checkpoints, small
 from tests.helpers.checkpoints import PAIR, PRETRAINED, REPOSITORY, write
 from tests.helpers.passes import boot, relative
 from transformer_lens_bd3lm.checkpoint.lightning import read_lightning
 from transformer_lens_bd3lm.checkpoint.weights import check_weights
-from transformer_lens_bd3lm.cli import app
 from transformer_lens_bd3lm.errors import CheckpointError, InputError, TokenizerError
 
 HERE = FIXTURES / "lightning"

@@ -3,25 +3,26 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoConfig, AutoTokenizer
 
-from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
-from transformer_lens_bd3lm.cli.app import app, path_of, read_file
-from transformer_lens_bd3lm.cli.options import MOST, ModelArgument
-from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.model.config import BD3LMConfig, kind_of, trained_block_sizes
-from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.show.tables import new_table
-from transformer_lens_bd3lm.show.terminal import console
-from transformer_lens_bd3lm.training.recipe import Recipe
-from transformer_lens_bd3lm.training.train import train as run
+from bd3lm_cli.app import app
+from bd3lm_cli.options import MOST, ModelArgument
+from bd3lm_cli.terminal import console
+from bd3lm_cli.typed import read_file
 
 
 @app.command()
 def info(model: ModelArgument) -> None:
     """Describe a checkpoint from its config and file headers; nothing is loaded, no code is run."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from transformer_lens_bd3lm.bridge.boot import path_of
+    from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
+    from transformer_lens_bd3lm.errors import BD3LMError
+    from transformer_lens_bd3lm.model.config import BD3LMConfig, kind_of, trained_block_sizes
+    from transformer_lens_bd3lm.show.tables import new_table
+
     name = path_of(model)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -83,8 +84,13 @@ def train(
     ] = None,
 ) -> None:
     """Train on a text with the embedded default's recipe; a stopped run is resumed."""
-    recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     train_text, valid_text = read_file(train_file), read_file(valid_file)
+
+    from transformer_lens_bd3lm.progress import progress_bar
+    from transformer_lens_bd3lm.training.recipe import Recipe
+    from transformer_lens_bd3lm.training.train import train as run
+
+    recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
     with progress_bar("training", recipe.steps, console=console) as update:
         for report in run(recipe, train_text, valid_text, out):
             update(completed=report["step"])

@@ -5,16 +5,9 @@ from typing import Annotated, cast
 
 import typer
 
-from transformer_lens_bd3lm.cli.app import (
-    app,
-    boot,
-    check_files,
-    read_file,
-    save_figure,
-    short_names,
-    write_json,
-)
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot, short_names
+from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
@@ -28,7 +21,9 @@ from transformer_lens_bd3lm.cli.options import (
     WeightsOption,
     typed_block_size,
 )
-from transformer_lens_bd3lm.show.terminal import console
+from bd3lm_cli.output import save_figure, write_json
+from bd3lm_cli.terminal import console
+from bd3lm_cli.typed import check_files, read_file
 
 
 @app.command()

@@ -1,19 +1,19 @@
 """``bd3lm demo``: every hook of one pass, and an edit at chosen denoising steps."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.bridge.host import Bridge
-from transformer_lens_bd3lm.cli.app import app, boot
-from transformer_lens_bd3lm.cli.options import MOST, ModelOption
-from transformer_lens_bd3lm.show.hook_tree import hook_tree
-from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import MOST, ModelOption
+from bd3lm_cli.terminal import LiveCanvas, console
+
+if TYPE_CHECKING:
+    from transformer_lens_bd3lm.bridge.host import Bridge
 
 
 @app.command()
@@ -40,7 +40,7 @@ def demo(
     _show_denoising(bridge, prompt, tokens, layer, toward, seed)
 
 
-def _show_model(bridge: Bridge) -> None:
+def _show_model(bridge: "Bridge") -> None:
     """Print a line about the model and its adapter."""
     cfg = bridge.cfg
     console.print(
@@ -53,8 +53,13 @@ def _show_model(bridge: Bridge) -> None:
     )
 
 
-def _show_pass(bridge: Bridge, text: str) -> None:
+def _show_pass(bridge: "Bridge", text: str) -> None:
     """Print the hook tree of a cached pass, a pattern's shape, and a lens on the masked token."""
+    import torch
+
+    import transformer_lens_bd3lm as bd3lm
+    from transformer_lens_bd3lm.show.hook_tree import hook_tree
+
     ids = bridge.to_tokens(text)
     masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
     if len(masks) != 1:
@@ -95,9 +100,11 @@ def _show_pass(bridge: Bridge, text: str) -> None:
 
 
 def _show_denoising(
-    bridge: Bridge, prompt: str, tokens: int, layer: int | None, toward: str, seed: int
+    bridge: "Bridge", prompt: str, tokens: int, layer: int | None, toward: str, seed: int
 ) -> None:
     """Write without an edit, and with one at the first step of each block, under the same noise."""
+    import transformer_lens_bd3lm as bd3lm
+
     layer = bridge.cfg.n_layers // 2 if layer is None else layer
     target = bridge.tokenizer(toward, add_special_tokens=False)["input_ids"][0]
     direction = bridge.unembed.W_U[:, target].detach()

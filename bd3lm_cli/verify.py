@@ -4,14 +4,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli.app import app, path_of, quiet, write_json
-from transformer_lens_bd3lm.cli.options import ModelArgument
-from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.show.terminal import console
+from bd3lm_cli.app import app
+from bd3lm_cli.models import quiet
+from bd3lm_cli.options import ModelArgument
+from bd3lm_cli.output import write_json
+from bd3lm_cli.terminal import console
 
 
 class Dtype(str, Enum):
@@ -46,12 +46,14 @@ def verify(
 
     Exit status: 0 if they agree, 1 if they differ, 2 if they could not be compared.
     """
-    # A command of the same name is in this module.
-    from transformer_lens_bd3lm.analysis import verify as library
+    import torch
+
+    import transformer_lens_bd3lm as bd3lm
+    from transformer_lens_bd3lm.bridge.boot import path_of
 
     try:
         with quiet():
-            result = library.verify(
+            result = bd3lm.verify(
                 path_of(model),
                 None if against is None else path_of(against),
                 benchmark=benchmark,
@@ -60,7 +62,11 @@ def verify(
                 trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # exit status 1 is for models that differ
-        why = str(error) if isinstance(error, BD3LMError) else f"{type(error).__name__}: {error}"
+        why = (
+            str(error)
+            if isinstance(error, bd3lm.BD3LMError)
+            else f"{type(error).__name__}: {error}"
+        )
         message = f"{model} could not be compared: {why.splitlines()[0]}"
         raise typer.BadParameter(message) from error
     if json:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, show
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     MOST,
     Device,
     Json,
@@ -17,6 +17,8 @@ from transformer_lens_bd3lm.cli.options import (
     Seed,
     typed_block_size,
 )
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files, read_file
 
 
 @app.command()
@@ -46,6 +48,8 @@ def parallel(
 ) -> None:
     """Compute what drawing tokens at once costs, in nats a token, by block size."""
     check_files(plot, json)
+    import transformer_lens_bd3lm as bd3lm
+
     bridge = boot(model, device)
     given = _windows(bridge, text, texts, min(length + 1, bridge.cfg.n_ctx), seed)
     sizes, at_once = ([typed_block_size(x) for x in each.split(",")] for each in (block_sizes, k))
@@ -57,8 +61,8 @@ def parallel(
 
 def _windows(bridge: Any, text: Path | None, number: int, length: int, seed: int) -> Any:
     """Return texts of BOS and ``length - 1`` tokens: windows of a file, or the model's own."""
+    import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.bridge.texts import bos_of, tokens_of
-    from transformer_lens_bd3lm.cli.app import read_file
     from transformer_lens_bd3lm.likelihoods.corpus import cut_windows
 
     bos = bos_of(bridge)

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, check_texts, show
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     BlockSize,
     Device,
     Field,
@@ -25,7 +25,8 @@ from transformer_lens_bd3lm.cli.options import (
     likelihood_options,
     typed_block_size,
 )
-from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files, check_texts
 
 
 @app.command()
@@ -41,6 +42,8 @@ def exact(
     """Compute the exact NLL, NELBO and reveal order of one text, over every order."""
     check_texts([text])
     check_files(plot, json)
+    import transformer_lens_bd3lm as bd3lm
+
     bridge = boot(model, device)
     result = bd3lm.exact(bridge, text, typed_block_size(block_size), max_states=max_states)
     show(result, json, result.to_dict(), plot)
@@ -69,6 +72,9 @@ def likelihood(
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
     check_files(None, json)
+    import transformer_lens_bd3lm as bd3lm
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
+
     bridge = boot(model, _shared_device(device))
     result = bd3lm.likelihood(bridge, texts, typed_block_size(block_size), **options)
     if processes().is_main_process:
@@ -77,6 +83,8 @@ def likelihood(
 
 def _shared_device(device: str | None) -> str | None:
     """Return the device asked for, else this process's own where several share the work."""
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
+
     state = processes()
     return str(state.device) if device is None and state.num_processes > 1 else device
 
@@ -109,6 +117,9 @@ def sweep(
     )  # fmt: skip
     sizes = None if block_size is None else [typed_block_size(each) for each in block_size]
     check_files(plot, json)
+    import transformer_lens_bd3lm as bd3lm
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
+
     bridge = boot(model, _shared_device(device))
     result = bd3lm.sweep_block_sizes(bridge, texts, sizes, **options)
     if processes().is_main_process:

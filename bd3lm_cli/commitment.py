@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, check_texts, read_file, show
-from transformer_lens_bd3lm.cli.generate import SamplerName
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.generate import SamplerName
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
@@ -17,6 +17,8 @@ from transformer_lens_bd3lm.cli.options import (
     Plot,
     typed_block_size,
 )
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files, check_texts, read_file
 
 
 @app.command()
@@ -48,6 +50,8 @@ def commitment(
     given = list(prompt or [])
     if prompts is not None:
         given += [line for line in read_file(prompts).splitlines() if line.strip()]
+    import transformer_lens_bd3lm as bd3lm
+
     kinds = {
         SamplerName.first_hitting: bd3lm.FirstHitting,
         SamplerName.ancestral: bd3lm.Ancestral,

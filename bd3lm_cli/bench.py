@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, show
-from transformer_lens_bd3lm.cli.options import MOST, Device, Json, ModelOption
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import MOST, Device, Json, ModelOption
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files
 
 
 @app.command()
@@ -21,5 +23,7 @@ def bench(
 ) -> None:
     """Measure tokens per second on this machine, and how near a pass comes to its memory bound."""
     check_files(None, json)
+    import transformer_lens_bd3lm as bd3lm
+
     result = bd3lm.measure_speed(boot(model, device), tokens=tokens, rounds=rounds)
     show(result, json, result.to_dict())

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, check_texts, show
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
@@ -23,7 +22,9 @@ from transformer_lens_bd3lm.cli.options import (
     WeightsOption,
     typed_block_size,
 )
-from transformer_lens_bd3lm.cli.verify import Dtype
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files, check_texts
+from bd3lm_cli.verify import Dtype
 
 
 @app.command()
@@ -53,6 +54,10 @@ def diff(
     """Compare two checkpoints: weights, and with a text predictions and activations."""
     check_texts(text or [])
     check_files(plot, json)
+    import torch
+
+    import transformer_lens_bd3lm as bd3lm
+
     first, second = (
         boot(name, device, weights=weights.value, dtype=getattr(torch, dtype.value))
         for name in (a, b)

@@ -4,12 +4,11 @@ import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, check_texts, read_file, show
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
@@ -20,6 +19,8 @@ from transformer_lens_bd3lm.cli.options import (
     Seed,
     typed_block_size,
 )
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files, check_texts, read_file
 
 
 @app.command()
@@ -70,6 +71,8 @@ def trace(
         texts = {"clean": clean, "corrupted": corrupted, "target": target}
         check_texts(list(texts.values()))
         given = {name: text.replace("\\n", "\n") for name, text in texts.items()}
+    import transformer_lens_bd3lm as bd3lm
+
     result = bd3lm.effect_grid(
         boot(model, device), **given, block_size=typed_block_size(block_size), mode=mode,
         site=site, groups=groups, steps=steps, seeds=seeds, seed=seed, rows=rows,
@@ -113,6 +116,8 @@ def circuit(
     is_file = pairs.suffix == ".jsonl"
     given = _read_pairs(pairs) if is_file else {}
     text = "" if is_file else read_file(pairs)
+    import transformer_lens_bd3lm as bd3lm
+
     bridge = boot(model, device)
     if not is_file:
         given = _windows(bridge, text, texts, length, last_block, seed)
@@ -139,6 +144,10 @@ def _windows(
     bridge: Any, text: str, texts: int, length: int, last_block: bool, seed: int
 ) -> dict[str, Any]:
     """Return windows of a text, spread over it, and masks of the last 4 tokens or a quarter."""
+    import torch
+
+    import transformer_lens_bd3lm as bd3lm
+
     ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0]
     count = len(ids) // (length - 1)
     if count < texts:

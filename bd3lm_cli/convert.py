@@ -5,14 +5,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
-from transformers import AutoTokenizer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app
-from transformer_lens_bd3lm.cli.options import Weights, WeightsOption
-from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.show.terminal import console
+from bd3lm_cli.app import app
+from bd3lm_cli.options import Weights, WeightsOption
+from bd3lm_cli.terminal import console
 
 
 @app.command()
@@ -30,6 +26,9 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Lightning training checkpoint, running nothing that is in it."""
+    import transformer_lens_bd3lm as bd3lm
+    from transformer_lens_bd3lm.progress import progress_bar
+
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
     try:
         with progress_bar("reading", in_bytes=True) as update:
@@ -42,7 +41,7 @@ def convert(
                 tokenizer=loaded,
                 progress=lambda done, total: update(completed=done, total=total),
             )
-    except BD3LMError:
+    except bd3lm.BD3LMError:
         raise
     except OSError as error:
         raise typer.BadParameter(f"{out} could not be written: {error}") from error
@@ -52,6 +51,10 @@ def convert(
 
 def _load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a folder or Hub id."""
+    from transformers import AutoTokenizer
+
+    from transformer_lens_bd3lm.errors import BD3LMError
+
     try:
         return AutoTokenizer.from_pretrained(name)
     except BD3LMError:

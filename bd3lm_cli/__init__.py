@@ -1,6 +1,8 @@
 """The command line: ``bd3lm demo``, ``generate``, ``exact``, ``likelihood``, ``sweep``, ...
 
-Every command calls the public surface and prints the result's table; nothing is computed here.
+A command calls the public functions of ``transformer_lens_bd3lm`` and prints the result's table; it
+computes nothing. The library and PyTorch take seconds to import, so no module imports them before a
+command's work begins: they are imported inside functions, and ``bd3lm --help`` answers at once.
 """
 
 import contextlib
@@ -10,10 +12,9 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from rich.text import Text
 
-from transformer_lens_bd3lm.cli import (
+from bd3lm_cli import (
     bench,
     checkpoints,
     commitment,
@@ -28,22 +29,13 @@ from transformer_lens_bd3lm.cli import (
     trace,
     verify,
 )
-from transformer_lens_bd3lm.cli.app import app as app
-from transformer_lens_bd3lm.errors import BD3LMError
-from transformer_lens_bd3lm.show.terminal import errors
+from bd3lm_cli.app import app as app
+from bd3lm_cli.terminal import errors
 
+# Importing a module registers its commands.
 COMMANDS = (
-    demo, generate, measure, compare, diff, dependency, checkpoints, convert, verify, bench,
-    trace,
-    demo, generate, measure, compare, diff, dependency, parallel, checkpoints, convert, verify,
-    demo, generate, measure, compare, diff, dependency, commitment, checkpoints, convert, verify,
-    bench,
-)  # fmt: skip
-
-# Errors that are no fault of this package: files, numbers and memory that a machine does not have.
-EXPECTED = (
-    BD3LMError, OSError, OverflowError, MemoryError, RecursionError, UnicodeError,
-    torch.OutOfMemoryError,
+    demo, generate, measure, compare, parallel, trace, commitment, dependency, checkpoints, diff,
+    verify, convert, bench,
 )  # fmt: skip
 
 
@@ -60,10 +52,26 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()
-    except EXPECTED as error:
+    except Exception as error:
+        if not _is_expected(error):
+            raise
         _print_error("error:", "bold red", str(error) or type(error).__name__)
         _discard_output()
         sys.exit(1)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Return whether an error has a message for the user: the library's, or the machine's.
+
+    The machine's are of files, numbers and memory. A library that was not imported raised nothing.
+    """
+    kinds: list[type[Exception]] = [
+        OSError, OverflowError, MemoryError, RecursionError, UnicodeError,
+    ]  # fmt: skip
+    for module, name in (("transformer_lens_bd3lm", "BD3LMError"), ("torch", "OutOfMemoryError")):
+        if module in sys.modules:
+            kinds.append(getattr(sys.modules[module], name))
+    return isinstance(error, tuple(kinds))
 
 
 def _print_error(what: str, style: str, message: str) -> None:

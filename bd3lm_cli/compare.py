@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_files, short_names, show
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot, short_names
+from bd3lm_cli.options import (
     Device,
     Field,
     Json,
@@ -23,6 +23,8 @@ from transformer_lens_bd3lm.cli.options import (
     Stride,
     likelihood_options,
 )
+from bd3lm_cli.output import show
+from bd3lm_cli.typed import check_files
 
 
 @app.command()
@@ -53,6 +55,8 @@ def compare(
     check_files(plot, json)
     if len(set(models)) < len(models):
         raise typer.BadParameter("a checkpoint is named twice: name each once")
+    import transformer_lens_bd3lm as bd3lm
+
     names = short_names(models)
     bridges = {name: boot(model, device) for name, model in zip(names, models, strict=True)}
     result = bd3lm.compare_models(bridges, text, **options)

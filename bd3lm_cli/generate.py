@@ -8,16 +8,18 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.cli.app import app, boot, check_new, check_texts, writing
-from transformer_lens_bd3lm.cli.options import (
+from bd3lm_cli.app import app
+from bd3lm_cli.models import boot
+from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
     ModelArgument,
     typed_block_size,
 )
-from transformer_lens_bd3lm.show.terminal import LiveCanvas, console
+from bd3lm_cli.output import writing
+from bd3lm_cli.terminal import LiveCanvas, console
+from bd3lm_cli.typed import check_new, check_texts
 
 
 class SamplerName(str, Enum):
@@ -57,6 +59,8 @@ def generate(
     """Write text by denoising, block after block."""
     check_texts(prompt or [])
     check_new(save)
+    import transformer_lens_bd3lm as bd3lm
+
     if sampler is SamplerName.ancestral:
         rule = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
     else:

@@ -1,13 +1,14 @@
 """The terminal: its consoles, and the canvas of a run that fills in."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from transformer_lens_bd3lm.bridge.host import Bridge
+if TYPE_CHECKING:
+    from transformer_lens_bd3lm.bridge.host import Bridge
 
 # Text of models and users is printed as it is: no markup in brackets, no :emoji: between colons.
 # What has a style is a Text.
@@ -15,7 +16,7 @@ console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 
-def _canvas_text(bridge: Bridge, step: Any, row: int = 0) -> Text:
+def _canvas_text(bridge: "Bridge", step: Any, row: int = 0) -> Text:
     """Return a row of the canvas after a step: masks as boxes, tokens of the step in color.
 
     It is cut at the front so that the block that is being denoised fits on the screen.
@@ -38,7 +39,7 @@ def _canvas_text(bridge: Bridge, step: Any, row: int = 0) -> Text:
 class LiveCanvas:
     """Canvas of a run as it fills in, a panel a row: live on a terminal, a few frames elsewhere."""
 
-    def __init__(self, bridge: Bridge, title: str, total: int):
+    def __init__(self, bridge: "Bridge", title: str, total: int):
         self.bridge, self.title = bridge, title
         self.live = Live(console=console, refresh_per_second=12) if console.is_terminal else None
         self.frames = {0, total // 3, 2 * total // 3, total - 1}
