@@ -31,9 +31,12 @@ import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from tests.helpers.shapes import check_once_per_kind  # noqa: E402
+
 if "transformer_lens_bd3lm" in sys.modules:
     raise RuntimeError("the package was imported before the hook that checks its shapes")
-# Only where shapes are annotated: checked calls cost more than the passes of small models do.
+check_once_per_kind()
+# Only where shapes are annotated.
 annotated = [
     ".".join(file.relative_to(TOP).with_suffix("").parts)
     for file in (TOP / "transformer_lens_bd3lm").rglob("*.py")

@@ -1,0 +1,76 @@
+"""Annotated shapes, checked by beartype once for each kind of call.
+
+jaxtyping's import hook decorates functions and dataclasses with ``jaxtyping.jaxtyped``. Its check of
+one call takes longer than a pass of a small model, and depends on nothing but the types, dtypes and
+shapes of what is passed and returned. So a call is checked when these are seen for the first time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+from torch import Tensor
+
+_check = jaxtyping.jaxtyped
+_seen: dict[tuple[Any, ...], dict[Any, set[Any]]] = {}
+
+
+def check_once_per_kind() -> None:
+    """Put the decorator below in place of jaxtyping's, which its import hook uses."""
+    jaxtyping.jaxtyped = _jaxtyped
+
+
+def kind(value: Any) -> Any:
+    """All that an annotation can tell values apart by: tensors of one kind have one shape."""
+    if isinstance(value, Tensor):
+        return type(value), value.dtype, value.shape
+    if isinstance(value, str):  # one of a Literal
+        return value
+    if type(value) is tuple:
+        return tuple(map(kind, value))
+    if type(value) in (list, set, frozenset):
+        return type(value), frozenset(map(kind, value))
+    if type(value) is dict:
+        return dict, frozenset(map(kind, value.items()))
+    return type(value)
+
+
+def _jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
+    check = functools.partial(_check, typechecker=typechecker)
+
+    def decorated(thing: Any) -> Any:
+        if not isinstance(thing, type):
+            return _checked_once(thing, check) if thing.__annotations__ else thing
+        if dataclasses.is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = _checked_once(thing.__init__, check)
+        return thing
+
+    return decorated
+
+
+def _checked_once(function: Any, check: Callable[[Any], Any]) -> Any:
+    # A function that is defined in another one is new at each call of that one: its code is not.
+    name = (function.__module__, function.__qualname__, function.__code__)
+    seen = _seen.setdefault(name, {})
+    checked = None
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        __tracebackhide__ = True
+        given = kind(args), kind(kwargs)
+        if given not in seen:
+            checked = checked or check(function)
+            result = checked(*args, **kwargs)
+            seen.setdefault(given, set()).add(kind(result))
+            return result
+        result = function(*args, **kwargs)
+        returned = kind(result)
+        if returned not in seen[given]:
+            check(functools.wraps(function)(lambda *_, **__: result))(*args, **kwargs)
+            seen[given].add(returned)
+        return result
+
+    return called
