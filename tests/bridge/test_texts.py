@@ -97,7 +97,8 @@ def bridge(booted):
 
 def texts_of(kind, masks=False):
     """Texts of some words, of which some end with the token that ends texts."""
-    words = st.lists(st.sampled_from([*WORDS, *(["[MASK]"] if masks else [])]), max_size=5)
+    longest = 3 if kind == "gpt2" else 5  # words of several tokens
+    words = st.lists(st.sampled_from([*WORDS, *(["[MASK]"] if masks else [])]), max_size=longest)
     end = st.sampled_from(["", f" {ENDS[kind]}", f" {ENDS[kind]} {ENDS[kind]}"])
     text = st.builds(lambda words, end: " ".join(words) + end, words, end)
     return st.lists(text, min_size=1, max_size=4)

@@ -18,9 +18,10 @@ from transformer_lens_bd3lm.bridge.watched import OwningHookPoint
 from transformer_lens_bd3lm.errors import BD3LMError
 
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+# None, each, and all that go together: each pair that does is in one of the last two.
 TOGETHER = [
     on
-    for count in range(len(SWITCHES) + 1)
+    for count in (0, 1, 3)
     for on in itertools.combinations(SWITCHES, count)
     if not {"use_split_qkv_input", "use_attn_in"} <= set(on)
 ]

@@ -28,13 +28,14 @@ def edits(scope) -> StepHooks:
     return StepHooks().add(RESID, edit, scope=scope)
 
 
-def run_where_tokens_change(bridge):
+@pytest.fixture(scope="module")
+def run(bridge):
     """A run in which the edit changes a token of the first two blocks in both rows."""
     for seed in range(50):
-        run = bd3lm.denoise(bridge, PROMPT, max_new_tokens=11, noise=Noise(seed))
-        edited = bd3lm.replay(run, StepHooks().add(RESID, edit, block=slice(0, 2)))
-        if bool((edited.final != run.final)[:, :8].any(-1).all()):
-            return run
+        made = bd3lm.denoise(bridge, PROMPT, max_new_tokens=11, noise=Noise(seed))
+        edited = bd3lm.replay(made, StepHooks().add(RESID, edit, block=slice(0, 2)))
+        if bool((edited.final != made.final)[:, :8].any(-1).all()):
+            return made
     raise AssertionError("no seed does")
 
 
@@ -51,12 +52,11 @@ def single_forward(bridge, tokens, edited_rows: slice | None):
         return bd3lm.log_probs(bridge(tokens), tokens, bridge.cfg.mask_token_id).cpu()
 
 
-def test_each_cell_is_a_single_forward_over_its_tokens_with_its_edit(bridge):
+def test_each_cell_is_a_single_forward_over_its_tokens_with_its_edit(bridge, run):
     """Blocks 0 and 1 start where the prompt's block does: rows 0..8 are committed under the edit.
 
     The commit of block 0 holds rows 0..4, the prompt included, since it is one block.
     """
-    run = run_where_tokens_change(bridge)
     found = bd3lm.mediate(run, edits("commit"), block=1)
     boundary = 8
     at = -1
@@ -82,23 +82,22 @@ def test_each_cell_is_a_single_forward_over_its_tokens_with_its_edit(bridge):
     assert at + 1 == found.kl.shape[2]
 
 
-def test_the_parts_sum_to_the_total_and_all_of_them_act(bridge):
-    found = bd3lm.mediate(run_where_tokens_change(bridge), edits("commit"), block=1)
+def test_the_parts_sum_to_the_total_and_all_of_them_act(run):
+    found = bd3lm.mediate(run, edits("commit"), block=1)
     parts = found.through_tokens + found.through_cache + found.interaction
     assert float((parts - found.total).nan_to_num().abs().max()) < EXACT
     for part in (found.through_tokens, found.through_cache, found.interaction):
         assert float(part.nan_to_num().abs().max()) > 1e-3
 
 
-def test_an_active_edit_goes_through_tokens_alone(bridge):
-    found = bd3lm.mediate(run_where_tokens_change(bridge), edits("active"), block=1)
+def test_an_active_edit_goes_through_tokens_alone(run):
+    found = bd3lm.mediate(run, edits("active"), block=1)
     assert float(found.through_cache.nan_to_num().abs().max()) == 0.0
     assert float(found.interaction.nan_to_num().abs().max()) == 0.0
     assert float(found.total.nan_to_num().abs().max()) > 1e-3
 
 
-def test_the_base_cell_is_the_run_itself(bridge):
-    run = run_where_tokens_change(bridge)
+def test_the_base_cell_is_the_run_itself(run):
     found = bd3lm.mediate(run, edits("commit"), block=1)
     later = found.log_p[0, 0].isfinite()
     assert torch.equal(later, (run.commit_step >= 0) & (torch.arange(run.length) >= 8))

@@ -1,8 +1,8 @@
 """Annotated shapes, checked by beartype once for each kind of call.
 
-jaxtyping's import hook decorates functions and dataclasses with ``jaxtyping.jaxtyped``. Its check of
-one call takes longer than a pass of a small model, and depends on nothing but the types, dtypes and
-shapes of what is passed and returned. So a call is checked when these are seen for the first time.
+jaxtyping's import hook decorates functions and dataclasses with ``jaxtyping.jaxtyped``. Its check
+of one call takes longer than a pass of a small model, and depends on nothing but the types, dtypes
+and shapes of what is passed and returned. So calls are checked when these are new.
 """
 
 import dataclasses
