@@ -1,7 +1,8 @@
-"""Base of every result: its values as plain JSON, its table, and its figure.
+"""Base of every result: its figures in a line, values as plain JSON, its table, and its figure.
 
 Results are computed by lower folders and drawn by a higher one, ``show``, which registers a
-function for each type of result in ``table_of`` and ``figure_of``. So no result imports rich or
+function for each type of result in ``table_of`` and ``figure_of``, and one for tables in
+``html_of``. So no result imports rich or
 matplotlib.
 """
 
@@ -17,8 +18,31 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+_LONGEST = 120  # characters of a one-line form
+
+
 class Result:
     """Base of every result object."""
+
+    def _figures(self) -> str:
+        """Return the figures that matter, with units, for the one-line form."""
+        return ""
+
+    def __repr__(self) -> str:
+        # A display, a debugger and a traceback show reprs: none of them may fail because of one.
+        try:
+            figures = " ".join(self._figures().split())
+        except Exception as error:
+            figures = f"no figures: {type(error).__name__}"
+        line = f"{type(self).__name__}({figures})"
+        return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 2]}…)"
+
+    def _repr_html_(self) -> str | None:
+        """Return the table for a notebook, which shows the one-line form where there is none."""
+        try:
+            return html_of(self.table())
+        except Exception:
+            return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain values for JSON; a number that is not finite is None.
@@ -83,6 +107,17 @@ def table_of(result: Any, **options: Any) -> "RenderableType":
 def figure_of(result: Any, **options: Any) -> "Figure":
     """Draw the figure of a result; ``show`` registers a function for each type of result."""
     raise NotImplementedError(f"{type(result).__name__} has no figure: call its table()")
+
+
+@singledispatch
+def html_of(table: Any) -> str:
+    """Return a table as HTML; ``show`` registers the function."""
+    raise NotImplementedError(f"{type(table).__name__} has no HTML")
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, as ``1 text`` or ``2 texts``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("ss") else "s")
 
 
 def plain_values(value: Any) -> Any:

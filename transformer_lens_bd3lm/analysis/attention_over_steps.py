@@ -37,7 +37,7 @@ from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.modules import at_least_float32
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 GROUPS = ("masks", "block", "past", "BOS", "itself")
 """Groups of keys, in the order of the last axis of ``shares``."""
@@ -115,11 +115,14 @@ class AttentionOverSteps(Result):
         above = self.shares[..., at] - self.uniform[:, :, None, None, at]
         return mean_effects(above.nanmean(0), texts, level=level)
 
-    def __repr__(self) -> str:
-        steps, rows, layers, heads, _ = self.shares.shape
+    def _figures(self) -> str:
+        mean, uniform = self.mean, self.mean_uniform
+        above = (mean - uniform).nan_to_num(-torch.inf)
+        layer, head, group = (int(i) for i in torch.unravel_index(above.argmax(), above.shape))
         return (
-            f"AttentionOverSteps({self.model}, {self.view}: {steps} steps, {rows} texts, "
-            f"{layers} layers of {heads} heads)"
+            f"{self.model}, {self.view}, {count(self.shares.shape[1], 'text')}: head "
+            f"{layer}.{head} gives {float(mean[layer, head, group]):.2f} to {self.groups[group]}, uniform "
+            f"{float(uniform[group]):.2f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.model.inputs import read_block_size
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockSizeComparison(Result):
     """Similarity of two passes over one noised text, at two block sizes; float64 on the CPU.
 
@@ -76,6 +76,13 @@ class BlockSizeComparison(Result):
     def title(self) -> str:
         """Name of the model and the two block sizes."""
         return f"{self.model}: block size {self.a} → {self.b}"
+
+    def _figures(self) -> str:
+        return (
+            f"{self.title}: mean KL {self.mean_kl:.4f} nats at "
+            f"{count(int(self.masked.sum()), 'masked position')}, attention changes by "
+            f"{float(self.attention_change.mean()):.2f} of 1"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all measures as plain values for JSON."""

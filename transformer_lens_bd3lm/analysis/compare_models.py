@@ -29,7 +29,7 @@ from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood, likelihood
 from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import kind_of
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, count
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MeasuredModel:
         return words.get(self.kind, f"blocks of {self.likelihood.block_size}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelComparison(Result):
     """Likelihood of a corpus under several models, by block size, smallest first.
 
@@ -97,6 +97,11 @@ class ModelComparison(Result):
             return nats / tokens, None
         again, counted = bootstrap_totals(values, resamples)
         return nats / tokens, middle_interval(again / counted, level)
+
+    def _figures(self) -> str:
+        nelbo = self.models[0].likelihood.nelbo
+        each = (f"{x.name} {x.likelihood.nelbo.nats_per_token:.4f}" for x in self.models)
+        return f"NELBO in nats/token of {count(nelbo.texts, 'text')}: {', '.join(each)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the likelihood of each checkpoint as plain values for JSON."""

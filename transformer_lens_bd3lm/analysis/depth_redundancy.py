@@ -35,7 +35,7 @@ from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.model.modules import at_least_float32
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -105,11 +105,12 @@ class DepthRedundancy(Result):
         )
         return numbers, mean_effects(loss, texts, level=level), cosine.nanmean(0)
 
-    def __repr__(self) -> str:
-        steps, rows, layers = self.loss.shape
+    def _figures(self) -> str:
+        loss, layers = self.nats_per_token(), self.loss.shape[2]
+        least = int(loss.mean.nan_to_num(torch.inf).argmin())
         return (
-            f"DepthRedundancy({self.model}, block_size={self.block_size}: {layers} layers, "
-            f"{rows} texts, {steps} steps)"
+            f"{self.model}, block size {self.block_size}, {count(self.loss.shape[1], 'text')}: of "
+            f"{count(layers, 'layer')}, {least} costs least, {loss.text(least)} nats a token"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 FEWEST = 5
 """Smallest number of texts for an interval: with fewer, resamples often repeat one text."""
@@ -64,6 +64,12 @@ class Effects(Result):
         """Cells that differ from 0 with all cells corrected for: ``p <= 1 - level``."""
         return self.p <= 1 - self.level + 1e-12
 
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """Cell with the largest absolute mean; the first one where no text has a value."""
+        size = self.mean.abs().nan_to_num(-1)
+        return tuple(int(i) for i in torch.unravel_index(size.argmax(), size.shape))
+
     def text(self, *cell: int) -> str:
         """Return a cell as text: ``+0.123 [+0.050, +0.196]``; without ends where there are none.
 
@@ -78,10 +84,17 @@ class Effects(Result):
             return f"{mean:+.{digits}f}"
         return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
-    def __repr__(self) -> str:
-        found = f"{int(self.significant.sum())} of {self.mean.numel()} cells differ from 0"
-        texts = int(self.texts.max()) if self.texts.numel() else 0
-        return f"Effects({tuple(self.mean.shape)}, {texts} texts, {found} at {1 - self.level:.2g})"
+    def _figures(self) -> str:
+        texts = count(int(self.texts.max()) if self.texts.numel() else 0, "text")
+        if not self.mean.isfinite().any():
+            return f"{count(self.mean.numel(), 'cell')} without a value, {texts}"
+        best = self.largest
+        p = float(self.p[best])
+        value = f"{self.text(*best)}{'' if math.isnan(p) else f', p = {p:.4f}'}"
+        if self.mean.numel() == 1:
+            return f"{value}, {texts}"
+        differ = f"{int(self.significant.sum())} of {self.mean.numel()} cells differ from 0"
+        return f"{differ}, {texts}; largest {value} at {best}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return means, intervals, p-values and counts as plain values for JSON."""

@@ -44,7 +44,7 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 PLACES = ("behind", "hides near", "hides far")
 
@@ -99,12 +99,13 @@ class FarMasks(Result):
         """Model and block size."""
         return f"{self.model}: one prediction against further masks, block size {self.block_size}"
 
-    def __repr__(self) -> str:
-        behind = self.effects.mean[0]
-        most = float(behind.flatten()[behind.abs().argmax()])
+    def _figures(self) -> str:
+        behind = self.effects.mean[0].abs().nan_to_num(-1)
+        best = [int(i) for i in torch.unravel_index(behind.argmax(), behind.shape)]
         return (
-            f"FarMasks(up to {self.masks[-1]} masks behind {len(self.log_p)} texts change log p by "
-            f"{most:+.3f} nats at most, block size {self.block_size})"
+            f"masks behind a text change log p by {self.effects.text(0, *best)} nats at most, up to "
+            f"{count(self.masks[-1], 'mask')}, {count(len(self.log_p), 'text')}, "
+            f"block size {self.block_size}"
         )
 
     def to_dict(self) -> dict[str, Any]:

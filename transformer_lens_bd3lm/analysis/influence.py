@@ -42,7 +42,7 @@ from transformer_lens_bd3lm.checks import (
     read_several,
 )
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 Kind = Literal["exact", "top", "estimate"]
 
@@ -104,10 +104,10 @@ class Influence(Result):
         """Model and block size."""
         return f"{self.model}: influence between masks at block size {self.block_size}"
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         return (
-            f"Influence({self.kind}, {int(self.pairs.sum())} pairs in {len(self.x_t)} texts, "
-            f"correlation with attention {float(self.correlation.nanmean()):+.3f}, p={self.p:.3f})"
+            f"correlation with attention {self.effects.text()}, p = {self.p:.3f}, "
+            f"{count(int(self.pairs.sum()), 'pair')} in {count(len(self.x_t), 'text')}, {self.kind}"
         )
 
     def to_dict(self) -> dict[str, Any]:

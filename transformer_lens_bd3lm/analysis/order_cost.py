@@ -35,7 +35,7 @@ from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import Exact, sum_patterns
 from transformer_lens_bd3lm.likelihoods.mask_patterns import MaskPatterns, read_mask_patterns
 from transformer_lens_bd3lm.likelihoods.reveal_orders import RevealOrders
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 NAMES = ("left_to_right", "right_to_left", "confidence")
 
@@ -91,10 +91,9 @@ class OrderCost(Result):
         """Model and block size."""
         return f"{self.model}: cost of a reveal order at block size {self.exact.block_size}"
 
-    def __repr__(self) -> str:
-        each = zip(self.names, self.effects.mean.tolist(), strict=True)
-        costs = ", ".join(f"{name} {mean:+.3f}" for name, mean in each)
-        return f"OrderCost({costs} nats a token against a random order, {len(self.ranks[0])} texts)"
+    def _figures(self) -> str:
+        costs = ", ".join(f"{name} {self.effects.text(i)}" for i, name in enumerate(self.names))
+        return f"nats a token less a random order's, {count(len(self.ranks[0]), 'text')}: {costs}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all costs, and the exact likelihoods, as plain values for JSON."""

@@ -41,7 +41,7 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int, read_several
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 Kind = Literal["exact", "estimate"]
 
@@ -95,11 +95,12 @@ class ParallelCost(Result):
             "_", " "
         )
 
-    def __repr__(self) -> str:
-        most = float(self.mean.max())
+    def _figures(self) -> str:
+        size, column = (int(i) for i in torch.unravel_index(self.mean.argmax(), self.mean.shape))
         return (
-            f"ParallelCost({self.kind}, block sizes {list(self.block_sizes)}, at once "
-            f"{list(self.at_once)}, {len(self.nats)} texts, at most {most:.3f} nats a token)"
+            f"at most {self.effects.text(size, column)} nats a token, at block size "
+            f"{self.block_sizes[size]} with {self.at_once[column]} at once, "
+            f"{count(len(self.nats), 'text')}, {self.kind}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from transformer_lens_bd3lm.denoising.along import (
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.model.modules import at_least_float32
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 KINDS = ("BOS", "past", "block", "mask")
 """What a sink is: BOS, a token of an earlier block, a token of the active block, or a mask."""
@@ -106,11 +106,11 @@ class Sinks(Result):
         values = torch.stack([self.removed, self.control, self.removed - self.control], dim=1)
         return mean_effects(values, texts, level=level)
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
+        costs = self.costs()
         return (
-            f"Sinks({self.model}, block_size={self.block_size}, eps={self.eps}: {len(self.places)} "
-            f"sinks, removal costs {float(self.removed.mean()):+.3f} nats a token, control "
-            f"{float(self.control.mean()):+.3f})"
+            f"{self.model}, block size {self.block_size}: {count(len(self.places), 'sink')}, "
+            f"removal costs {costs.text(0)} nats a token, control {costs.text(1)}"
         )
 
     def to_dict(self) -> dict[str, Any]:

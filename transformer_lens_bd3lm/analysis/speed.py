@@ -130,12 +130,12 @@ class Speed(Result):
         kernels = [vars(kernel) for kernel in self.kernels]
         return plain_values(vars(self) | bound | {"lines": lines, "kernels": kernels})
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         line = self.lines[BASE]
         return (
-            f"Speed({self.model} on {self.device}, {line.tokens_per_second:.1f} tokens/s one by "
-            f"one, {line.pass_seconds * 1e3:.1f} ms a pass, {self.bound * 1e3:.1f} ms to read its "
-            "weights)"
+            f"{self.model} on {self.device}: {line.tokens_per_second:.1f} tokens/s one by one, "
+            f"{line.pass_seconds * 1e3:.1f} ms a pass, {self.bound * 1e3:.1f} ms to read its "
+            "weights"
         )
 
 

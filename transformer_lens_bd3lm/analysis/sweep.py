@@ -37,10 +37,10 @@ from transformer_lens_bd3lm.likelihoods.likelihood_settings import (
 from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import trained_block_sizes
 from transformer_lens_bd3lm.model.inputs import read_block_size
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Price(Result):
     """Price of a block size over block size 1, nats a token, with intervals over texts.
 
@@ -58,6 +58,15 @@ class Price(Result):
     share: float | None
     intervals: dict[str, tuple[float, float]] | None = field(repr=False)
 
+    def _figures(self) -> str:
+        def value(name: str, form: str) -> str:
+            interval = (self.intervals or {}).get(name)
+            ends = "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
+            return f"{getattr(self, name):{form}}{ends}"
+
+        line = f"block size {self.block_size} costs {value('price', '+.4f')} nats/token over 1"
+        return line if self.share is None else f"{line}, {value('share', '.0%')} of it looseness"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the price, its parts and intervals as plain values for JSON."""
         values = {
@@ -70,7 +79,7 @@ class Price(Result):
         return plain_values(values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep(Result):
     """Likelihood of a corpus at several block sizes.
 
@@ -159,6 +168,13 @@ class Sweep(Result):
             for each in self.likelihoods
             if each.block_size > 1 and each.nll is not None
         ]
+
+    def _figures(self) -> str:
+        each = (f"{x.block_size}: {x.nelbo.nats_per_token:.3f}" for x in self.likelihoods)
+        return (
+            f"{self.model}, {count(self.texts, 'text')}, NELBO in nats/token by block size "
+            f"{{{', '.join(each)}}}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return likelihoods and prices as plain values for JSON, without ``looked``."""

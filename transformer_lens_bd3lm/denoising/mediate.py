@@ -39,7 +39,7 @@ from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.result import Result, plain_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mediation(Result):
     """Effect of an edit on later blocks, in four cells; axes ``[tokens, cache]``, 0 is base.
 
@@ -97,14 +97,14 @@ class Mediation(Result):
         runs = {"base": self.base.to_dict(), "edited": Run.to_dict(self.edited)}
         return plain_values(values) | runs
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         def over(x: Tensor) -> str:
             return f"{float(x.nansum()) / len(self.base.ends):+.4f}"
 
         return (
-            f"Mediation(after block {self.block}, nats a row: total {over(self.total)} = tokens "
+            f"after block {self.block}, nats a row: total {over(self.total)} = tokens "
             f"{over(self.through_tokens)}, cache {over(self.through_cache)}, interaction "
-            f"{over(self.interaction)})"
+            f"{over(self.interaction)}"
         )
 
 

@@ -29,13 +29,13 @@ from transformer_lens_bd3lm.denoising.run_folder import write_folder
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run(Result):
     """A finished denoising run.
 
@@ -315,13 +315,13 @@ class Run(Result):
         """
         return Run(**read_run(Path(path), bridge, hooks, stop, sampler))
 
-    def __repr__(self) -> str:
-        rows, written = len(self.ends), int((self.commit_step >= 0).sum())
+    def _figures(self) -> str:
+        written = int((self.commit_step >= 0).sum())
         return (
-            f"Run({rows} row{'s' * (rows > 1)}, {written} tokens written in "
-            f"{len(self.timeline.t)} steps, {self.passes} passes, block_size={self.block_size}, "
-            f"{self.sampler!r}, "
-            f"{self.noise!r}, kv_cache={self.kv_cache}{', slid' * self.slid})"
+            f"{count(len(self.ends), 'row')}, {count(written, 'token')} written in "
+            f"{count(len(self.timeline.t), 'step')}, {self.passes} passes, "
+            f"block_size={self.block_size}, {self.sampler!r}, {self.noise!r}, "
+            f"kv_cache={self.kv_cache}{', slid' * self.slid}"
         )
 
     def _repr_html_(self) -> str:

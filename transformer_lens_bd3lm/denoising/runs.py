@@ -12,10 +12,10 @@ from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.timeline import Timeline
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Runs(Result, Sequence[Run]):
     """Finished runs of many prompts, in the order of the prompts: a sequence of :class:`Run`.
 
@@ -99,11 +99,13 @@ class Runs(Result, Sequence[Run]):
             "runs": [run.to_dict() for run in self],
         }
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         written = sum(int((batch.commit_step >= 0).sum()) for batch in self.batches)
-        batches = f"{len(self.batches)} batch{'es' * (len(self.batches) != 1)}"
-        prompts = f"{len(self)} prompt{'s' * (len(self) != 1)}"
-        return f"Runs({prompts}, {written} tokens written in {batches})"
+        return (
+            f"{count(len(self), 'prompt')}, {written} tokens written in "
+            f"{count(len(self.batches), 'batch')}, "
+            f"{count(sum(batch.passes for batch in self.batches), 'pass')}"
+        )
 
 
 def run_of_row(batch: Run, row: int, canvas: Canvas) -> Run:

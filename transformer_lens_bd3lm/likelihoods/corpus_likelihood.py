@@ -44,7 +44,7 @@ from transformer_lens_bd3lm.likelihoods.resume import Job, fingerprint, identity
 from transformer_lens_bd3lm.likelihoods.statistics import Nats, bootstrap_totals, middle_interval
 from transformer_lens_bd3lm.model.config import trained_block_sizes
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, count
 
 TIMEOUT = timedelta(days=30)  # a process may wait long for another's jobs
 
@@ -79,12 +79,11 @@ class Likelihood(Result):
         """NLL where it is known, else the NELBO."""
         return self.nelbo if self.nll is None else self.nll
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         nll = "" if self.nll is None else f"nll={self.nll.total_nats:.4f} nats, "
-        texts = f"{self.nelbo.texts} text{'s' if self.nelbo.texts != 1 else ''}"
         return (
-            f"Likelihood(block_size={self.block_size}, {self.method}: {texts}, {nll}"
-            f"nelbo: {self.nelbo.figures()})"
+            f"block_size={self.block_size}, {count(self.nelbo.texts, 'text')}, {nll}nelbo: "
+            f"{self.nelbo.figures()}"
         )
 
     def gap_interval(

@@ -101,10 +101,10 @@ class Exact(PerToken, Result):
         """Number of characters of the texts, if they were given as strings."""
         return self.characters
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         return (
-            f"Exact(block_size={self.block_size}, nll={self.total_nats:.4f} nats, "
-            f"nelbo={float(self.nelbo.sum()):.4f} nats, {of_tokens(self)})"
+            f"block_size={self.block_size}, nll={self.total_nats:.4f} nats, "
+            f"nelbo={float(self.nelbo.sum()):.4f} nats, {of_tokens(self)}"
         )
 
     def word(self, row: int, position: int) -> str:

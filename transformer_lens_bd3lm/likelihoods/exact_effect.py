@@ -45,11 +45,10 @@ class ExactEffect(Result):
         """Change of log p of each block given the earlier ones, nats."""
         return self.base.nll_by_block - self.edited.nll_by_block
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         return (
-            f"ExactEffect(log_p={float(self.log_p.sum()):+.4f} nats, nll "
-            f"{self.base.total_nats:.4f} to {self.edited.total_nats:.4f} nats, "
-            f"{of_tokens(self.base)})"
+            f"log_p={float(self.log_p.sum()):+.4f} nats, nll {self.base.total_nats:.4f} to "
+            f"{self.edited.total_nats:.4f} nats, {of_tokens(self.base)}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Nelbo(Nats):
     counted: Bool[Tensor, "batch pos"] = field(repr=False)
     by_token: Float[Tensor, "batch pos"] = field(repr=False)
 
-    def __repr__(self) -> str:
-        return f"Nelbo(block_size={self.block_size}, {self.method}: {self.figures()})"
+    def _figures(self) -> str:
+        return f"block_size={self.block_size}, {self.method}: {self.figures()}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain values for JSON, and the nats of each text and token."""

@@ -139,14 +139,15 @@ class Nats(PerToken, Result):
         means = self.replicates.sum(-1) / self.total_tokens
         return float(means.std()) / math.sqrt(len(means))
 
-    def __repr__(self) -> str:
-        return f"Nats({self.figures()})"
+    def _figures(self) -> str:
+        return self.figures()
 
     def figures(self) -> str:
         """Return the kind, the nats and the number of tokens, in a line."""
         error = self.standard_error_per_token * self.total_tokens if self.total_tokens else 0.0
         spread = "" if self.kind == "exact" else f" ± {error:.4f}"
-        return f"{self.kind}, {self.total_nats:.4f}{spread} nats, {of_tokens(self)}"
+        ends = " [{:.4f}, {:.4f}]".format(*self.interval()) if self.texts > 1 else ""
+        return f"{self.kind}, {self.total_nats:.4f}{spread} nats, {of_tokens(self)}{ends}"
 
     def interval(
         self, level: float = 0.95, resamples: int = 2000, seed: int = 0

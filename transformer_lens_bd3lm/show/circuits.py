@@ -7,9 +7,10 @@ from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.circuits import CircuitComparison, EdgeAttribution
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import BOTH_WAYS
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def edges_table(result: EdgeAttribution, n: int = 15) -> Table:

@@ -15,8 +15,9 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints import CheckpointCompar
 from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import ActivationComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import PredictionComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import WeightComparison
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, heat_map, plain
-from transformer_lens_bd3lm.show.tables import count, new_table, percent
+from transformer_lens_bd3lm.show.tables import new_table, percent
 
 
 def checkpoints_tables(comparison: CheckpointComparison, n: int = 10) -> Group:

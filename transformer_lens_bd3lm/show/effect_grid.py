@@ -8,6 +8,7 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import BOTH_WAYS, line_effects, part_of
 from transformer_lens_bd3lm.show.style import (
     COLORS,
@@ -18,7 +19,7 @@ from transformer_lens_bd3lm.show.style import (
     plain,
     token_label,
 )
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 SITES = {
     "residual": "residual stream",

@@ -6,9 +6,10 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects, map_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, COLORS, INK, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def experiment_table(result: Experiment, n: int = 20) -> Table:

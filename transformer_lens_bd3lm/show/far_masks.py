@@ -5,9 +5,10 @@ from matplotlib.lines import Line2D
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
+from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (BLUE, "#009e73", ORANGE)
 _TITLES = {

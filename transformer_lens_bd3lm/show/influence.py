@@ -4,8 +4,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.influence import Influence
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import INK, QUIET, SHORT, heat_map, token_label
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def _caption(result: Influence) -> str:

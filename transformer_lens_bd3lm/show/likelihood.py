@@ -8,7 +8,8 @@ from rich.table import Table
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
-from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
+from transformer_lens_bd3lm.result import count
+from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 
 def likelihood_table(result: Likelihood) -> Table:

@@ -5,8 +5,9 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
+from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (ORANGE, BLUE, "#009e73", "#cc79a7", "#56b4e9")
 

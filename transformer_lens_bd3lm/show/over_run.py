@@ -8,8 +8,9 @@ from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.over_run.commitment import CONTROLS, Commitment
 from transformer_lens_bd3lm.analysis.over_run.run_lens import RunLens
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 ORDERS = {
     "drawn": "The reveal order was drawn by noise alone: when a token is revealed does not depend "

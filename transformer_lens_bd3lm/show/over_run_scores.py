@@ -7,8 +7,9 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.over_run.calibration import Calibration
 from transformer_lens_bd3lm.analysis.over_run.probe import FEW_TEXTS, ProbeScores
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 
 def calibration_table(result: Calibration) -> Table:

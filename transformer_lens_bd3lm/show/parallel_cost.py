@@ -4,9 +4,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import about_intervals, line_effects, part_of
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
+from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", INK, "#56b4e9", QUIET)
 

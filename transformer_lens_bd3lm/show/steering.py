@@ -8,9 +8,10 @@ from rich.table import Table
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table
+from transformer_lens_bd3lm.show.tables import new_table
 
 PANELS = (("", "target"), ("nats", "damage, nats a token"), ("distinct_2", "distinct pairs"))
 

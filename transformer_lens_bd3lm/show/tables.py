@@ -25,11 +25,6 @@ def new_table(title: str, columns: Collection[str], left: Collection[str], capti
     return table
 
 
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, as ``1 text`` or ``2 texts``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("ss") else "s")
-
-
 def percent(x: float) -> str:
     """Return a relative change in percent; ``from zero`` for an infinite one."""
     return "from zero" if math.isinf(x) else f"{x:.3%}"

@@ -36,12 +36,12 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, count
 
 _TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DependencyDepths(Result):
     """Likelihood, reveal order and a linear probe of parsed sentences by dependency depth.
 
@@ -82,6 +82,14 @@ class DependencyDepths(Result):
     def title(self) -> str:
         """The checkpoint and the block size."""
         return f"{self.model} by dependency depth, block size {self.block_size}"
+
+    def _figures(self) -> str:
+        depths = [i for i, tokens in enumerate(self.nats.tokens.tolist()) if tokens]
+        each = (f"{self.labels[i]}: {float(self.nats.mean[i]):.2f}" for i in depths)
+        return (
+            f"{self.model}, block size {self.block_size}, {count(self.sentences, 'sentence')}, "
+            f"nats a token by depth {{{', '.join(each)}}}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers as plain JSON values, lists by depth; None for what is not finite.

@@ -19,7 +19,7 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,12 +116,12 @@ class EdgeAttribution(Result):
         each = [jaccard(x[a].mean(0), x[b].mean(0), self.exists, n) for a, b in parts]
         return sum(each) / len(each)
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         (node, reader, nats), *_ = self.top(1)
         return (
-            f"EdgeAttribution({len(self.by_text)} text(s), block_size={self.block_size}, "
-            f"steps={self.steps}, gap {self.gap:+.3f} nats, strongest {node} -> {reader} "
-            f"{nats:+.3f})"
+            f"strongest {node} -> {reader} {nats:+.3f} of a gap of {self.gap:+.3f} nats, "
+            f"{count(len(self.by_text), 'text')}, block size {self.block_size}, "
+            f"{count(self.steps, 'gradient')} a text"
         )
 
     def to_dict(self) -> dict[str, Any]:

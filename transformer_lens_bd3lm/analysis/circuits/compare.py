@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -64,11 +64,12 @@ class CircuitComparison(Result):
         """The two block sizes, in tokens."""
         return self.first.block_size, self.second.block_size
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
+        a, b = self.block_sizes
         within = " and ".join(f"{float(x):.2f}" for x in self.within)
         return (
-            f"CircuitComparison(block sizes {self.block_sizes}, top {self.top} edges: halves "
-            f"overlap {within} within, {self.across:.2f} across, p = {self.p:.4f})"
+            f"block sizes {a} and {b}, top {count(self.top, 'edge')}: halves overlap {within} "
+            f"within, {self.across:.2f} across, p = {self.p:.4f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,10 +47,10 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import (
 )
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.nelbo import check_choices
-from transformer_lens_bd3lm.result import Result
+from transformer_lens_bd3lm.result import Result, count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointComparison(Result):
     """Differences between two checkpoints of one shape; every change is from a to b.
 
@@ -75,6 +75,16 @@ class CheckpointComparison(Result):
     activations: ActivationComparison | None = field(default=None, repr=False)
     bound: BoundComparison | None = field(default=None, repr=False)
     left_out: tuple[str, ...] = ()
+
+    def _figures(self) -> str:
+        parts = [f"weights change by {self.weights.whole.relative:.3%}"]
+        if self.predictions is not None:
+            kl, _ = self.predictions.mean_kl
+            places = count(len(self.predictions.token), "masked position")
+            parts.append(f"mean KL {kl:.4f} nats at {places}")
+        if self.bound is not None:
+            parts.append(f"NELBO {self.bound.difference:+.4f} nats/token")
+        return f"{self.a} → {self.b}: {', '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all comparisons as plain values for JSON; None for those that were left out."""

@@ -39,7 +39,7 @@ from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -97,13 +97,12 @@ class EffectGrid(Result):
         cells = torch.unravel_index(order, self.effects.mean.shape)
         return [(int(i), int(j), int(k)) for i, j, k in zip(*cells, strict=True)]
 
-    def __repr__(self) -> str:
-        (layer, step, position), texts = self.best()[0], len(self.by_text)
+    def _figures(self) -> str:
+        layer, step, position = self.best()[0]
         return (
-            f"EffectGrid({self.site}, {texts} text{'s' if texts > 1 else ''}, "
-            f"{tuple(self.effects.mean.shape)}, largest effect "
-            f"{float(self.effects.mean[layer, step, position]):+.3f} nats at layer {layer}, "
-            f"{self.masks_left[step]} masks left, {self.positions[position]!r})"
+            f"{self.site}, {count(len(self.by_text), 'text')}: largest "
+            f"{self.effects.text(layer, step, position)} nats at layer {layer}, "
+            f"{self.masks_left[step]} masks left, {self.positions[position]!r}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 
 def noise_row(text: int, seed: int) -> int:
@@ -128,11 +128,15 @@ class Experiment(Result):
             | {"metrics": metrics, "contract": vars(self.contract)}
         )
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         texts, seeds = self.values[self.metric].shape[:2]
+        effects = self.effects
+        best = effects.largest
+        unit = f" {self.units[self.metric]}" if self.units[self.metric] else ""
+        pair = f"{self.compared[best[0]]} less {self.base}"
         return (
-            f"Experiment({texts} texts, {seeds} seeds, {', '.join(self.values)}: "
-            f"{', '.join(self.compared)} against {self.base})"
+            f"{self.metric}, {pair}: {effects.text(*best)}{unit}, "
+            f"{count(texts, 'text')}, {count(seeds, 'seed')}"
         )
 
 

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.likelihoods.statistics import bootstrap_totals, middle_interval
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeadScores(Result):
     """Share of masked queries' attention on the keys that a rule names, by head; float64, CPU.
 
@@ -104,6 +104,15 @@ class HeadScores(Result):
         heads = self.scores.shape[1]
         order = self.scores.flatten().argsort(descending=True, stable=True)
         return [divmod(place, heads) for place in order[:k].tolist()]
+
+    def _figures(self) -> str:
+        layer, head = self.top(1)[0]
+        several = int((self.queries > 0).sum()) > 1
+        ends = " [{:.3f}, {:.3f}]".format(*self.interval(layer, head)) if several else ""
+        return (
+            f"{self.title}: best head {layer}.{head} {float(self.scores[layer, head]):.3f}{ends}, "
+            f"uniform {self.base_rate:.3f}, {count(len(self.queries), 'text')}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all scores as plain JSON values, lists by layer and head; None for NaN."""

@@ -32,7 +32,7 @@ from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 _DRAWS = 100  # outcomes that are drawn for the ECE of a calibrated model
 
@@ -92,10 +92,10 @@ class Calibration(Result):
         }
         return plain_values(values)
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         return (
-            f"Calibration({len(self.confidence)} predictions, ECE {self.ece:.4f}, a calibrated "
-            f"model's {float(self.calibrated[0]):.4f}, on {self.source})"
+            f"ECE {self.ece:.4f}, a calibrated model's {float(self.calibrated[0]):.4f}, "
+            f"{count(len(self.confidence), 'prediction')} on {self.source}"
         )
 
 

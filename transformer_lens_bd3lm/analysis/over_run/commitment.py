@@ -43,7 +43,7 @@ from transformer_lens_bd3lm.analysis.over_run.written import (
 )
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 CONTROLS = ("confidence", "redrawn", "unigram", "matched")
 _AT_ONCE = 2**24  # pairs of predictions that are compared at once
@@ -133,11 +133,10 @@ class Commitment(Result):
         named = {"quarters": QUARTERS, "control_names": CONTROLS}
         return plain_values(values | named | {"contract": dict(vars(self.contract))})
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         return (
-            f"Commitment({len(self.row)} positions, {self.texts} texts, decided at "
-            f"{float(self.share.mean[1]):.2f} of the masked steps, redraws at "
-            f"{float(self.share.mean[2]):.2f}, order: {self.order})"
+            f"decided at {self.share.text(1).lstrip('+')} of the masked steps, "
+            f"{count(len(self.row), 'position')}, {count(self.texts, 'text')}, order: {self.order}"
         )
 
 

@@ -48,7 +48,7 @@ from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 FEW_TEXTS = 50
 """With fewer texts a fold has under 10, and one text decides the scores: results say so."""
@@ -112,13 +112,13 @@ class ProbeScores(Result):
         """Return scores and counts as plain values for JSON."""
         return plain_values(dict(vars(self)) | {"contract": dict(vars(self.contract))})
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         r2 = self.r2[:, 0]
         best = int(r2.nan_to_num(-torch.inf).argmax())
         return (
-            f"ProbeScores({self.label}, {self.texts} texts, best R^2 {float(r2[best]):.3f} "
-            f"({float(self.low[best, 0]):.3f} to {float(self.high[best, 0]):.3f} by split) at "
-            f"{self.names[best]}, shuffled {float(self.shuffled[:, best, 0].mean()):.3f})"
+            f"{self.label}: best R^2 {float(r2[best]):.3f} [{float(self.low[best, 0]):.3f}, "
+            f"{float(self.high[best, 0]):.3f}] at {self.names[best]}, shuffled "
+            f"{float(self.shuffled[:, best, 0].mean()):.3f}, {count(self.texts, 'text')}"
         )
 
 

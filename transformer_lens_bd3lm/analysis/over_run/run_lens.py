@@ -26,7 +26,7 @@ from transformer_lens_bd3lm.denoising.replay import divergence
 from transformer_lens_bd3lm.denoising.run import Run, run_lens
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.progress import progress_bar
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 _AT_ONCE = 2**26  # log-probabilities that are held at once
 
@@ -106,11 +106,14 @@ class RunLens(Result):
         }
         return plain_values(values | {"quarters": QUARTERS, "contract": dict(vars(self.contract))})
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         depths, entries = self.log_p.shape
+        readable = self.is_readable.double().mean(1)
+        middle = depths // 2
         return (
-            f"RunLens({depths} depths, {entries} predictions at {len(self.step.unique())} steps"
-            f"{', translated' * self.translated})"
+            f"final token on top at {float(readable[-1]):.0%} at the last depth, "
+            f"{float(readable[middle]):.0%} at depth {middle}, {count(entries, 'prediction')}, "
+            f"{count(len(self.step.unique()), 'step')}{', translated' * self.translated}"
         )
 
 

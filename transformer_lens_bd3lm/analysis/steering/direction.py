@@ -30,7 +30,7 @@ from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_hooks import StepHooks
 from transformer_lens_bd3lm.denoising.step_selectors import Span, Which
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Contract, Result, plain_values
+from transformer_lens_bd3lm.result import Contract, Result, count, plain_values
 
 ROWS = 2048  # positions in a pass
 STREAMS = ("resid_pre", "resid_mid", "resid_post")
@@ -202,11 +202,12 @@ class Direction(Result):
         values = {"norm": self.norm, "separation": self.separation}
         return plain_values(dict(vars(self)) | values | {"contract": vars(self.contract)})
 
-    def __repr__(self) -> str:
-        texts = (
-            f", {len(self.positive)} and {len(self.negative)} texts" if len(self.positive) else ""
+    def _figures(self) -> str:
+        texts = f", {len(self.positive)} against {count(len(self.negative), 'text')}"
+        return (
+            f"{self.hook}: norm {self.norm:.3f}, at {self.at} positions"
+            f"{texts if len(self.positive) else ''}"
         )
-        return f"Direction({self.hook}, norm={self.norm:.3f}, at {self.at} positions{texts})"
 
 
 @torch.no_grad()

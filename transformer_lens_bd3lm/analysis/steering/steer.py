@@ -104,11 +104,10 @@ class Steering(Result):
             **curves,
         }
 
-    def __repr__(self) -> str:
-        last = self.target.text(-1)
+    def _figures(self) -> str:
         return (
-            f"Steering({self.target_name} at strength {self.strengths[-1]:g}: {last}, damage "
-            f"{self.damage.text(-1)} nats a token)"
+            f"{self.target_name} at strength {self.strengths[-1]:g}: {self.target.text(-1)}, "
+            f"damage {self.damage.text(-1)} nats a token"
         )
 
 

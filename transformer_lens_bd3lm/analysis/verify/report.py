@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.hook_points import lookup, split_layer
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 # Causes before what follows from them.
 KINDS = ("config", "read", "logits", "gradient", "edit", "benchmark")
@@ -89,7 +89,7 @@ class Row:
         return f"{message}; {self.note}" if self.note else message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification(Result):
     """A bridge beside the plain modules of a checkpoint.
 
@@ -139,6 +139,14 @@ class Verification(Result):
         message = f"{counts}, first {failed[0].message}"
         inside = next((row for row in failed if row.kind != "config"), failed[0])
         return message if inside is failed[0] else f"{message}; then {inside.message}"
+
+    def _figures(self) -> str:
+        worst = max((row.share for row in self.rows if row.measured), default=0.0)
+        failed = len(self.failed)
+        outcome = f"{failed:,} of {len(self.rows):,} comparisons fail"
+        if not failed:
+            outcome = f"{count(len(self.rows), 'comparison')} agree"
+        return f"{self.model}, {self.dtype}: {outcome}, worst {worst:.2g} of what is allowed"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome and all rows as plain JSON values; None for what is not finite."""
