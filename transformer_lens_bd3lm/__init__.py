@@ -47,6 +47,7 @@ from transformer_lens_bd3lm.bridge.streams import clean_stream, noisy_stream
 from transformer_lens_bd3lm.checkpoint.lightning import convert_lightning
 from transformer_lens_bd3lm.denoising import dataset as _dataset  # noqa: F401  (run.dataset)
 from transformer_lens_bd3lm.denoising import generate as _generate  # noqa: F401  (on the bridge)
+from transformer_lens_bd3lm.denoising.compare_runs import compare_runs
 from transformer_lens_bd3lm.denoising.denoise import denoise, denoise_steps
 from transformer_lens_bd3lm.denoising.denoise_many import denoise_many
 from transformer_lens_bd3lm.denoising.forced_reveals import ForcedReveals
@@ -107,6 +108,7 @@ __all__ = [
     "compare_checkpoints",
     "compare_circuits",
     "compare_models",
+    "compare_runs",
     "Confidence",
     "convert_lightning",
     "cuda_graphs",

@@ -1,13 +1,12 @@
 """Base of every result: its figures in a line, values as plain JSON, its table, and its figure.
 
 Results are computed by lower folders and drawn by a higher one, ``show``, which registers a
-function for each type of result in ``table_of`` and ``figure_of``, and one for tables in
-``html_of``. So no result imports rich or
-matplotlib.
+function for each type of result in ``table_of`` and ``figure_of``, and one for all in ``html_of``.
+So no result imports rich or matplotlib.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +30,15 @@ class Result:
     def __repr__(self) -> str:
         # A display, a debugger and a traceback show reprs: none of them may fail because of one.
         try:
-            figures = " ".join(self._figures().split())
+            figures = self._figures()
         except Exception as error:
             figures = f"no figures: {type(error).__name__}"
-        line = f"{type(self).__name__}({figures})"
-        return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 2]}…)"
+        return one_line(f"{type(self).__name__}({figures})")
 
-    def _repr_html_(self) -> str | None:
-        """Return the table for a notebook, which shows the one-line form where there is none."""
+    def _repr_html_(self) -> Any:
+        """Return the table as HTML; None if there is none: a notebook shows the line then."""
         try:
-            return html_of(self.table())
+            return html_of(self)
         except Exception:
             return None
 
@@ -110,9 +108,30 @@ def figure_of(result: Any, **options: Any) -> "Figure":
 
 
 @singledispatch
-def html_of(table: Any) -> str:
-    """Return a table as HTML; ``show`` registers the function."""
-    raise NotImplementedError(f"{type(table).__name__} has no HTML")
+def html_of(result: Any) -> str:
+    """Return the table of a result as HTML; ``show`` registers the function."""
+    raise NotImplementedError(f"{type(result).__name__} has no table")
+
+
+def one_line(text: str) -> str:
+    """Return the repr of an object in one line, cut behind about 120 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 2]}…)"
+
+
+def brief(self: Any) -> str:
+    """Return the repr of a dataclass of settings: what is None is left out, tensors are shapes."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"tensor{list(value.shape)}"
+        if callable(value) and hasattr(value, "__name__"):
+            return value.__name__
+        return repr(value)
+
+    values = {item.name: getattr(self, item.name) for item in fields(self) if item.repr}
+    each = ", ".join(f"{name}={shown(x)}" for name, x in values.items() if x is not None)
+    return one_line(f"{type(self).__name__}({each})")
 
 
 def count(number: int, noun: str) -> str:

@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
+from transformer_lens_bd3lm.denoising.compare_runs import RunComparison
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
@@ -69,6 +70,7 @@ __all__ = [
     "Result",
     "RevealedStep",
     "Run",
+    "RunComparison",
     "RunLens",
     "Runs",
     "Sinks",

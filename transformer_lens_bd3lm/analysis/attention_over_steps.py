@@ -119,10 +119,11 @@ class AttentionOverSteps(Result):
         mean, uniform = self.mean, self.mean_uniform
         above = (mean - uniform).nan_to_num(-torch.inf)
         layer, head, group = (int(i) for i in torch.unravel_index(above.argmax(), above.shape))
+        share = float(mean[layer, head, group])
         return (
             f"{self.model}, {self.view}, {count(self.shares.shape[1], 'text')}: head "
-            f"{layer}.{head} gives {float(mean[layer, head, group]):.2f} to {self.groups[group]}, uniform "
-            f"{float(uniform[group]):.2f}"
+            f"{layer}.{head} gives {share:.2f} to {self.groups[group]}, "
+            f"uniform {float(uniform[group]):.2f}"
         )
 
     def to_dict(self) -> dict[str, Any]:

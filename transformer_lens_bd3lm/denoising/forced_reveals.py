@@ -15,6 +15,7 @@ from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_tokenizer, is_int
 from transformer_lens_bd3lm.denoising.canvas import Canvas
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import brief
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ForcedReveals:
 
     tokens: Mapping[int, int | str] | Tensor | None = None
     order: Mapping[int, int | Iterable[int]] | Tensor | None = None
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if isinstance(self.order, Mapping):  # read again by a fork, and when the run is saved

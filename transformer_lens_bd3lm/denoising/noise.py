@@ -20,6 +20,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import brief
 
 TIME, GUMBEL = 0, 1
 LAST_TIME = 1e-3
@@ -57,6 +58,8 @@ class Noise:
 
     seed: int = 0
     rows: Sequence[int] | None = None
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, 0, 2**64 - 1, "give an int in 0..2**64 - 1")

@@ -28,6 +28,7 @@ from transformer_lens_bd3lm.denoising.step_selectors import (
     matches,
 )
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import brief
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Record:
     dtype: torch.dtype | None = None
     max_bytes: int | float = 4 * 2**30
     selectors: StepSelectors = field(init=False, repr=False)
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", read_names(self.names))

@@ -12,6 +12,7 @@ is no longer what the run was made with, all modes are refused; see :mod:`.made_
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_choice
+from transformer_lens_bd3lm.denoising.compare_runs import RunComparison, compare_runs
 from transformer_lens_bd3lm.denoising.denoise import finish
 from transformer_lens_bd3lm.denoising.hook_rows import on_bridge
 from transformer_lens_bd3lm.denoising.lookahead import states_at_once
@@ -31,7 +33,7 @@ from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
-from transformer_lens_bd3lm.result import plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,12 +55,20 @@ class Replay(Run):
 
     @property
     def agreement(self) -> Bool[Tensor, "batch pos"]:
-        """True at positions with the same final token in both runs, up to the longest row."""
+        """True at positions with the same final token in both runs, up to the longest row.
+
+        The prompt is among them; ``compared`` counts written tokens alone.
+        """
         ids = []
         for run in (self, self.base):
             behind = torch.arange(run.final.shape[1]) >= run.ends[:, None]
             ids.append(run.final.cpu().masked_fill(behind, run.canvas.mask_id))
         return (ids[0] == ids[1])[:, : max(self.length, self.base.length)]
+
+    @cached_property
+    def compared(self) -> RunComparison:
+        """Tokens that the two runs wrote, and how many agree; prompt and given ones left out."""
+        return compare_runs(self.base, self)
 
     @property
     def first_divergence(self) -> Int[Tensor, " batch"]:
@@ -92,15 +102,29 @@ class Replay(Run):
         comparison = {
             "mode": self.mode,
             "agreement": self.agreement,
+            "written": self.compared.to_dict(),
             "first_divergence": self.first_divergence,
             "first_position": self.first_position,
             "kl_nats": self.kl,
         }
         return super().to_dict() | plain_values(comparison) | {"base": self.base.to_dict()}
 
-    def __repr__(self) -> str:
-        same = f"{int(self.agreement.sum())} of {self.agreement.numel()} positions agree"
-        return f"Replay({self.mode!r}, {same}, {super().__repr__()})"
+    _repr_html_ = Result._repr_html_
+
+    def _figures(self) -> str:
+        if self.kl is not None:
+            places = int(self.kl.isfinite().sum())
+            if not places:
+                return f"{self.mode}: no masked position"
+            largest = self.kl.flatten(1).nan_to_num(-1).amax(-1)
+            return (
+                f"{self.mode}: mean KL {float(self.kl.nanmean()):.4f} nats at "
+                f"{count(places, 'masked position')}, largest {float(largest.max()):.4f} at step "
+                f"{self.timeline.index[int(largest.argmax())]}"
+            )
+        steps = [step for step in self.first_divergence.tolist() if step >= 0]
+        part = f"the first row parts at step {min(steps)}" if steps else "no row parts"
+        return f"{self.mode}: {self.compared.sentence}; {part}"
 
 
 def replay(

@@ -29,7 +29,7 @@ from transformer_lens_bd3lm.denoising.run_folder import write_folder
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Result, count, plain_values
+from transformer_lens_bd3lm.result import Result, count, one_line, plain_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -378,6 +378,9 @@ class Steps(Sequence[RevealedStep]):
     """A run's steps, each rebuilt when it is read."""
 
     run: Run
+
+    def __repr__(self) -> str:
+        return one_line(f"Steps({count(len(self), 'step')} of {self.run!r})")
 
     def __len__(self) -> int:
         return len(self.run.timeline.t)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.subs import log_probs
+from transformer_lens_bd3lm.result import count, one_line
 
 Scope = Literal["active", "commit", "prefix"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Step:
     """One network evaluation of the denoising loop, as seen before anything is drawn.
 
@@ -111,6 +112,17 @@ class Step:
         gap = top[..., 0] - top[..., 1]
         return gap.masked_fill(~self.masked.to(gap.device), torch.nan)
 
+    def __repr__(self) -> str:
+        start, end = self.window
+        line = f"index={self.index}, block={self.block}, step={self.step}, positions {start}..{end - 1}"
+        line += f", masks_left={self.masks_left.tolist()}"
+        if self.revealed is not None and self.log_p is not None:
+            revealed, nats = int(self.revealed.sum()), float(self.log_p[self.revealed].mean())
+            line += f", revealed {count(revealed, 'token')}" + f", log p {nats:.3f} nats" * (
+                nats == nats
+            )
+        return one_line(f"{type(self).__name__}({line})")
+
     def before_draw(self) -> "Step":
         """Return the step without what it revealed, as hooks see it."""
         return Step(
@@ -131,7 +143,7 @@ class Step:
         return replace(self.before_draw(), t=self.t[rows], masked=self.masked[rows], tokens=tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RevealedStep(Step):
     """A step with its outcome; see :class:`Step` for the attributes."""
 

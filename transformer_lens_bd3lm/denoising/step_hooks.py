@@ -27,6 +27,7 @@ from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.denoising.step import Scope, Step
 from transformer_lens_bd3lm.denoising.step_selectors import Span, StepSelectors, Which
 from transformer_lens_bd3lm.errors import HookNameError, InputError
+from transformer_lens_bd3lm.result import count, one_line
 
 StepFn = Callable[[Tensor, HookPoint, Step], Tensor | None]
 
@@ -47,6 +48,13 @@ class StepHook:
     selectors: StepSelectors = StepSelectors()
     scope: Scope = "active"
 
+    def __repr__(self) -> str:
+        fn = self.fn.fn if isinstance(self.fn, WithoutStep) else self.fn
+        name = getattr(fn, "__name__", type(fn).__name__)
+        selectors = [f"{each}={getattr(self.selectors, each)!r}" for each in self.selectors.given()]
+        scope = [] if self.scope == "active" else [f"scope={self.scope!r}"]
+        return one_line(f"StepHook({', '.join([f'{name} at {self.name}', *selectors, *scope])})")
+
     def only(self, when: Callable[[Step], bool]) -> "StepHook":
         """Return the hook, at those of its steps alone where a predicate holds."""
         return replace(self, selectors=self.selectors.narrowed(when))
@@ -61,6 +69,10 @@ class StepHooks:
     """
 
     hooks: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        first = f": {', '.join(map(repr, self.hooks))}" if self.hooks else ""
+        return one_line(f"StepHooks({count(len(self.hooks), 'hook')}{first})")
 
     def __post_init__(self) -> None:
         given, self.hooks = self.hooks, []

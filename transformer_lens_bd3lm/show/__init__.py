@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
+from transformer_lens_bd3lm.denoising.compare_runs import RunComparison
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
@@ -38,7 +39,7 @@ from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
-from transformer_lens_bd3lm.result import figure_of, table_of
+from transformer_lens_bd3lm.result import Result, figure_of, html_of, table_of
 
 TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
@@ -70,6 +71,7 @@ TABLES = {
     ProbeScores: "over_run_scores:probe_table",
     Replay: "run_tables:replay_table",
     Run: "run_tables:run_table",
+    RunComparison: "run_tables:comparison_table",
     RunLens: "over_run:run_lens_table",
     Runs: "run_tables:runs_table",
     Sinks: "sinks:sinks_table",
@@ -117,6 +119,7 @@ def _imported(place: str) -> Callable[..., Any]:
     return draw
 
 
+html_of.register(Result, _imported("html_tables:result_html"))
 for _registry, _places in ((table_of, TABLES), (figure_of, FIGURES)):
     for _type, _place in _places.items():
         _registry.register(_type, _imported(_place))

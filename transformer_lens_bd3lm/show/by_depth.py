@@ -7,21 +7,20 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.by_depth.probe import Probe
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 _LINES = (INK, ORANGE, BLUE, QUIET)
 
 
-def by_depth_tables(result: DependencyDepths) -> Group:
+def by_depth_tables(result: DependencyDepths) -> Tables:
     """Lay out nats and order by depth, and the probe by layer and time."""
     probed = [] if result.probe is None else [_probe_table(result.probe)]
-    return Group(_depth_table(result), *probed)
+    return Tables(_depth_table(result), *probed)
 
 
 def _depth_table(result: DependencyDepths) -> Table:

@@ -3,14 +3,13 @@
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.circuits import CircuitComparison, EdgeAttribution
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import BOTH_WAYS
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 
 def edges_table(result: EdgeAttribution, n: int = 15) -> Table:
@@ -41,7 +40,7 @@ def edges_figure(result: EdgeAttribution, n: int = 12) -> Figure:
     return figure
 
 
-def comparison_tables(result: CircuitComparison, n: int = 10) -> Group:
+def comparison_tables(result: CircuitComparison, n: int = 10) -> Tables:
     """Lay out the overlaps, and the nodes whose attribution changes most."""
     a, b = result.block_sizes
     caption = (
@@ -71,7 +70,7 @@ def comparison_tables(result: CircuitComparison, n: int = 10) -> Group:
             change.text(i),
             "–" if p != p else f"{p:.4f}",
         )
-    return Group(overlaps, nodes)
+    return Tables(overlaps, nodes)
 
 
 def comparison_figure(result: CircuitComparison) -> Figure:

@@ -7,7 +7,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,17 +16,17 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import Pred
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import WeightComparison
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, heat_map, plain
-from transformer_lens_bd3lm.show.tables import new_table, percent
+from transformer_lens_bd3lm.show.tables import Tables, new_table, percent
 
 
-def checkpoints_tables(comparison: CheckpointComparison, n: int = 10) -> Group:
+def checkpoints_tables(comparison: CheckpointComparison, n: int = 10) -> Tables:
     """Lay out what changed most in weights, predictions and activations.
 
     Args:
         comparison: two checkpoints.
         n: largest number of rows of each table.
     """
-    return Group(*_tables(comparison, n))
+    return Tables(*_tables(comparison, n))
 
 
 def _tables(comparison: CheckpointComparison, n: int) -> Iterator[Table | Text]:

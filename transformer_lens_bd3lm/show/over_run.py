@@ -1,7 +1,6 @@
 """Commitment, and the lens over a run, as tables and figures."""
 
 from matplotlib.figure import Figure
-from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effects import Effects
@@ -10,7 +9,7 @@ from transformer_lens_bd3lm.analysis.over_run.run_lens import RunLens
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 ORDERS = {
     "drawn": "The reveal order was drawn by noise alone: when a token is revealed does not depend "
@@ -34,7 +33,7 @@ _GREEN = "#009e73"
 COLORS = {"confidence": ORANGE, "redrawn": _GREEN, "unigram": QUIET, "matched": "#cc79a7"}
 
 
-def commitment_tables(result: Commitment) -> Group:
+def commitment_tables(result: Commitment) -> Tables:
     """Lay out how early tokens are decided, and the rates by masks left, beside the controls."""
     caption = (
         f"{count(len(result.row), 'position')} in {count(result.texts, 'text')}; 95% intervals "
@@ -56,7 +55,7 @@ def commitment_tables(result: Commitment) -> Group:
         ("flips of the top prediction, per position", _mean(result.mean_flips)),
     ):
         one.add_row(name, value)
-    return Group(one, _rates_table(result))
+    return Tables(one, _rates_table(result))
 
 
 def _rates_table(result: Commitment) -> Table:

@@ -1,18 +1,18 @@
-"""Tables of denoising runs, replays and mediations."""
+"""Tables of denoising runs, replays, comparisons of runs, and mediations."""
 
-from typing import Any
+from itertools import islice
 
 from jaxtyping import Float
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from transformer_lens_bd3lm.denoising.compare_runs import RunComparison, each_run
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.runs import Runs
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 
 def run_table(run: Run) -> Table:
@@ -34,26 +34,44 @@ def runs_table(runs: Runs, n: int = 10) -> Table:
     return table
 
 
-def replay_table(replay: Replay, n: int = 10) -> Group:
-    """Return both texts of a replay, differences in color, and where they part.
+def replay_table(replay: Replay, n: int = 10) -> Tables:
+    """Return both texts of the first ``n`` rows, what differs marked, and where they part.
 
     Of a pinned replay, whose texts are the same, also the ``n`` steps that changed most.
     """
-    base, kept = replay.base, {"pinned": "the same tokens", "coupled": "the same noise"}
+    kept = {"pinned": "the same tokens", "coupled": "the same noise"}
     title = f"what the hook changed, under {kept.get(replay.mode, 'new noise')}"
-    table = new_table(title, ("row", "run", "text"), ("row", "run", "text"), "")
-    table.show_lines = True
-    for row, same in enumerate(replay.agreement):
-        for name, run, style in (("base", base, "bold green"), ("replay", replay, "bold red")):
-            table.add_row(str(row), name, _text(run, row, (~same).tolist(), style))
-    differ, written = int((~replay.agreement).sum()), int((base.commit_step >= 0).sum())
     steps = {step for step in replay.first_divergence.tolist() if step >= 0}
-    parts: list[Any] = [table]
     first = f"they part at step {min(steps)}" if steps else "no token changed"
-    parts.append(Text(f"{differ} of {written} written tokens differ; {first}"))
-    if replay.kl is not None:
-        parts.append(_kl_table(replay, replay.kl.flatten(1), n))
-    return Group(*parts)
+    texts = _beside(replay.compared, title, ("base", "replay"), f"; {first}", n)
+    kl = [] if replay.kl is None else [_kl_table(replay, replay.kl.flatten(1), n)]
+    return Tables(texts, *kl)
+
+
+def comparison_table(result: RunComparison, n: int = 10) -> Table:
+    """Return both texts of the first ``n`` rows of two runs, with what differs marked."""
+    return _beside(result, "two runs side by side", ("base", "other"), "", n)
+
+
+def _beside(
+    compared: RunComparison, title: str, names: tuple[str, str], after: str, n: int
+) -> Table:
+    """Lay out two lines a row: the texts of both runs, with the written tokens that differ."""
+    rows = len(compared.counted)
+    more = f" The first {n} of {rows} rows." if rows > n else ""
+    caption = f"{compared.sentence} [95% over rows]{after}." if compared.rows > 1 else ""
+    caption = caption or f"{compared.sentence}{after}."
+    columns = ("row", "run", "text", "agree")
+    table = new_table(title, columns, columns[:3], caption + more)
+    table.show_lines = True
+    texts = zip(each_run(compared.base), each_run(compared.other), strict=True)
+    for row, pair in enumerate(islice(texts, n)):
+        marked = compared.differs[row].tolist()
+        agree = f"{int(compared.agreeing[row])} of {int(compared.written[row])}"
+        for name, (run, i), style in zip(names, pair, ("bold green", "bold red"), strict=True):
+            text = _text(run, i, marked, style)
+            table.add_row(str(row), name, text, "" if name == "base" else agree)
+    return table
 
 
 def _kl_table(replay: Replay, kl: Float[Tensor, "step place"], n: int) -> Table:

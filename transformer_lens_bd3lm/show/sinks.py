@@ -2,17 +2,16 @@
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 ARMS = ("sinks removed", "control: random keys", "difference")
 
 
-def sinks_table(result: Sinks, n: int = 8) -> Group:
+def sinks_table(result: Sinks, n: int = 8) -> Tables:
     """Lay out what removal costs, and the ``n`` heads with most sinks."""
     costs = result.costs()
     caption = (
@@ -27,7 +26,7 @@ def sinks_table(result: Sinks, n: int = 8) -> Group:
         first.add_row(name, costs.text(arm), "–" if p != p else f"{p:.4f}")
     kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in result.by_kind.items())
     note = f"{len(result.places)} sinks: {kinds}" if len(result.places) else "no sinks"
-    return Group(first, _heads(result, n, note))
+    return Tables(first, _heads(result, n, note))
 
 
 def _heads(result: Sinks, n: int, caption: str) -> Table:

@@ -1,15 +1,14 @@
 """Speed of a bridge on a machine, as a table."""
 
-from rich.console import Group
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.speed import BASE, Speed
-from transformer_lens_bd3lm.show.tables import new_table
+from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 
-def speed_tables(speed: Speed) -> Group:
+def speed_tables(speed: Speed) -> Tables:
     """Lay out the ways to write a text, and the kernels for few rows if any were chosen."""
-    return Group(_ways_table(speed), *([_kernel_table(speed)] if speed.kernels else []))
+    return Tables(_ways_table(speed), *([_kernel_table(speed)] if speed.kernels else []))
 
 
 def _kernel_table(speed: Speed) -> Table:

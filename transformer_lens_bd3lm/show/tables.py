@@ -1,12 +1,34 @@
 """Parts that several tables share: their layout, counts, percents and intervals."""
 
+import io
 import math
 from collections.abc import Collection
+from typing import Any
 
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
+from transformer_lens_bd3lm.show.html_tables import html_of
+
+
+class InNotebook:
+    """Base of what is printed on a terminal and shown as an HTML table in a notebook."""
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        plain = io.StringIO()
+        console = Console(file=plain, width=120, color_system=None, force_jupyter=False)
+        console.print(self, markup=False, emoji=False, highlight=False)
+        return {"text/plain": plain.getvalue(), "text/html": html_of(self)}
+
+
+class ShownTable(InNotebook, Table):
+    """A table."""
+
+
+class Tables(InNotebook, Group):
+    """Tables and texts below each other."""
 
 
 def new_table(title: str, columns: Collection[str], left: Collection[str], caption: str) -> Table:
@@ -18,7 +40,9 @@ def new_table(title: str, columns: Collection[str], left: Collection[str], capti
         left: those that hold words; the others hold numbers, and are flush right.
         caption: sentences below the table.
     """
-    table = Table(title=Text(title, "table.title"), title_justify="left", caption_justify="left")
+    table = ShownTable(
+        title=Text(title, "table.title"), title_justify="left", caption_justify="left"
+    )
     table.caption = Text(caption, "table.caption")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from rich import box
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -14,14 +13,15 @@ from transformer_lens_bd3lm.analysis.verify.report import (
     sort_by_kind,
 )
 from transformer_lens_bd3lm.bridge.hook_points import split_layer
+from transformer_lens_bd3lm.show.tables import ShownTable, Tables
 
 _SHOWN = 12  # failing rows
 
 
-def verification_tables(result: Verification) -> Group:
+def verification_tables(result: Verification) -> Tables:
     """Lay out a verification: a row a place and view, and what fails in full."""
     overview = _overview(result)
-    return Group(overview) if result.ok else Group(overview, _failures(result))
+    return Tables(overview) if result.ok else Tables(overview, _failures(result))
 
 
 def _overview(result: Verification) -> Table:
@@ -93,7 +93,7 @@ def _failures(result: Verification) -> Table:
 
 def _plain_table(title: str) -> Table:
     """Return an empty table that fits into 80 columns."""
-    return Table(
+    return ShownTable(
         title=Text(title, "table.title"), title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), pad_edge=False,

@@ -19,6 +19,7 @@ from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import read_input
 from transformer_lens_bd3lm.model.modules import at_least_float32
+from transformer_lens_bd3lm.result import brief
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class MaskedText:
     clean: Int[Tensor, "batch pos"] | None
     mask_id: int
     columns: Bool[Tensor, "query column"]
+
+    __repr__ = brief
 
     @cached_property
     def masked(self) -> Bool[Tensor, "batch pos"]:

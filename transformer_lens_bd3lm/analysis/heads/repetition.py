@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.result import brief
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class RepeatedTokens:
     x_t: Int[Tensor, "batch pos"]
     clean: Int[Tensor, "batch pos"]
     lag: Int[Tensor, " batch"]
+
+    __repr__ = brief
 
 
 def repeated_tokens(
