@@ -73,8 +73,8 @@ class Result:
         return figure_of(self, **options)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contract:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Contract(Result):
     """What a measured quantity is: without these four, two figures cannot be compared.
 
     Attributes:
@@ -88,6 +88,13 @@ class Contract:
     edited: str
     fixed: str
     masks: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the four sentences by name."""
+        return dict(vars(self))
+
+    def _figures(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return (
@@ -120,7 +127,7 @@ def one_line(text: str) -> str:
 
 
 def brief(self: Any) -> str:
-    """Return the repr of a dataclass of settings: what is None is left out, tensors are shapes."""
+    """Return the repr of a dataclass of settings: defaults are left out, a tensor is its shape."""
 
     def shown(value: Any) -> str:
         if isinstance(value, Tensor):
@@ -129,8 +136,13 @@ def brief(self: Any) -> str:
             return value.__name__
         return repr(value)
 
-    values = {item.name: getattr(self, item.name) for item in fields(self) if item.repr}
-    each = ", ".join(f"{name}={shown(x)}" for name, x in values.items() if x is not None)
+    values = {item: getattr(self, item.name) for item in fields(self) if item.repr}
+    given = {
+        item.name: shown(value)
+        for item, value in values.items()
+        if isinstance(value, Tensor) or repr(value) != repr(item.default)
+    }
+    each = ", ".join(f"{name}={value}" for name, value in given.items())
     return one_line(f"{type(self).__name__}({each})")
 
 

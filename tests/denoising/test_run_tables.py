@@ -134,13 +134,18 @@ def test_the_table_of_a_run_has_a_line_for_each_row(run):
 def test_the_table_of_a_replay_has_both_texts_and_where_they_part(run):
     replay = bd3lm.replay(run, HOOKS)
     lines = [line[1:] for line in cells(replay)]
-    assert ["base", run.text[0]] in lines and ["replay", replay.text[1]] in lines
+    agree = [f"{n} of 8" for n in replay.compared.agreeing.tolist()]
+    assert ["base", run.text[0]] in lines and ["replay", replay.text[1], agree[1]] in lines
     differ = int((~replay.agreement).sum())
     first = min(step for step in replay.first_divergence.tolist() if step >= 0)
     assert differ > 0
-    assert f"{differ} of 16 written tokens differ; they part at step {first}" in drawn(replay)
+    low, high = replay.compared.interval()
+    assert (
+        f"{16 - differ} of 16 written tokens agree, {1 - differ / 16:.0%} [{low:.0%}, {high:.0%}], "
+        f"2 rows [95% over rows]; they part at step {first}." in " ".join(drawn(replay).split())
+    )
     same_text = drawn(bd3lm.replay(run))
-    assert "0 of 16 written tokens differ; no token changed" in same_text
+    assert "16 of 16 written tokens agree, 100%" in same_text and "no token changed" in same_text
 
 
 def test_the_table_of_a_pinned_replay_has_the_steps_that_changed_most(run):

@@ -79,7 +79,7 @@ class BlockSizeComparison(Result):
 
     def _figures(self) -> str:
         return (
-            f"{self.title}: mean KL {self.mean_kl:.4f} nats at "
+            f"{self.a} → {self.b}: mean KL {self.mean_kl:.4f} nats at "
             f"{count(int(self.masked.sum()), 'masked position')}, attention changes by "
             f"{float(self.attention_change.mean()):.2f} of 1"
         )

@@ -103,9 +103,8 @@ class FarMasks(Result):
         behind = self.effects.mean[0].abs().nan_to_num(-1)
         best = [int(i) for i in torch.unravel_index(behind.argmax(), behind.shape)]
         return (
-            f"masks behind a text change log p by {self.effects.text(0, *best)} nats at most, "
-            f"up to {count(self.masks[-1], 'mask')}, {count(len(self.log_p), 'text')}, "
-            f"block size {self.block_size}"
+            f"up to {count(self.masks[-1], 'mask')} behind a text change log p by "
+            f"{self.effects.text(0, *best)} nats, {count(len(self.log_p), 'text')}"
         )
 
     def to_dict(self) -> dict[str, Any]:

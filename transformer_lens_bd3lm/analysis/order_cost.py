@@ -93,7 +93,7 @@ class OrderCost(Result):
 
     def _figures(self) -> str:
         costs = ", ".join(f"{name} {self.effects.text(i)}" for i, name in enumerate(self.names))
-        return f"nats a token less a random order's, {count(len(self.ranks[0]), 'text')}: {costs}"
+        return f"less a random order, nats/token: {costs}, {count(len(self.ranks[0]), 'text')}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all costs, and the exact likelihoods, as plain values for JSON."""

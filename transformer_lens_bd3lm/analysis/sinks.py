@@ -109,7 +109,7 @@ class Sinks(Result):
     def _figures(self) -> str:
         costs = self.costs()
         return (
-            f"{self.model}, block size {self.block_size}: {count(len(self.places), 'sink')}, "
+            f"{count(len(self.places), 'sink')}, "
             f"removal costs {costs.text(0)} nats a token, control {costs.text(1)}"
         )
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def measure_speed(
                     taken[name] = line
                 update(advance=1)
     return Speed(
-        model=str(bridge.cfg.model_name),
+        model=Path(bridge.cfg.model_name).name,
         device=str(weight.device),
         instructions=torch.backends.cpu.get_cpu_capability() if on_cpu else "",
         threads=torch.get_num_threads(),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import brief
+from transformer_lens_bd3lm.result import one_line
 
 TIME, GUMBEL = 0, 1
 LAST_TIME = 1e-3
@@ -59,7 +59,9 @@ class Noise:
     seed: int = 0
     rows: Sequence[int] | None = None
 
-    __repr__ = brief
+    def __repr__(self) -> str:
+        rows = "" if self.rows is None else f", rows={list(self.rows)}"
+        return one_line(f"Noise(seed={self.seed}{rows})")
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, 0, 2**64 - 1, "give an int in 0..2**64 - 1")

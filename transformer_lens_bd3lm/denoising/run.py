@@ -6,7 +6,7 @@ keeps one number a position and one row a step, not a canvas a step.
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -29,7 +29,7 @@ from transformer_lens_bd3lm.denoising.run_folder import write_folder
 from transformer_lens_bd3lm.denoising.step import RevealedStep
 from transformer_lens_bd3lm.denoising.timeline import Timeline
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.result import Result, count, one_line, plain_values
+from transformer_lens_bd3lm.result import Result, brief, count, one_line, plain_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -317,11 +317,13 @@ class Run(Result):
 
     def _figures(self) -> str:
         written = int((self.commit_step >= 0).sum())
+        known = is_dataclass(self.sampler) and not isinstance(self.sampler, type)
+        sampler = brief(self.sampler) if known else type(self.sampler).__name__
         return (
             f"{count(len(self.ends), 'row')}, {count(written, 'token')} written in "
             f"{count(len(self.timeline.t), 'step')}, {self.passes} passes, "
-            f"block_size={self.block_size}, {self.sampler!r}, {self.noise!r}, "
-            f"kv_cache={self.kv_cache}{', slid' * self.slid}"
+            f"block_size={self.block_size}, {sampler}, seed {self.noise.seed}"
+            f"{'' if self.kv_cache else ', no cache'}{', slid' * self.slid}"
         )
 
     def _repr_html_(self) -> str:

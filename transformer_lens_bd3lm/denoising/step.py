@@ -114,13 +114,13 @@ class Step:
 
     def __repr__(self) -> str:
         start, end = self.window
-        line = f"index={self.index}, block={self.block}, step={self.step}, positions {start}..{end - 1}"
-        line += f", masks_left={self.masks_left.tolist()}"
+        line = f"index={self.index}, block={self.block}, step={self.step}, "
+        line += f"positions {start}..{end - 1}, masks_left={self.masks_left.tolist()}"
         if self.revealed is not None and self.log_p is not None:
-            revealed, nats = int(self.revealed.sum()), float(self.log_p[self.revealed].mean())
-            line += f", revealed {count(revealed, 'token')}" + f", log p {nats:.3f} nats" * (
-                nats == nats
-            )
+            revealed = int(self.revealed.sum())
+            line += f", revealed {count(revealed, 'token')}"
+            if revealed:
+                line += f", mean log p {float(self.log_p[self.revealed].mean()):.3f} nats"
         return one_line(f"{type(self).__name__}({line})")
 
     def before_draw(self) -> "Step":

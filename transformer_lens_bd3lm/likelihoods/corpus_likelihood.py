@@ -81,9 +81,10 @@ class Likelihood(Result):
 
     def _figures(self) -> str:
         nll = "" if self.nll is None else f"nll={self.nll.total_nats:.4f} nats, "
+        nelbo = f"nelbo={self.nelbo.total_nats:.4f}{self.nelbo.spread} nats"
         return (
-            f"block_size={self.block_size}, {count(self.nelbo.texts, 'text')}, {nll}nelbo: "
-            f"{self.nelbo.figures()}"
+            f"block_size={self.block_size}, {count(self.nelbo.texts, 'text')}, {nll}{nelbo}, "
+            f"{self.best.per_token_text()}"
         )
 
     def gap_interval(

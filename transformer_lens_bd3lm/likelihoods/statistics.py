@@ -144,10 +144,18 @@ class Nats(PerToken, Result):
 
     def figures(self) -> str:
         """Return the kind, the nats and the number of tokens, in a line."""
+        return f"{self.kind}, {self.total_nats:.4f}{self.spread} nats, {self.per_token_text()}"
+
+    @property
+    def spread(self) -> str:
+        """The standard error of ``total_nats`` as text; empty if exact."""
         error = self.standard_error_per_token * self.total_tokens if self.total_tokens else 0.0
-        spread = "" if self.kind == "exact" else f" ± {error:.4f}"
+        return "" if self.kind == "exact" else f" ± {error:.4f}"
+
+    def per_token_text(self) -> str:
+        """Return the number of tokens and the nats a token, with their interval over texts."""
         ends = " [{:.4f}, {:.4f}]".format(*self.interval()) if self.texts > 1 else ""
-        return f"{self.kind}, {self.total_nats:.4f}{spread} nats, {of_tokens(self)}{ends}"
+        return f"{of_tokens(self)}{ends}"
 
     def interval(
         self, level: float = 0.95, resamples: int = 2000, seed: int = 0

@@ -39,7 +39,7 @@ from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
-from transformer_lens_bd3lm.result import Result, figure_of, html_of, table_of
+from transformer_lens_bd3lm.result import Contract, Result, figure_of, html_of, table_of
 
 TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
@@ -48,6 +48,7 @@ TABLES = {
     CheckpointComparison: "compare_checkpoints:checkpoints_tables",
     CircuitComparison: "circuits:comparison_tables",
     Commitment: "over_run:commitment_tables",
+    Contract: "tables:contract_table",
     DependencyDepths: "by_depth:by_depth_tables",
     DepthRedundancy: "depth_redundancy:depth_table",
     Direction: "steering:direction_table",

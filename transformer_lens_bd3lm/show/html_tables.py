@@ -94,14 +94,16 @@ def _text(content: Any) -> str:
     cuts = sorted(edge for edge in edges if 0 <= edge <= len(content))
     parts = []
     for start, end in zip(cuts, cuts[1:], strict=False):
-        styles = [span.style for span in content.spans if span.start <= start and end <= span.end]
-        css = _css(Style.combine([Style.parse(str(style)) for style in styles if str(style)]))
+        spans = [span.style for span in content.spans if span.start <= start and end <= span.end]
+        css = _css(content.style, *spans)
         part = html.escape(content.plain[start:end])
         parts.append(f'<span style="{css}">{part}</span>' if css else part)
     return "".join(parts)
 
 
-def _css(style: Style) -> str:
+def _css(*styles: Any) -> str:
+    """Return the style of a part of a text; a style of rich's theme, as a title's, is none."""
+    style = sum((Style.parse(str(x)) for x in styles if "." not in str(x)), Style())
     css = "font-weight:bold;" if style.bold else ""
     css += "opacity:.65;" if style.dim else ""
     if style.color is not None and style.color.name in _TINTS:

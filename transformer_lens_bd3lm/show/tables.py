@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
+from transformer_lens_bd3lm.result import Contract
 from transformer_lens_bd3lm.show.html_tables import html_of
 
 
@@ -46,6 +47,14 @@ def new_table(title: str, columns: Collection[str], left: Collection[str], capti
     table.caption = Text(caption, "table.caption")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def contract_table(contract: Contract) -> Table:
+    """Return a table of what was measured, edited and held fixed, and under which masks."""
+    table = new_table("what was measured", ("", "contract"), ("", "contract"), "")
+    for name in ("target", "edited", "fixed", "masks"):
+        table.add_row(name, Text(getattr(contract, name)))
     return table
 
 

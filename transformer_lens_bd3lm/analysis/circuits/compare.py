@@ -68,7 +68,7 @@ class CircuitComparison(Result):
         a, b = self.block_sizes
         within = " and ".join(f"{float(x):.2f}" for x in self.within)
         return (
-            f"block sizes {a} and {b}, top {count(self.top, 'edge')}: halves overlap {within} "
+            f"{a} → {b}, top {count(self.top, 'edge')}: halves overlap {within} "
             f"within, {self.across:.2f} across, p = {self.p:.4f}"
         )
 

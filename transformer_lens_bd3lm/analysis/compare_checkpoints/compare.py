@@ -84,7 +84,7 @@ class CheckpointComparison(Result):
             parts.append(f"mean KL {kl:.4f} nats at {places}")
         if self.bound is not None:
             parts.append(f"NELBO {self.bound.difference:+.4f} nats/token")
-        return f"{self.a} → {self.b}: {', '.join(parts)}"
+        return f"{', '.join(parts)}: {Path(self.a).name} → {Path(self.b).name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all comparisons as plain values for JSON; None for those that were left out."""
