@@ -150,7 +150,7 @@ def test_the_table_of_a_replay_has_both_texts_and_where_they_part(run):
 
 def test_the_table_of_a_pinned_replay_has_the_steps_that_changed_most(run):
     replay = bd3lm.replay(run, HOOKS, "pinned")
-    lines = [line for line in cells(replay, n=3) if line[0].isdigit() and len(line) == 4][-3:]
+    lines = [line for line in cells(replay, n=3) if line[0].isdigit() and len(line) == 4][:3]
     largest = replay.kl.flatten(1).nan_to_num().amax(-1)
     wanted = largest.argsort(descending=True, stable=True)[:3].tolist()
     assert [line[0] for line in lines] == [str(replay.timeline.index[i]) for i in wanted]

@@ -118,7 +118,7 @@ class RunComparison(Result):
         return self.sentence
 
 
-def compare_runs(base: Run | Runs, other: Run | Runs) -> RunComparison:
+def compare_runs(base: Any, other: Any) -> RunComparison:
     """Compare the tokens that two runs wrote, row by row, whatever their lengths.
 
     Args:

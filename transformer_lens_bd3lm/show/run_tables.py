@@ -44,8 +44,10 @@ def replay_table(replay: Replay, n: int = 10) -> Tables:
     steps = {step for step in replay.first_divergence.tolist() if step >= 0}
     first = f"they part at step {min(steps)}" if steps else "no token changed"
     texts = _beside(replay.compared, title, ("base", "replay"), f"; {first}", n)
-    kl = [] if replay.kl is None else [_kl_table(replay, replay.kl.flatten(1), n)]
-    return Tables(texts, *kl)
+    if replay.kl is None:
+        return Tables(texts)
+    texts.caption = Text("Tokens are pinned: those of the base.", "table.caption")
+    return Tables(_kl_table(replay, replay.kl.flatten(1), n), texts)
 
 
 def comparison_table(result: RunComparison, n: int = 10) -> Table:
@@ -59,8 +61,8 @@ def _beside(
     """Lay out two lines a row: the texts of both runs, with the written tokens that differ."""
     rows = len(compared.counted)
     more = f" The first {n} of {rows} rows." if rows > n else ""
-    caption = f"{compared.sentence} [95% over rows]{after}." if compared.rows > 1 else ""
-    caption = caption or f"{compared.sentence}{after}."
+    unit = " [95% over rows]" if compared.rows > 1 else ""
+    caption = f"{compared.sentence}{unit}{after}."
     columns = ("row", "run", "text", "agree")
     table = new_table(title, columns, columns[:3], caption + more)
     table.show_lines = True
