@@ -13,6 +13,7 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 from tests.helpers import TOP
 
@@ -35,7 +36,11 @@ def execute(path: Path, *further: str) -> Any:
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in further]
     # The client owns the kernel that it makes itself, and closes its sockets.
     client = NotebookClient(
-        notebook, kernel_manager_class=ThisPython, timeout=600, startup_timeout=300
+        notebook,
+        kernel_manager_class=ThisPython,
+        config=Config(ThisPython={"transport": "ipc"}),  # over TCP the kernel warns
+        timeout=600,
+        startup_timeout=300,
     )
     path = os.pathsep.join(filter(None, (str(TOP), os.environ.get("PYTHONPATH"))))
     client.execute(cwd=str(TOP), env=os.environ | {"PYTHONPATH": path})
