@@ -81,41 +81,40 @@ class _NotebookBar:
         now = monotonic()
         if now - self.start >= _AFTER and now - self.shown >= _EVERY:
             self.shown = now
-            self.draw(self._moving(now - self.start))
+            self.draw(*self._moving(now - self.start))
 
     def end(self) -> None:
         """Leave one line: what was done, and how long it took."""
         if self.shown:
             self.draw(f"{self._counts()} in {_clock(monotonic() - self.start)}")
 
-    def draw(self, line: str) -> None:
-        """Write a line into the output of this cell."""
+    def draw(self, line: str, bar: str = "") -> None:
+        """Write a line into the output of this cell, and an HTML bar behind it."""
         from IPython import get_ipython
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        shown = HTML(f'<div style="opacity:.75;font-size:.9em">{line}</div>')
+        page = f'<div style="opacity:.75;font-size:.9em">{html.escape(line)}{bar}</div>'
+        shown = {"text/plain": line, "text/html": page}
         cell = getattr(get_ipython(), "execution_count", None)
         kind = type(self)
         if kind.handle is None or kind.cell != cell:
-            kind.handle, kind.cell = display(shown, display_id=True), cell
+            kind.handle, kind.cell = display(shown, raw=True, display_id=True), cell
         else:
-            kind.handle.update(shown)
+            kind.handle.update(shown, raw=True)
 
-    def _moving(self, seconds: float) -> str:
+    def _moving(self, seconds: float) -> tuple[str, str]:
         if not self.total:
-            return f"{self._counts()}, {_clock(seconds)}"
+            return f"{self._counts()}, {_clock(seconds)}", ""
         left = seconds * (self.total - self.done) / self.done if self.done else None
         goes_on = "" if left is None else f", {_clock(left)} to go"
-        return (
-            f'{self._counts()}{goes_on} <progress max="{self.total}" value="{self.done}" '
-            'style="vertical-align:middle"></progress>'
-        )
+        bar = f'<progress max="{self.total}" value="{self.done}" style="vertical-align:middle">'
+        return f"{self._counts()}{goes_on} ", f"{bar}</progress>"
 
     def _counts(self) -> str:
         unit, scale = (" MB", 1e6) if self.in_bytes else ("", 1)
         amount = f"{self.done / scale:,.0f}"
         of = f" of {self.total / scale:,.0f}" if self.total else ""
-        return f"{html.escape(self.label)}: {amount}{of}{unit}"
+        return f"{self.label}: {amount}{of}{unit}"
 
 
 @contextmanager
