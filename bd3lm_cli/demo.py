@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from bd3lm_cli.models import boot
@@ -64,6 +63,7 @@ def _show_pass(bridge: "Bridge", text: str) -> None:
 
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.show.hook_tree import hook_tree
+    from transformer_lens_bd3lm.show.tables import new_table
 
     ids = bridge.to_tokens(text)
     masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
@@ -89,11 +89,9 @@ def _show_pass(bridge: "Bridge", text: str) -> None:
     shape = tuple(cache["blocks.0.attn.hook_pattern"].shape)
     console.print(f'cache["blocks.0.attn.hook_pattern"]: {shape}, batch x head x query x key')
 
-    title = Text(f"what each layer would put at [MASK] in {text!r}", "table.title")
-    table = Table(title=title, title_justify="left")
-    table.add_column("after", justify="right")
-    for rank in range(1, 4):
-        table.add_column(f"top {rank}")
+    title = f"what each layer would put at [MASK] in {text!r}"
+    ranks = [f"top {rank}" for rank in range(1, 4)]
+    table = new_table(title, ["after", *ranks], ranks, "")
     for index, log_p in enumerate(bd3lm.logit_lens(bridge, cache, ids, masks[0])[:, 0]):
         top = log_p.exp().topk(3)
         words = [

@@ -9,7 +9,8 @@ from tests.helpers.command import run
 def test_a_file_is_measured_and_the_values_and_figure_are_written(tmp_path):
     values, plot = tmp_path / "cost.json", tmp_path / "cost.png"
     result = run(
-        "parallel", "tiny", "--file", str(FIXTURES / "hamlet.txt"), "--block-sizes", "1,4", "--k", "2,block",
+        "parallel", "tiny", "--file", str(FIXTURES / "hamlet.txt"), "--block-sizes", "1,4",
+        "--k", "2,block",
         "--texts", "5", "--length", "8", "--draws", "1", "--json", str(values), "--plot", str(plot),
     )  # fmt: skip
     assert result.exit_code == 0, result.output

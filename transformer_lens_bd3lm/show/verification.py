@@ -14,6 +14,7 @@ from transformer_lens_bd3lm.analysis.verify.report import (
     sort_by_kind,
 )
 from transformer_lens_bd3lm.bridge.hook_points import split_layer
+from transformer_lens_bd3lm.show.tables import WholeTable
 
 _SHOWN = 12  # failing rows
 
@@ -91,9 +92,9 @@ def _failures(result: Verification) -> Table:
     return table
 
 
-def _plain_table(title: str) -> Table:
+def _plain_table(title: str) -> WholeTable:
     """Return an empty table that fits into 80 columns."""
-    return Table(
+    return WholeTable(
         title=Text(title, "table.title"), title_justify="left", caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0), pad_edge=False,
