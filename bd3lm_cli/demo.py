@@ -91,7 +91,7 @@ def _show_pass(bridge: "Bridge", text: str) -> None:
 
     title = f"what each layer would put at [MASK] in {text!r}"
     ranks = [f"top {rank}" for rank in range(1, 4)]
-    table = new_table(title, ["after", *ranks], ranks, "")
+    table = new_table(title, ["after", *ranks], ["after", *ranks], "")
     for index, log_p in enumerate(bd3lm.logit_lens(bridge, cache, ids, masks[0])[:, 0]):
         top = log_p.exp().topk(3)
         words = [

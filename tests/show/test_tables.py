@@ -95,7 +95,7 @@ def test_a_table_of_rich_cuts_figures_where_ours_goes_on_below():
     for table in (ours, richs):
         table.add_row("blocks.10.hook_resid_post", *["0.1234 ± 0.0123"] * 6)
     assert figures(at_width(ours, 60)) == {"10", "0.1234", "0.0123"}
-    assert "0.0123" not in figures(at_width(richs, 60))
+    assert "…" in "".join(at_width(richs, 60))
     lines = at_width(ours, 60)
     assert sum("name" in line for line in lines) > 1, "the first column is repeated"
     assert "blocks.10.hook_resid_post" in "".join(lines)
