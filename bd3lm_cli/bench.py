@@ -4,26 +4,31 @@ from typing import Annotated
 
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
-from bd3lm_cli.options import MOST, Device, Json, ModelOption
+from bd3lm_cli.options import MOST, DefaultModel, Device, Json
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files
 
 
-@app.command()
 def bench(
-    model: ModelOption = None,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens that each run writes, to the block's end.", min=8, max=MOST)
+    model: DefaultModel = "tiny",
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens that each run writes, to the block's end.", min=8, max=MOST, metavar="N"
+        ),
     ] = 32,
-    rounds: Annotated[int, typer.Option(help="Runs of each way; the fastest counts.", min=1)] = 2,
+    rounds: Annotated[
+        int, typer.Option(help="Runs of each way; the fastest counts.", min=1, metavar="N")
+    ] = 2,
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Measure tokens per second on this machine, and how near a pass comes to its memory bound."""
-    check_files(None, json)
+    """Measure tokens per second on this machine, beside its memory bound.
+
+    Try: bd3lm bench --json speed.json
+    """
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
-    result = bd3lm.measure_speed(boot(model, device), tokens=tokens, rounds=rounds)
+    result = bd3lm.measure_speed(bridge, tokens=max_new_tokens, rounds=rounds)
     show(result, json, result.to_dict())

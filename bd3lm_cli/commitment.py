@@ -1,55 +1,49 @@
 """``bd3lm commitment``: when tokens are decided over the steps of runs, beside controls."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bd3lm_cli.app import app
-from bd3lm_cli.generate import SamplerName
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
     Json,
-    ModelArgument,
+    MaxNewTokens,
+    Model,
     Plot,
-    typed_block_size,
+    Prompts,
+    PromptsFile,
+    Sampler,
+    SamplerName,
+    Seed,
 )
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files, check_texts, read_file
+from bd3lm_cli.typed import read_lines
 
 
-@app.command()
 def commitment(
-    model: ModelArgument,
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="One or more; BOS alone if none.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="File of prompts, one a line.", exists=True, dir_okay=False),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Number of tokens to write.", min=1, max=MOST)] = 48,
+    model: Model,
+    prompt: Prompts = None,
+    file: PromptsFile = None,
+    max_new_tokens: MaxNewTokens = 48,
     samples: Annotated[
-        int, typer.Option(help="Texts to write from each prompt.", min=1, max=MOST)
+        int, typer.Option(help="Texts to write from each prompt.", min=1, max=MOST, metavar="N")
     ] = 16,
     block_size: BlockSize = None,
-    sampler: Annotated[
-        SamplerName, typer.Option(help="Rule of which positions a step reveals.")
-    ] = SamplerName.first_hitting,
-    seed: Annotated[int, typer.Option(help="Random seed of the noise.", min=0, max=2**63 - 1)] = 0,
+    sampler: Sampler = SamplerName.first_hitting,
+    seed: Seed = 0,
     plot: Plot = None,
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Measure when tokens are decided while texts are written, beside controls."""
-    check_files(plot, json)
-    check_texts(prompt or [])
-    given = list(prompt or [])
-    if prompts is not None:
-        given += [line for line in read_file(prompts).splitlines() if line.strip()]
+    """Measure when tokens are decided while texts are written, beside controls.
+
+    Try: bd3lm commitment tiny "O Romeo" --plot commitment.png
+    """
+    prompts = [*(prompt or []), *read_lines(file)]
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
     kinds = {
@@ -57,13 +51,12 @@ def commitment(
         SamplerName.ancestral: bd3lm.Ancestral,
         SamplerName.confidence: bd3lm.Confidence,
     }
-    bridge = boot(model, device)
-    bos = [bridge.tokenizer.bos_token_id] if not given else None
+    bos = [bridge.tokenizer.bos_token_id] if not prompts else None
     runs = bd3lm.denoise_many(
         bridge,
-        [each for each in given or [bos] for _ in range(samples)],
-        max_new_tokens=tokens,
-        block_size=typed_block_size(block_size),
+        [each for each in prompts or [bos] for _ in range(samples)],
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
         sampler=kinds[sampler](),
         seed=seed,
     )

@@ -1,19 +1,16 @@
 """``bd3lm compare``: likelihood of one corpus under several models."""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot, short_names
 from bd3lm_cli.options import (
     Device,
     Field,
+    Files,
     Json,
     MaxStates,
     MethodOption,
-    ModelsArgument,
+    Models,
     Out,
     Plot,
     Replicates,
@@ -21,19 +18,17 @@ from bd3lm_cli.options import (
     Seed,
     Split,
     Stride,
+    Texts,
     likelihood_options,
 )
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files
+from bd3lm_cli.typed import corpus
 
 
-@app.command()
 def compare(
-    models: ModelsArgument,
-    text: Annotated[
-        list[Path],
-        typer.Option(help="Text or .jsonl file; repeat.", exists=True, dir_okay=False),
-    ],
+    models: Models,
+    text: Texts = None,
+    file: Files = None,
     method: MethodOption = None,
     replicates: Replicates = 8,
     split: Split = None,
@@ -47,17 +42,20 @@ def compare(
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Compute the likelihood of one corpus under several models, each at its own block size."""
+    """Compute the likelihood of one corpus under several models, each at its own block size.
+
+    Try: bd3lm compare tiny MY_FOLDER --file play.txt
+    """
+    texts = corpus(text, file)
     options = likelihood_options(
         method, replicates=replicates, split=split, field=field, stride=stride,
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
-    check_files(plot, json)
     if len(set(models)) < len(models):
         raise typer.BadParameter("a checkpoint is named twice: name each once")
-    import transformer_lens_bd3lm as bd3lm
-
     names = short_names(models)
     bridges = {name: boot(model, device) for name, model in zip(names, models, strict=True)}
-    result = bd3lm.compare_models(bridges, text, **options)
+    import transformer_lens_bd3lm as bd3lm
+
+    result = bd3lm.compare_models(bridges, texts, **options)
     show(result, json, result.to_dict()["models"], plot)

@@ -6,15 +6,16 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from bd3lm_cli.app import app
+from bd3lm_cli.models import check_model
 from bd3lm_cli.options import Weights, WeightsOption
-from bd3lm_cli.terminal import console
+from bd3lm_cli.output import writing
+from bd3lm_cli.terminal import errors
+from bd3lm_cli.typed import new_folder
 
 
-@app.command()
 def convert(
     ckpt: Annotated[str, typer.Argument(help="A .ckpt file, or the folder or Hub id that has it.")],
-    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.", callback=new_folder)],
     filename: Annotated[
         str | None, typer.Option(help="Name of the file in the folder or repository.")
     ] = None,
@@ -22,31 +23,31 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Revision of the repository.")] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the tokenizer, where it is not found by itself."),
+        typer.Option(help="Folder or Hub id of the tokenizer, if it is not found by itself."),
     ] = None,
 ) -> None:
-    """Convert a Lightning training checkpoint, running nothing that is in it."""
+    """Convert a Lightning training checkpoint to a folder, running nothing that is in it.
+
+    Try: bd3lm convert last.ckpt my-model
+    """
+    if not Path(ckpt).exists():
+        check_model(ckpt)
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.progress import progress_bar
 
     loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
-    try:
-        with progress_bar("reading", in_bytes=True) as update:
-            bd3lm.convert_lightning(
-                ckpt,
-                out,
-                filename,
-                weights.value,
-                revision=revision,
-                tokenizer=loaded,
-                progress=lambda done, total: update(completed=done, total=total),
-            )
-    except bd3lm.BD3LMError:
-        raise
-    except OSError as error:
-        raise typer.BadParameter(f"{out} could not be written: {error}") from error
-    console.print(Text(str(out), "bold green"), ": its README.md says what it is. Next:", sep="")
-    console.print(f"  bd3lm verify {out}", soft_wrap=True)
+    with writing(out), progress_bar("reading", in_bytes=True) as update:
+        bd3lm.convert_lightning(
+            ckpt,
+            out,
+            filename,
+            weights.value,
+            revision=revision,
+            tokenizer=loaded,
+            progress=lambda done, total: update(completed=done, total=total),
+        )
+    errors.print(Text(str(out), "bold green"), ": its README.md says what it is. Next:", sep="")
+    errors.print(f"  bd3lm verify {out}", soft_wrap=True)
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -61,5 +62,5 @@ def _load_tokenizer(name: str) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise typer.BadParameter(
-            f"{name} could not be loaded: {str(error).splitlines()[0]}"
+            f"--tokenizer {name} could not be loaded: {str(error).splitlines()[0]}"
         ) from error

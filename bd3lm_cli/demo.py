@@ -4,40 +4,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
-from bd3lm_cli.options import MOST, ModelOption
+from bd3lm_cli.options import DefaultModel, Device, MaxNewTokens, Seed
 from bd3lm_cli.terminal import LiveCanvas, console
+from bd3lm_cli.typed import text as check_text
 
 if TYPE_CHECKING:
     from transformer_lens_bd3lm.bridge.host import Bridge
 
 
-@app.command()
 def demo(
-    model: ModelOption = None,
-    prompt: Annotated[str, typer.Option(help="Text that the model continues.")] = "O Romeo, Romeo",
+    model: DefaultModel = "tiny",
+    prompt: Annotated[
+        str, typer.Option(help="Text that the model continues.", callback=check_text)
+    ] = "O Romeo, Romeo",
     masked: Annotated[
-        str, typer.Option(help="Text with one [MASK], for the single pass.")
+        str, typer.Option(help="Text with one [MASK], for the single pass.", callback=check_text)
     ] = "To be, or not to [MASK]",
-    tokens: Annotated[int, typer.Option(help="Number of tokens to write.", min=1, max=MOST)] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     layer: Annotated[
-        int | None, typer.Option(help="Layer of the edit; the middle one by default.")
+        int | None,
+        typer.Option(help="Layer of the edit; by default the middle one.", min=0, metavar="N"),
     ] = None,
-    toward: Annotated[str, typer.Option(help="Token that the edit pushes toward.")] = " king",
-    seed: Annotated[
-        int,
-        typer.Option(help="Random seed of the noise that both runs share.", min=0, max=2**64 - 1),
-    ] = 0,
+    toward: Annotated[
+        str, typer.Option(help="Token that the edit pushes toward.", callback=check_text)
+    ] = " king",
+    seed: Seed = 0,
+    device: Device = None,
 ) -> None:
-    """Show a pass with every hook point, then denoising with and without an edit at some steps."""
-    bridge = boot(model)
+    """Show every hook point of a pass, then denoising with and without an edit at some steps.
+
+    Try: bd3lm demo
+    """
+    bridge = boot(model, device)
     _show_model(bridge)
     _show_pass(bridge, masked)
-    _show_denoising(bridge, prompt, tokens, layer, toward, seed)
+    _show_denoising(bridge, prompt, max_new_tokens, layer, toward, seed)
 
 
 def _show_model(bridge: "Bridge") -> None:
@@ -59,6 +63,7 @@ def _show_pass(bridge: "Bridge", text: str) -> None:
 
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.show.hook_tree import hook_tree
+    from transformer_lens_bd3lm.show.tables import new_table
 
     ids = bridge.to_tokens(text)
     masks = (ids[0] == bridge.cfg.mask_token_id).nonzero()[:, 0].tolist()
@@ -84,11 +89,9 @@ def _show_pass(bridge: "Bridge", text: str) -> None:
     shape = tuple(cache["blocks.0.attn.hook_pattern"].shape)
     console.print(f'cache["blocks.0.attn.hook_pattern"]: {shape}, batch x head x query x key')
 
-    title = Text(f"what each layer would put at [MASK] in {text!r}", "table.title")
-    table = Table(title=title, title_justify="left")
-    table.add_column("after", justify="right")
-    for rank in range(1, 4):
-        table.add_column(f"top {rank}")
+    title = f"what each layer would put at [MASK] in {text!r}"
+    ranks = [f"top {rank}" for rank in range(1, 4)]
+    table = new_table(title, ["after", *ranks], ["after", *ranks], "")
     for index, log_p in enumerate(bd3lm.logit_lens(bridge, cache, ids, masks[0])[:, 0]):
         top = log_p.exp().topk(3)
         words = [
@@ -122,7 +125,7 @@ def _show_denoising(
         sep="",
     )
     options = {"max_new_tokens": tokens, "noise": bd3lm.Noise(seed), "progress": False}
-    with LiveCanvas(bridge, "without the hook", tokens) as canvas:
+    with LiveCanvas(bridge, "without the hook", tokens, console) as canvas:
         run = bd3lm.denoise(bridge, prompt, on_step=canvas.show, **options)
     console.print(
         Text("Replay", "bold"), '      bd3lm.replay(run, hooks, "coupled"): the same noise', sep=""

@@ -1,51 +1,49 @@
 """``bd3lm dependency``: likelihood, order of reveal and a probe by dependency depth."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot, short_names
 from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
+    File,
     Json,
     MaxStates,
-    ModelsArgument,
+    Models,
     Plot,
     Replicates,
     Seed,
+    Text,
     Weights,
     WeightsOption,
-    typed_block_size,
 )
 from bd3lm_cli.output import save_figure, write_json
-from bd3lm_cli.terminal import console
-from bd3lm_cli.typed import check_files, read_file
+from bd3lm_cli.terminal import console, errors
+from bd3lm_cli.typed import file as check_file
+from bd3lm_cli.typed import one_of, read_file
 
 
-@app.command()
 def dependency(
-    models: ModelsArgument,
+    models: Models,
     parses: Annotated[
-        Path | None, typer.Option(help="A CoNLL-U file.", exists=True, dir_okay=False)
-    ] = None,
-    text: Annotated[
         Path | None,
-        typer.Option(
-            help="A text to parse with Stanza, instead of a file.", exists=True, dir_okay=False
-        ),
+        typer.Option(help="CoNLL-U file of parsed sentences.", callback=check_file, metavar="FILE"),
     ] = None,
+    text: Text = None,
+    file: File = None,
     block_size: BlockSize = None,
     deepest: Annotated[
-        int, typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST)
+        int,
+        typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST, metavar="N"),
     ] = 8,
     shuffles: Annotated[
         int,
         typer.Option(
-            help="Shuffled copies of the depths, for control; 0: no probe.", min=0, max=MOST
+            help="Shuffled depths, as a control; 0: no probe.", min=0, max=MOST, metavar="N"
         ),
     ] = 5,
     max_states: MaxStates = 256,
@@ -56,21 +54,24 @@ def dependency(
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Measure likelihood, order of reveal and a linear probe by depth in the dependency tree."""
+    """Measure likelihood, order of reveal and a probe by depth in the dependency tree.
+
+    Texts of --text and --file are parsed with Stanza.
+
+    Try: bd3lm dependency tiny --parses play.conllu
+    """
+    one_of(parses=parses, text=text, file=file)
+    given = read_file(path) if (path := parses or file) is not None else str(text)
+
     from transformer_lens_bd3lm.analysis.by_depth import by_dependency_depth, parse, read_conllu
 
-    if (parses is None) == (text is None):
-        raise typer.BadParameter("give one of --parses FILE.conllu and --text FILE")
-    check_files(plot, json)
-    given = parse(read_file(text)) if text is not None else read_file(cast(Path, parses))
-    sentences, results = read_conllu(given), []
+    sentences, results = read_conllu(given if parses is not None else parse(given)), []
     for model, name in zip(models, short_names(models), strict=True):
         bridge = boot(model, device, weights=weights.value)
         results.append(
             by_dependency_depth(
-                bridge, sentences, block_size=typed_block_size(block_size), deepest=deepest,
-                shuffles=shuffles, max_states=max_states, replicates=replicates, seed=seed,
-                name=name,
+                bridge, sentences, block_size=block_size, deepest=deepest, shuffles=shuffles,
+                max_states=max_states, replicates=replicates, seed=seed, name=name,
             )
         )  # fmt: skip
     write_json([each.to_dict() for each in results], json)
@@ -81,5 +82,5 @@ def dependency(
     if str(json) != "-":
         for each in results:
             console.print(each.table())
-        if plot is not None:
-            console.print(f"figure in {plot}")
+    if plot is not None:
+        errors.print(f"figure in {plot}", soft_wrap=True)

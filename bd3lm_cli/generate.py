@@ -1,92 +1,102 @@
 """``bd3lm generate``: text by denoising."""
 
 import contextlib
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
     MOST,
     BlockSize,
     Device,
-    ModelArgument,
-    typed_block_size,
+    MaxNewTokens,
+    Model,
+    Prompts,
+    PromptsFile,
+    Sampler,
+    SamplerName,
+    Seed,
 )
-from bd3lm_cli.output import writing
-from bd3lm_cli.terminal import LiveCanvas, console
-from bd3lm_cli.typed import check_new, check_texts
+from bd3lm_cli.output import print_texts, writing
+from bd3lm_cli.terminal import LiveCanvas, errors
+from bd3lm_cli.typed import new_folder, read_lines
 
 
-class SamplerName(str, Enum):
-    """Samplers."""
-
-    first_hitting = "first-hitting"
-    ancestral = "ancestral"
-    confidence = "confidence"
-
-
-@app.command()
 def generate(
-    model: ModelArgument,
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help="One or more; BOS alone if none.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Number of tokens to write.", min=0, max=MOST)] = 64,
+    model: Model,
+    prompt: Prompts = None,
+    file: PromptsFile = None,
+    max_new_tokens: MaxNewTokens = 64,
     block_size: BlockSize = None,
-    sampler: Annotated[
-        SamplerName, typer.Option(help="Rule of which positions a step reveals.")
-    ] = SamplerName.first_hitting,
+    sampler: Sampler = SamplerName.first_hitting,
     steps: Annotated[
-        int, typer.Option(help="Steps a block of the ancestral sampler.", min=1, max=MOST)
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Of ancestral: steps a block, by default 64.", min=1, max=MOST, metavar="N"
+        ),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option(help="Temperature; 1 is the model's own, 0 the argmax.")
+        float,
+        typer.Option(help="1 is the model's own, 0 the most likely token.", min=0, metavar="N"),
     ] = 1.0,
     nucleus_p: Annotated[
-        float, typer.Option(help="Probability mass of the (usual) nucleus.")
+        float, typer.Option(help="Probability mass of the nucleus.", min=0, max=1, metavar="N")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Random seed of the noise.", min=0, max=2**64 - 1)] = 0,
-    stop: Annotated[bool, typer.Option(help="End a row at its end-of-text token.")] = False,
-    stream: Annotated[bool, typer.Option(help="Show the canvas filling in.")] = False,
-    save: Annotated[Path | None, typer.Option(help="New folder for the run.")] = None,
+    seed: Seed = 0,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="End a row at its end-of-text token.")
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show the masks as they become tokens.")
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="New folder to save the run in.", callback=new_folder, metavar="FOLDER"),
+    ] = None,
     device: Device = None,
 ) -> None:
-    """Write text by denoising, block after block."""
-    check_texts(prompt or [])
-    check_new(save)
+    """Write text by denoising, block after block.
+
+    Try: bd3lm generate tiny "O Romeo" --max-new-tokens 32 --stream
+    """
+    if steps is not None and sampler is not SamplerName.ancestral:
+        raise typer.BadParameter(f"--steps {steps} is for --sampler ancestral: leave it out")
+    prompts = [*(prompt or []), *read_lines(file)]
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
-    if sampler is SamplerName.ancestral:
-        rule = bd3lm.Ancestral(steps=steps, temperature=temperature, nucleus_p=nucleus_p)
-    else:
-        kind = bd3lm.FirstHitting if sampler is SamplerName.first_hitting else bd3lm.Confidence
-        rule = kind(temperature=temperature, nucleus_p=nucleus_p)
-    bridge = boot(model, device)
-    live = LiveCanvas(bridge, "denoising", tokens) if stream else contextlib.nullcontext()
+    rule = _sampler(sampler, steps or 64, temperature=temperature, nucleus_p=nucleus_p)
+    live = LiveCanvas(bridge, "denoising", max_new_tokens) if stream else contextlib.nullcontext()
     with live as canvas:
         run = bd3lm.denoise(
             bridge,
-            prompt or None,
-            max_new_tokens=tokens,
-            block_size=typed_block_size(block_size),
+            prompts or None,
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
             sampler=rule,
             noise=bd3lm.Noise(seed),
             stop=bd3lm.EndOfText() if stop else None,
             progress=False if stream else None,
             on_step=canvas.show if canvas else None,
         )
+    # The run is saved before it is printed, and printed even if it could not be saved.
     try:
         if save is not None:
             with writing(save):
                 run.save(save)
+            errors.print(f"saved in {save}", soft_wrap=True)
     finally:
-        for text in run.text:
-            console.print(text, soft_wrap=True)
-        console.print(Text(repr(run), "dim"))
-    if save is not None:
-        console.print(f"saved in {save}")
+        print_texts(run.text)
+        errors.print(repr(run), style="dim", soft_wrap=True)
+
+
+def _sampler(name: SamplerName, steps: int, **options: Any) -> Any:
+    """Return the sampler of a name."""
+    import transformer_lens_bd3lm as bd3lm
+
+    if name is SamplerName.ancestral:
+        return bd3lm.Ancestral(steps=steps, **options)
+    kind = bd3lm.FirstHitting if name is SamplerName.first_hitting else bd3lm.Confidence
+    return kind(**options)

@@ -1,20 +1,17 @@
 """``bd3lm exact``, ``likelihood`` and ``sweep``: likelihoods of texts."""
 
-from typing import Annotated
-
-import typer
-
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
     BlockSize,
+    BlockSizes,
     Device,
     Field,
+    File,
     Files,
     Json,
     MaxStates,
     MethodOption,
-    ModelArgument,
+    Model,
     Out,
     Plot,
     Replicates,
@@ -22,37 +19,41 @@ from bd3lm_cli.options import (
     Seed,
     Split,
     Stride,
+    Text,
+    Texts,
     likelihood_options,
-    typed_block_size,
 )
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files, check_texts
+from bd3lm_cli.typed import corpus, one_of, read_file
 
 
-@app.command()
 def exact(
-    model: ModelArgument,
-    text: Annotated[str, typer.Argument(help="The text itself.")],
+    model: Model,
+    text: Text = None,
+    file: File = None,
     block_size: BlockSize = None,
     max_states: MaxStates = 256,
     plot: Plot = None,
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Compute the exact NLL, NELBO and reveal order of one text, over every order."""
-    check_texts([text])
-    check_files(plot, json)
+    """Compute the exact NLL, NELBO and reveal order of one text, over every order.
+
+    Try: bd3lm exact tiny --text "To be, or not to be" --block-size 4
+    """
+    one_of(text=text, file=file)
+    read = read_file(file) if file is not None else text
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
-    bridge = boot(model, device)
-    result = bd3lm.exact(bridge, text, typed_block_size(block_size), max_states=max_states)
+    result = bd3lm.exact(bridge, read, block_size, max_states=max_states)
     show(result, json, result.to_dict(), plot)
 
 
-@app.command()
 def likelihood(
-    model: ModelArgument,
-    texts: Files,
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
     block_size: BlockSize = None,
     method: MethodOption = None,
     replicates: Replicates = 8,
@@ -66,17 +67,20 @@ def likelihood(
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Compute NLL and NELBO of a corpus; under `accelerate launch` processes share the work."""
+    """Compute NLL and NELBO of a corpus; under `accelerate launch` processes share the work.
+
+    Try: bd3lm likelihood tiny --file play.txt --block-size 8
+    """
+    texts = corpus(text, file)
     options = likelihood_options(
         method, replicates=replicates, split=split, field=field, stride=stride,
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
-    check_files(None, json)
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
     bridge = boot(model, _shared_device(device))
-    result = bd3lm.likelihood(bridge, texts, typed_block_size(block_size), **options)
+    result = bd3lm.likelihood(bridge, texts, block_size, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict())
 
@@ -89,14 +93,11 @@ def _shared_device(device: str | None) -> str | None:
     return str(state.device) if device is None and state.num_processes > 1 else device
 
 
-@app.command()
 def sweep(
-    model: ModelArgument,
-    texts: Files,
-    block_size: Annotated[
-        list[str] | None,
-        typer.Option(help='Block size in tokens, or "full"; repeat. Powers of 2 if none.'),
-    ] = None,
+    model: Model,
+    text: Texts = None,
+    file: Files = None,
+    block_sizes: BlockSizes = None,
     method: MethodOption = None,
     replicates: Replicates = 8,
     split: Split = None,
@@ -110,17 +111,19 @@ def sweep(
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Compute the likelihood over block sizes, and how much of the price is the bound's."""
+    """Compute the likelihood of a corpus over block sizes, by default the powers of 2.
+
+    Try: bd3lm sweep tiny --file play.txt --block-sizes 1,4,full --plot sizes.png
+    """
+    texts = corpus(text, file)
     options = likelihood_options(
         method, replicates=replicates, split=split, field=field, stride=stride,
         max_states=max_states, seed=seed, rows=rows, out=out,
     )  # fmt: skip
-    sizes = None if block_size is None else [typed_block_size(each) for each in block_size]
-    check_files(plot, json)
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
     bridge = boot(model, _shared_device(device))
-    result = bd3lm.sweep_block_sizes(bridge, texts, sizes, **options)
+    result = bd3lm.sweep_block_sizes(bridge, texts, block_sizes, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict()["likelihoods"], plot)

@@ -1,10 +1,16 @@
-"""Options and arguments that several commands share, in one form."""
+"""Options and arguments that several commands share: the same word for the same thing.
+
+A type of an option checks what was typed as it is read, before the library is imported.
+"""
 
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bd3lm_cli import typed
+from bd3lm_cli.models import check_model, check_models
 
 MOST = 2**31 - 1  # largest number that is counted; a tensor takes no larger one
 
@@ -24,58 +30,145 @@ class Weights(str, Enum):
     raw = "raw"
 
 
-_NAMES = 'Hub id, folder, .ckpt file or REPOSITORY::FILE.ckpt; "tiny", "grammar": embedded.'
+class Dtype(str, Enum):
+    """Dtypes to compute in."""
 
-ModelOption = Annotated[
-    str | None, typer.Option(help="Hub id or folder; the embedded default if not given.")
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class SamplerName(str, Enum):
+    """Samplers."""
+
+    first_hitting = "first-hitting"
+    ancestral = "ancestral"
+    confidence = "confidence"
+
+
+_NAMES = "tiny, grammar (embedded); a folder; a Hub id; FILE.ckpt; REPOSITORY::FILE.ckpt."
+
+# Models.
+Model = Annotated[str, typer.Argument(help=_NAMES, callback=check_model, show_default=False)]
+DefaultModel = Annotated[str, typer.Argument(help=_NAMES, callback=check_model)]
+Models = Annotated[list[str], typer.Argument(help=f"One or more: {_NAMES}", callback=check_models)]
+WeightsOption = Annotated[
+    Weights, typer.Option(help="Weights of a .ckpt: the moving average, or raw.")
 ]
-ModelArgument = Annotated[str, typer.Argument(help=_NAMES)]
-ModelsArgument = Annotated[list[str], typer.Argument(help=f"One or more of: {_NAMES}")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, mps, ...", callback=typed.device, metavar="DEVICE"),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype to compute in.")]
+
+# Texts.
+Text = Annotated[
+    str | None, typer.Option(help="Text to read.", callback=typed.text, metavar="TEXT")
+]
+File = Annotated[
+    Path | None,
+    typer.Option(help="File of the text, in UTF-8.", callback=typed.file, metavar="FILE"),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Text to read; repeat.", callback=typed.texts, metavar="TEXT"),
+]
 Files = Annotated[
-    list[Path], typer.Argument(help="Text or .jsonl files.", exists=True, dir_okay=False)
+    list[Path] | None,
+    typer.Option(
+        "--file", help="File of text, or .jsonl; repeat.", callback=typed.files, metavar="FILE"
+    ),
 ]
-BlockSize = Annotated[str | None, typer.Option(help='Block size in tokens, or "full".')]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(help="Texts that the model continues.", callback=typed.texts),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="File of prompts, one a line.", callback=typed.file, metavar="FILE"
+    ),
+]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(
+        help=".jsonl file with clean, corrupted and target in each line.",
+        callback=typed.file,
+        metavar="FILE",
+    ),
+]
 Split = Annotated[
-    str | None, typer.Option(help='Plain files are cut before each match, as "^Scene ".')
+    str | None,
+    typer.Option(
+        help='Cut files before each match, as "^Scene ".', callback=typed.pattern, metavar="PATTERN"
+    ),
 ]
-Field = Annotated[str, typer.Option(help="Field of the text in a .jsonl line.")]
+Field = Annotated[str, typer.Option(help="Key of the text in a .jsonl line.", metavar="KEY")]
 Stride = Annotated[
     int | None,
-    typer.Option(help="Tokens that windows slide by; wrapped if not given.", min=1, max=MOST),
+    typer.Option(
+        help="Tokens by which windows move on; by default they do not overlap.",
+        min=1,
+        max=MOST,
+        metavar="N",
+    ),
 ]
+
+# Block sizes, sampling and sums.
+BlockSize = Annotated[
+    Any | None, typer.Option(help='Tokens, or "full".', parser=typed.block_size, metavar="N")
+]
+BlockSizes = Annotated[
+    Any, typer.Option(help='Tokens, or "full".', parser=typed.block_sizes, metavar="N,N,...")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(help="Number of tokens to write.", min=1, max=MOST, metavar="N")
+]
+Sampler = Annotated[SamplerName, typer.Option(help="Which positions a step reveals.")]
 MethodOption = Annotated[
-    Method | None, typer.Option(help="Exact where mask patterns are few, else Monte Carlo.")
+    Method | None, typer.Option(help="By default exact where possible, else monte-carlo.")
 ]
-Replicates = Annotated[int, typer.Option(help="Number of independent estimates.", min=1, max=MOST)]
+Replicates = Annotated[
+    int, typer.Option(help="Number of independent estimates.", min=1, max=MOST, metavar="N")
+]
 MaxStates = Annotated[
-    int, typer.Option(help="Largest number of mask patterns a block to sum exactly.", min=1)
-]
-Seed = Annotated[int, typer.Option(help="Random seed of the masks.", min=0, max=2**63 - 1)]
-Rows = Annotated[
     int,
-    typer.Option(help="Largest number of positions in one pass, for memory.", min=1, max=MOST),
+    typer.Option(
+        help="Largest number of mask patterns a block to sum exactly.", min=1, metavar="N"
+    ),
 ]
+Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**63 - 1, metavar="N")]
+Rows = Annotated[
+    int, typer.Option(help="Largest number of positions in one pass.", min=1, max=MOST, metavar="N")
+]
+Top = Annotated[
+    int, typer.Option(help="Largest number of rows shown.", min=0, max=MOST, metavar="N")
+]
+
+# What is written.
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of finished work; a stopped run is resumed from it.")
+    Path | None,
+    typer.Option(
+        help="Folder of finished work, from which a stopped run is resumed.",
+        callback=typed.work_folder,
+        metavar="FOLDER",
+    ),
 ]
-Plot = Annotated[Path | None, typer.Option(help="File of the figure: .html, .png, .svg or .pdf.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write a figure: .html, .png, .svg, .pdf.", callback=typed.new_figure, metavar="FILE"
+    ),
+]
 Json = Annotated[
-    Path | None, typer.Option("--json", help='File of the result as JSON; "-": standard output.')
-]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, mps.")]
-WeightsOption = Annotated[
-    Weights, typer.Option(help="Weights of a training checkpoint: the moving average, or raw.")
+    Path | None,
+    typer.Option(
+        "--json", help='Write JSON; "-": standard output.', callback=typed.new_file, metavar="FILE"
+    ),
 ]
 
 
 def likelihood_options(method: Method | None, **options: Any) -> dict[str, Any]:
     """Return the options of a likelihood as the library's functions take them."""
     return options | {"method": None if method is None else method.name}
-
-
-def typed_block_size(value: str | None) -> Any:
-    """Return a block size as it was typed, an int if it is one; the library checks it."""
-    try:
-        return None if value is None else int(value)
-    except ValueError:
-        return value

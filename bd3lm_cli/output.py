@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bd3lm_cli.terminal import console
+from bd3lm_cli.terminal import console, errors
 
 
 @contextlib.contextmanager
@@ -44,8 +44,17 @@ def show(
     save_figure(result.plot, plot)
     if str(json) != "-":
         console.print(result.table(**options))
-        if plot is not None:
-            console.print(f"figure in {plot}")
+    if plot is not None:
+        errors.print(f"figure in {plot}", soft_wrap=True)
+
+
+def print_texts(texts: list[str]) -> None:
+    """Print texts, a line each; to a file or pipe character by character as they are."""
+    for text in texts:
+        if console.is_terminal:
+            console.print(text, soft_wrap=True)
+        else:
+            sys.stdout.write(f"{text}\n")
 
 
 def save_figure(figure: Any, path: Path | None) -> None:

@@ -1,66 +1,69 @@
 """``bd3lm parallel``: what drawing several tokens at once costs, by block size."""
 
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
-from bd3lm_cli.options import (
-    MOST,
-    Device,
-    Json,
-    ModelArgument,
-    Plot,
-    Seed,
-    typed_block_size,
-)
+from bd3lm_cli.options import MOST, BlockSizes, Device, File, Json, Model, Plot, Seed, Text
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files, read_file
+from bd3lm_cli.typed import one_of, read_file, tokens_at_once
 
 
-@app.command()
 def parallel(
-    model: ModelArgument,
-    text: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A text file, cut into windows; without one the model writes the texts.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    block_sizes: Annotated[
-        str, typer.Option(help='Block sizes, with commas: tokens, or "full".')
-    ] = "4,8,16,full",
+    model: Model,
+    text: Text = None,
+    file: File = None,
+    block_sizes: BlockSizes = "4,8,16,full",
     k: Annotated[
-        str, typer.Option("--k", help='Tokens drawn at once, with commas; "block": all of a block.')
+        Any,
+        typer.Option(
+            "--k",
+            help='Tokens drawn at once; "block": all of a block.',
+            parser=tokens_at_once,
+            metavar="K,K,...",
+        ),
     ] = "2,4,block",
-    texts: Annotated[int, typer.Option(help="Number of texts.", min=1, max=MOST)] = 12,
-    length: Annotated[int, typer.Option(help="Tokens of each text.", min=1, max=MOST)] = 48,
-    draws: Annotated[int, typer.Option(help="Times that each is drawn.", min=1, max=MOST)] = 2,
+    texts: Annotated[
+        int, typer.Option(help="Number of windows.", min=1, max=MOST, metavar="N")
+    ] = 12,
+    length: Annotated[
+        int, typer.Option(help="Tokens of a window.", min=1, max=MOST, metavar="N")
+    ] = 48,
+    draws: Annotated[
+        int, typer.Option(help="Times that each is drawn.", min=1, max=MOST, metavar="N")
+    ] = 2,
     seed: Seed = 0,
     plot: Plot = None,
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Compute what drawing tokens at once costs, in nats a token, by block size."""
-    check_files(plot, json)
+    """Compute what drawing tokens at once costs, in nats a token, by block size.
+
+    Windows are cut from the text; without one the model writes them.
+
+    Try: bd3lm parallel tiny --file play.txt --block-sizes 4,16 --k 2,4
+    """
+    read = None if text is None and file is None else _read(text, file)
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
-    bridge = boot(model, device)
-    given = _windows(bridge, text, texts, min(length + 1, bridge.cfg.n_ctx), seed)
-    sizes, at_once = ([typed_block_size(x) for x in each.split(",")] for each in (block_sizes, k))
+    given = _windows(bridge, read, texts, min(length + 1, bridge.cfg.n_ctx), seed)
     result = bd3lm.parallel_cost(
-        bridge, given, at_once, block_sizes=sizes, draws=draws, seed=seed
+        bridge, given, k, block_sizes=block_sizes, draws=draws, seed=seed
     )  # fmt: skip
     show(result, json, result.to_dict(), plot)
 
 
-def _windows(bridge: Any, text: Path | None, number: int, length: int, seed: int) -> Any:
-    """Return texts of BOS and ``length - 1`` tokens: windows of a file, or the model's own."""
+def _read(text: Any, file: Any) -> str:
+    """Return the text that was given, or that of the file."""
+    one_of(text=text, file=file)
+    return text if file is None else read_file(file)
+
+
+def _windows(bridge: Any, text: str | None, number: int, length: int, seed: int) -> Any:
+    """Return texts of BOS and ``length - 1`` tokens: windows of a text, or the model's own."""
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.bridge.texts import bos_of, tokens_of
     from transformer_lens_bd3lm.likelihoods.corpus import cut_windows
@@ -69,5 +72,5 @@ def _windows(bridge: Any, text: Path | None, number: int, length: int, seed: int
     if text is None:
         prompts = [[bos]] * number
         return bd3lm.denoise(bridge, prompts, max_new_tokens=length - 1, seed=seed).tokens
-    (ids,) = tokens_of(bridge, [read_file(text)], prepend_bos=False)
+    (ids,) = tokens_of(bridge, [text], prepend_bos=False)
     return [window.ids for window in islice(cut_windows(ids, 0, bos, length), number)]

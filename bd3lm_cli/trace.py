@@ -1,52 +1,72 @@
 """``bd3lm trace`` and ``bd3lm circuit``: where a prediction comes from, and by which components."""
 
 import json as json_module
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
     MOST,
     BlockSize,
+    BlockSizes,
     Device,
+    File,
     Json,
-    ModelArgument,
+    Model,
+    Pairs,
     Plot,
     Rows,
     Seed,
-    typed_block_size,
+    Text,
+    Top,
 )
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files, check_texts, read_file
+from bd3lm_cli.typed import one_of, read_file
+from bd3lm_cli.typed import text as check_text
 
 
-@app.command()
+class Mode(str, Enum):
+    """Reveal orders of a trace."""
+
+    pinned = "pinned"
+    exact = "exact"
+
+
+class Site(str, Enum):
+    """Activations that a trace restores."""
+
+    residual = "residual"
+    attn_out = "attn-out"
+    mlp_out = "mlp-out"
+
+
 def trace(
-    model: ModelArgument,
+    model: Model,
     clean: Annotated[
-        str,
-        typer.Argument(
-            help="The text itself, with or without [MASK]; or a .jsonl file of pairs: clean, "
-            "corrupted, target a line."
-        ),
-    ],
+        str | None, typer.Argument(help="Text, with or without [MASK].", callback=check_text)
+    ] = None,
     corrupted: Annotated[
-        str | None, typer.Argument(help="As many tokens, some of them others; none with a file.")
+        str | None,
+        typer.Argument(help="As many tokens, some of them others.", callback=check_text),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Token at the first mask, or behind the text; none with a file."),
+        typer.Option(help="Token at the first mask, or behind the text.", callback=check_text),
     ] = None,
+    pairs: Pairs = None,
     block_size: BlockSize = None,
-    mode: Annotated[str, typer.Option(help="pinned, or exact: over all orders.")] = "pinned",
-    site: Annotated[str, typer.Option(help="residual, attn_out or mlp_out.")] = "residual",
+    mode: Annotated[Mode, typer.Option(help="One order, or exact: over all.")] = Mode.pinned,
+    site: Annotated[Site, typer.Option(help="Activations to restore.")] = Site.residual,
     steps: Annotated[
-        int, typer.Option(help="Largest number of steps that are shown.", min=1, max=MOST)
+        int,
+        typer.Option(help="Largest number of steps that are shown.", min=1, max=MOST, metavar="N"),
     ] = 4,
-    seeds: Annotated[int, typer.Option(help="Number of reveal orders.", min=1, max=MOST)] = 1,
+    seeds: Annotated[
+        int, typer.Option(help="Number of reveal orders.", min=1, max=MOST, metavar="N")
+    ] = 1,
     seed: Seed = 0,
     rows: Rows = 2048,
     plot: Plot = None,
@@ -55,52 +75,51 @@ def trace(
 ) -> None:
     r"""Trace where a prediction comes from: clean activations by layer, step and position.
 
-    \n in the texts and the target is a new line. Pairs in a file are averaged, by the role of a
+    \n in the texts and the target is a new line. Pairs of a file are averaged by the role of a
     position: tokens that differ and occur in the target, others that differ, the rest, the target.
+
+    Try: bd3lm trace grammar "a b = a [MASK]" "a c = a [MASK]" --target b
     """
-    check_files(plot, json)
-    given: dict[str, Any]
-    groups = None
-    if clean.endswith(".jsonl"):
-        if corrupted is not None or target is not None:
-            raise typer.BadParameter(f"{clean} is a file of pairs: give no other text or target")
-        given, groups = _read_pairs(Path(clean)), "roles"
-    elif corrupted is None or target is None:
-        raise typer.BadParameter("give two texts and --target, or a .jsonl file of pairs")
-    else:
-        texts = {"clean": clean, "corrupted": corrupted, "target": target}
-        check_texts(list(texts.values()))
-        given = {name: text.replace("\\n", "\n") for name, text in texts.items()}
+    typed = {"clean": clean, "corrupted": corrupted, "target": target}
+    if pairs is None and None in typed.values():
+        raise typer.BadParameter("give two texts and --target, or --pairs FILE.jsonl")
+    if pairs is not None and set(typed.values()) != {None}:
+        raise typer.BadParameter(f"--pairs {pairs} has the texts: give no other text or target")
+    given: dict[str, Any] = (
+        {name: str(value).replace("\\n", "\n") for name, value in typed.items()}
+        if pairs is None
+        else _read_pairs(pairs)
+    )
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
     result = bd3lm.effect_grid(
-        boot(model, device), **given, block_size=typed_block_size(block_size), mode=mode,
-        site=site, groups=groups, steps=steps, seeds=seeds, seed=seed, rows=rows,
+        bridge, **given, block_size=block_size, mode=mode.name, site=site.name,
+        groups=None if pairs is None else "roles", steps=steps, seeds=seeds, seed=seed, rows=rows,
     )  # fmt: skip
     show(result, json, result.to_dict(), plot)
 
 
-@app.command()
 def circuit(
-    model: ModelArgument,
-    pairs: Annotated[
-        Path,
-        typer.Argument(
-            help="A .jsonl file: clean, corrupted, target (and against) a line; or a text.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ],
-    block_sizes: Annotated[
-        str, typer.Option(help='Two block sizes in tokens, or "full", with a comma.')
-    ] = "4,full",
-    top: Annotated[int, typer.Option(help="Strongest edges compared.", min=1, max=MOST)] = 50,
-    texts: Annotated[int, typer.Option(help="Of a text: number of windows.", min=2, max=MOST)] = 24,
-    length: Annotated[int, typer.Option(help="Of a text: tokens a window.", min=8, max=MOST)] = 32,
+    model: Model,
+    pairs: Pairs = None,
+    text: Text = None,
+    file: File = None,
+    block_sizes: BlockSizes = "4,full",
+    top: Top = 50,
+    texts: Annotated[
+        int, typer.Option(help="Of a text: number of windows.", min=2, max=MOST, metavar="N")
+    ] = 24,
+    length: Annotated[
+        int, typer.Option(help="Of a text: tokens a window.", min=8, max=MOST, metavar="N")
+    ] = 32,
     last_block: Annotated[
-        bool, typer.Option(help="Of a text: mask the last 4 tokens, not a quarter everywhere.")
+        bool,
+        typer.Option("--last-block", help="Of a text: mask the last 4 tokens, not a quarter."),
     ] = False,
-    steps: Annotated[int, typer.Option(help="Points of the gradients.", min=1, max=MOST)] = 5,
+    steps: Annotated[
+        int, typer.Option(help="Points of the gradients.", min=1, max=MOST, metavar="N")
+    ] = 5,
     seed: Seed = 0,
     plot: Plot = None,
     json: Json = None,
@@ -108,21 +127,23 @@ def circuit(
 ) -> None:
     """Compare which edges cause predictions at two block sizes, against split halves (EAP-IG).
 
-    Of a text, each window is compared with the next one under the same masks: what the other
-    words do for the true words at the masks.
+    Each window of a text is compared with the next one under the same masks: what the other words
+    do for the true words at the masks.
+
+    Try: bd3lm circuit tiny --file play.txt --block-sizes 4,full
     """
-    check_files(plot, json)
-    sizes = [typed_block_size(each) for each in block_sizes.split(",")]
-    is_file = pairs.suffix == ".jsonl"
-    given = _read_pairs(pairs) if is_file else {}
-    text = "" if is_file else read_file(pairs)
+    one_of(pairs=pairs, text=text, file=file)
+    if len(block_sizes) != 2:
+        raise typer.BadParameter(f"--block-sizes has {len(block_sizes)}: give two, as 4,full")
+    given = {} if pairs is None else _read_pairs(pairs)
+    read = read_file(file) if file is not None else text
+    bridge = boot(model, device)
     import transformer_lens_bd3lm as bd3lm
 
-    bridge = boot(model, device)
-    if not is_file:
-        given = _windows(bridge, text, texts, length, last_block, seed)
+    if read is not None:
+        given = _windows(bridge, read, texts, length, last_block, seed)
     result = bd3lm.compare_circuits(
-        bridge, **given, block_sizes=sizes, top=top, steps=steps, seed=seed
+        bridge, **given, block_sizes=block_sizes, top=top, steps=steps, seed=seed
     )
     show(result, json, result.to_dict(), plot)
 

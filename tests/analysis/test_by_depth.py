@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
-from bd3lm_cli import app
 from tests.helpers import FIXTURES, small
+from tests.helpers.command import run
 from tests.helpers.passes import boot, relative, shared, there
 from transformer_lens_bd3lm.analysis.by_depth import parse, read_conllu
 from transformer_lens_bd3lm.analysis.by_depth.means import MeanByDepth
@@ -473,7 +472,7 @@ def test_the_command_writes_tables_figures_and_picture(tmp_path):
     parses, told, picture = (tmp_path / name for name in ("x.conllu", "x.json", "x.png"))
     parses.write_text(TEXT + many(30, 5))
     how = ["--parses", str(parses), "--shuffles", "2", "--json", str(told), "--plot", str(picture)]
-    result = CliRunner().invoke(app, ["dependency", *folders, *how], env={"COLUMNS": "130"})
+    result = run("dependency", *map(str, folders), *how, columns=130)
     assert result.exit_code == 0, result.output
     found = json.loads(told.read_text())
     assert [each["model"] for each in found] == ["a0", "a1"]
@@ -560,11 +559,11 @@ def test_what_only_some_need_is_imported_when_it_is_needed():
 def test_the_command_asks_for_one_source(tmp_path):
     text = tmp_path / "x.txt"
     text.write_text("w1 w2")
-    for how in ([], ["--parses", str(PARSES), "--text", str(text)]):
-        result = CliRunner().invoke(app, ["dependency", "tiny", *how])
+    for how in ([], ["--parses", str(PARSES), "--file", str(text)]):
+        result = run("dependency", "tiny", *how)
         assert result.exit_code == 2 and "give one of" in result.output
-    result = CliRunner().invoke(app, ["dependency", "tiny", "--text", str(text)])
-    assert isinstance(result.exception, InputError) and "Stanza" in str(result.exception)
+    result = run("dependency", "tiny", "--file", str(text))
+    assert result.exit_code == 1 and "Stanza" in result.stderr
 
 
 def test_sentences_may_be_given_as_they_were_read(bridge):

@@ -9,11 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
-from bd3lm_cli import app
 from tests.helpers import small
+from tests.helpers.command import run
 from tests.helpers.passes import boot, relative, there
 from transformer_lens_bd3lm.analysis.compare_models import ModelComparison
 from transformer_lens_bd3lm.bridge.ar_baseline import WithNextToken
@@ -386,16 +385,14 @@ def test_the_command_writes_table_figures_and_picture(tmp_path):
     text, told, picture = tmp_path / "x.txt", tmp_path / "x.json", tmp_path / "x.png"
     text.write_text("\n".join(TEXTS))
     how = ["--split", "^w", "--replicates", "2", "--json", str(told), "--plot", str(picture)]
-    result = CliRunner().invoke(
-        app, ["compare", *reversed(paths), "--text", str(text), *how], env={"COLUMNS": "160"}
-    )
+    result = run("compare", *reversed(paths), "--file", str(text), *how, columns=160)
     assert result.exit_code == 0, result.output
     assert [each["kind"] for each in json.loads(told.read_text())] == [
         "autoregressive",
         "full diffusion",
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    twice = CliRunner().invoke(app, ["compare", paths[0], paths[0], "--text", str(text)])
+    twice = run("compare", paths[0], paths[0], "--file", str(text))
     assert twice.exit_code == 2 and "named twice" in twice.output
 
 

@@ -12,11 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformer_lens.benchmarks import hook_registration
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from typer.testing import CliRunner
 
 import transformer_lens_bd3lm as bd3lm
-from bd3lm_cli import app
-from tests.helpers import small
+from tests.helpers import command, small
 from tests.helpers.hook_points import names_of
 from tests.helpers.passes import boot
 from tests.helpers.repositories import REMOTE
@@ -607,7 +605,7 @@ def test_a_reference_of_another_kind_is_refused(original, device, tmp_path):
 
 
 def run(*words):
-    return CliRunner().invoke(app, ["verify", *map(str, words)], env={"COLUMNS": "80"})
+    return command.run("verify", *map(str, words), columns=80)
 
 
 def test_a_user_sees_that_it_agrees(golden):
@@ -631,7 +629,7 @@ def test_a_user_sees_what_is_broken_and_the_exit_status_is_one(original, broken)
 
 
 def test_standard_output_is_json_alone(original, broken):
-    result = run(broken(swapped), "--against", original, "--json")
+    result = run(broken(swapped), "--against", original, "--json", "-")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert found["ok"] is False and found["against"] == "original"
@@ -641,19 +639,19 @@ def test_standard_output_is_json_alone(original, broken):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, why",
     [
-        ("/no/such/folder",),
-        ("tiny", "--against", "/no/such/folder"),
-        ("grammar", "--device", "toaster"),
-        ("grammar", "--device", "meta"),
-        ("grammar", "--against", "tiny"),
+        (("/no/such/folder",), "there is no such folder"),
+        (("tiny", "--against", "/no/such/folder"), "there is no such folder"),
+        (("grammar", "--device", "toaster"), "'toaster': give cpu"),
+        (("grammar", "--device", "cuda:99"), "could not be compared"),
+        (("grammar", "--against", "tiny"), "could not be compared"),
     ],
 )
-def test_what_could_not_be_compared_is_one_message_and_exit_status_two(words):
+def test_what_could_not_be_compared_is_one_message_and_exit_status_two(words, why):
     result = run(*words)
-    assert result.exit_code == 2 and "could not be compared" in " ".join(result.output.split())
-    assert "Traceback" not in result.output
+    assert result.exit_code == 2 and result.stderr.startswith("error: ")
+    assert why in result.words and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("which", ["model", "against"])

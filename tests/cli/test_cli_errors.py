@@ -1,199 +1,294 @@
-"""The command line beyond what goes well: encodings, odd texts, and errors that are one message."""
+"""The command line when something is wrong: encodings, odd texts, and one form of errors."""
 
-import io
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 import transformer_lens_bd3lm as bd3lm
-from bd3lm_cli import main
+from tests.helpers.command import run
+
+COMMAND = [sys.executable, "-m", "bd3lm_cli"]
 
 
-class Terminal(io.TextIOWrapper):
-    """A stream of an encoding, which remembers what was written."""
-
-    def __init__(self, encoding: str):
-        super().__init__(io.BytesIO(), encoding=encoding, write_through=True)
-
-    def written(self) -> str:
-        return self.buffer.getvalue().decode(self.encoding)
-
-
-@pytest.fixture
-def bd3lm_command(monkeypatch, tmp_path):
-    """The command's exit status, standard output and standard error, in an encoding."""
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*words: str, encoding: str = "utf-8") -> tuple[int, str, str]:
-        streams = Terminal(encoding), Terminal(encoding)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["bd3lm", *words])
-            patch.setattr(sys, "stdout", streams[0])
-            patch.setattr(sys, "stderr", streams[1])
-            with pytest.raises(SystemExit) as ended:
-                main()
-        return int(ended.value.code or 0), *(stream.written() for stream in streams)
-
-    return run
 
 
 # Encodings.
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-16"])
-def test_a_text_is_printed_in_any_encoding_and_its_run_is_saved(bd3lm_command, encoding):
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-16"])
+def test_a_text_keeps_its_letters_in_a_pipe_of_any_encoding(encoding):
     prompt = "naïve 😀 詩"
-    words = ["generate", "tiny", prompt, "--tokens", "3", "--save", "run"]
-    status, told, said = bd3lm_command(*words, encoding=encoding)
-    assert status == 0, said
-    assert prompt.encode(encoding, "backslashreplace").decode(encoding) in told
+    words = ("generate", "tiny", prompt, "--max-new-tokens", "3", "--save", "run")
+    result = run(*words, encoding=encoding)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"<|endoftext|>{prompt}")
     assert sorted(path.name for path in Path("run").iterdir()) == ["run.json", "run.safetensors"]
+
+
+def test_a_text_keeps_its_letters_in_a_process_of_the_c_locale():
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
+    environment = clean | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["generate", "tiny", "é 詩", "--max-new-tokens", "2"]
+    ended = subprocess.run([*COMMAND, *words], capture_output=True, env=environment, timeout=300)
+    assert ended.returncode == 0 and "é 詩".encode() in ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["exact", "tiny", "é 😀", "--block-size", "2"],
-        ["demo", "--tokens", "3", "--masked", "é 😀 [MASK]", "--prompt", "詩", "--toward", "詩"],
+        ["exact", "tiny", "--text", "é 😀", "--block-size", "2"],
+        ["demo", "--max-new-tokens", "3", "--masked", "é 😀 [MASK]", "--prompt", "詩"],
         ["diff", "tiny", "tiny", "--text", "é 😀"],
-        ["info", "tiny"],
-        ["likelihood", "tiny", "😀.txt"],
-        ["sweep", "tiny", "😀.txt", "--block-size", "1", "--block-size", "2"],
-        ["compare", "tiny", "--text", "😀.txt"],
+        ["compare", "tiny", "--file", "😀.txt"],
     ],
     ids=lambda words: words[0],
 )
-def test_every_command_prints_in_an_encoding_without_its_characters(bd3lm_command, words):
+def test_commands_print_in_an_encoding_without_its_characters(words):
     Path("😀.txt").write_text("é 😀", encoding="utf-8")
-    status, told, said = bd3lm_command(*words, encoding="ascii")
-    assert status == 0 and told and "Traceback" not in said, said
+    result = run(*words, encoding="ascii")
+    assert result.exit_code == 0 and result.stdout and "Traceback" not in result.stderr
 
 
-def test_json_on_standard_output_is_json_in_any_encoding(bd3lm_command):
-    words = ["exact", "tiny", "é 😀", "--json", "-"]
-    told = [bd3lm_command(*words, encoding=each)[1] for each in ("utf-8", "cp1252", "ascii")]
-    assert len({json.dumps(json.loads(each)) for each in told}) == 1
-    assert not told[0].isascii() and told[2].isascii()
+def test_json_on_standard_output_is_json_in_any_encoding():
+    words = ("exact", "tiny", "--text", "é 😀", "--json", "-")
+    values = [run(*words, encoding=each).stdout for each in ("utf-8", "cp1252")]
+    assert values[0] == values[1] and not values[0].isascii() and json.loads(values[0])
 
 
 # Texts.
 
 
-def test_a_text_is_printed_as_it_is(bd3lm_command):
+def test_a_text_is_printed_as_it_is():
     prompt = "say :smile: a:x:b [red]or[/red] [/] [bold"
-    status, told, said = bd3lm_command("generate", "tiny", prompt, "--tokens", "1")
-    assert status == 0 and f"<|endoftext|>{prompt}" in told, said
+    result = run("generate", "tiny", prompt, "--max-new-tokens", "1")
+    assert result.exit_code == 0 and f"<|endoftext|>{prompt}" in result.stdout
 
 
-@pytest.mark.parametrize("text", [":smile:", "[red]x[bold]"])
-def test_tables_show_a_text_as_it_is(bd3lm_command, text):
-    status, told, said = bd3lm_command("demo", "--tokens", "2", "--masked", f"{text} [MASK]")
-    assert status == 0, said
-    assert " ".join(told.split()).count(f"'{text} [MASK]'") == 2
-    status, told, said = bd3lm_command("diff", "tiny", "tiny", "--text", text)
-    assert status == 0, said
+def test_tables_show_a_text_and_a_file_as_they_are():
+    text = ":smile: [red]x[bold]"
+    result = run("demo", "--max-new-tokens", "2", "--masked", f"{text} [MASK]", columns=400)
+    assert result.exit_code == 0, result.stderr
+    assert " ".join(result.stdout.split()).count(f"'{text} [MASK]'") == 2
     Path(f"{text}.txt").write_text("To be", encoding="utf-8")
-    status, told, said = bd3lm_command("likelihood", "tiny", f"{text}.txt", "--json", "-")
-    assert json.loads(told)["texts"] == [f"{text}.txt"]
+    result = run("likelihood", "tiny", "--file", f"{text}.txt", "--json", "-")
+    assert json.loads(result.stdout)["texts"] == [f"{text}.txt"]
 
 
-def test_a_models_name_is_shown_as_it_is(bd3lm_command):
+def test_a_models_name_is_shown_as_it_is():
     os.symlink(bd3lm.GRAMMAR, "[red]:x:")
-    Path("a.txt").write_text("a b = a b", encoding="utf-8")
     for words in (
         ["info", "[red]:x:"],
-        ["likelihood", "[red]:x:", "a.txt"],
-        ["sweep", "[red]:x:", "a.txt", "--block-size", "1"],
-        ["compare", "[red]:x:", "grammar", "--text", "a.txt"],
+        ["sweep", "[red]:x:", "--text", "a b = a b", "--block-sizes", "1"],
+        ["compare", "[red]:x:", "grammar", "--text", "a b = a b"],
     ):
-        status, told, said = bd3lm_command(*words)
-        assert status == 0 and "[red]:x:" in told, (words, told, said)
+        result = run(*words)
+        assert result.exit_code == 0 and "[red]:x:" in result.stdout, (words, result.output)
 
 
-# Errors.
+# Errors in what was typed: exit status 2.
+
+HUGE = "9" * 20
+TYPED = [
+    ("exat grammar", "No such command 'exat'. Did you mean 'exact'?"),
+    ("exact", "Missing argument"),
+    ("exact grammar --nosuch", "--nosuch"),
+    # Models.
+    ("info tinny", "'tinny' is no model: did you mean tiny?"),
+    ("info gramar", "did you mean grammar?"),
+    (
+        "info elephant",
+        "Give an embedded model (grammar, tiny), a folder, a .ckpt file",
+    ),
+    ("info /no/such/folder", "/no/such/folder: there is no such folder"),
+    ("info runs/best.ckpt", "runs/best.ckpt: there is no such file"),
+    ("info folder", "folder is a folder without config.json"),
+    ("info ckpts", "without config.json: give ckpts::last.ckpt"),
+    ("info ckpts::best.ckpt", "there is no file 'best.ckpt' in the folder ckpts"),
+    ("info a.txt", "a.txt is a file, but not a .ckpt"),
+    ("info someone/model", "someone/model was taken for a Hub id, since there is no such folder"),
+    ("info someone/model::x.ckpt", "it is not in the Hub's cache; HF_HUB_OFFLINE is set"),
+    ("compare tiny nosuch --text a", "'nosuch' is no model"),
+    ("verify tiny --against nosuch", "--against: 'nosuch' is no model"),
+    ("convert nosuch out", "'nosuch' is no model"),
+    ("compare tiny tiny --text a", "a checkpoint is named twice"),
+    # Texts and files.
+    ("exact grammar", "give one of --text and --file"),
+    ("exact grammar --text a --file a.txt", "give one of --text and --file"),
+    ("exact grammar --text a.txt", "--text: a.txt names a file"),
+    ("exact grammar --text missing.txt", "missing.txt names a file"),
+    ("exact grammar --text \udcff", "is not text in UTF-8"),
+    (
+        "exact grammar --file missing.txt",
+        "--file: missing.txt cannot be read: there is no such file",
+    ),
+    ("exact grammar --file folder", "folder cannot be read: it is not a regular file"),
+    ("exact grammar --file bytes.txt", "bytes.txt cannot be read"),
+    ("generate grammar a.txt", "a.txt names a file"),
+    ("generate grammar --file missing.txt", "there is no such file"),
+    ("likelihood grammar", "give a text: --file FILE, or --text TEXT"),
+    ("likelihood grammar --file /dev/zero", "/dev/zero cannot be read"),
+    ("diff grammar grammar --text a.txt", "a.txt names a file"),
+    ("dependency grammar", "give one of --parses, --text and --file"),
+    ("dependency grammar --parses /dev/zero", "/dev/zero cannot be read"),
+    ("circuit grammar", "give one of --pairs, --text and --file"),
+    ("circuit grammar --text a --block-sizes 1,2,4", "--block-sizes has 3: give two"),
+    ("trace grammar a", "give two texts and --target, or --pairs FILE.jsonl"),
+    ("trace grammar a --pairs a.txt", "--pairs a.txt has the texts"),
+    ("trace grammar --pairs a.txt", "a.txt: give an object a line"),
+    ("train missing.txt a.txt out", "missing.txt"),
+    # Values.
+    ("exact grammar --text a --block-size four", "--block-size: 'four': give a number of tokens"),
+    ("exact grammar --text a --block-size 0", "--block-size: '0': give a number of tokens"),
+    ("sweep grammar --text a --block-sizes 1,four", "--block-sizes: 'four': give a number"),
+    ("parallel grammar --k some", "--k: 'some': give a number of tokens from 1 on, or \"block\""),
+    ("parallel grammar --texts 0", "--texts: "),
+    ("generate grammar a --temperature warm", "--temperature: "),
+    ("generate grammar a --temperature -1", "--temperature: "),
+    ("generate grammar a --nucleus-p 2", "--nucleus-p: "),
+    ("generate grammar a --steps 3", "--steps 3 is for --sampler ancestral"),
+    ("generate grammar a --sampler best", "--sampler: "),
+    (f"generate grammar a --max-new-tokens {HUGE}", "--max-new-tokens: "),
+    (f"likelihood grammar --text a --seed {HUGE}9", "--seed: "),
+    ("likelihood grammar --text a --split (", "'(' is not a regular expression"),
+    ("exact grammar --text a --device nowhere", "--device: 'nowhere': give cpu, cuda"),
+    # What is to be written.
+    ("exact grammar --text a --plot a.xyz", "--plot: a.xyz: give a name that ends in .html, .png"),
+    ("exact grammar --text a --plot /no/such/a.png", "/no/such/a.png cannot be written"),
+    ("exact grammar --text a --json folder", "--json: folder cannot be written"),
+    ("exact grammar --text a --json loop", "loop cannot be written"),
+    ("likelihood grammar --text a --out a.txt", "--out: a.txt cannot be made"),
+    ("generate grammar a --save folder", "--save: folder cannot be made"),
+    ("generate grammar a --save a.txt/run", "a.txt/run cannot be made"),
+    ("convert x.ckpt folder", "folder cannot be made"),
+]
 
 
 @pytest.fixture
 def files():
     """Files that cannot be used, in the working folder."""
-
-    def make():
-        Path("a.txt").write_text("a b = a b", encoding="utf-8")
-        Path("deep.jsonl").write_text("[" * 100_000 + "\n", encoding="utf-8")
-        Path("bytes.txt").write_bytes(bytes(range(256)))
-        Path("folder").mkdir()
-        os.symlink("loop", "loop")
-
-    return make
+    Path("a.txt").write_text("a b = a b", encoding="utf-8")
+    Path("deep.jsonl").write_text("[" * 100_000 + "\n", encoding="utf-8")
+    Path("bytes.txt").write_bytes(bytes(range(256)))
+    Path("folder").mkdir()
+    Path("ckpts").mkdir()
+    Path("ckpts/last.ckpt").write_bytes(b"PK")
+    os.symlink("loop", "loop")
 
 
-HUGE = "9" * 20
+@pytest.mark.parametrize("line, why", TYPED)
+def test_what_is_typed_wrongly_is_one_message_and_loads_no_model(files, line, why, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformer_lens_bd3lm.bridge.boot.boot_checkpoint", load)
+    result = run(*line.split(" "))
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert result.stderr.startswith("error: ") and why in result.stderr, result.stderr
+    name = line.split()[0]
+    hint = "bd3lm --help" if name == "exat" else f"bd3lm {name} --help"
+    assert result.stderr.splitlines()[-1] == f"{hint} says what can be typed."
+
+
+# Errors that the library or the machine finds: exit status 1, or 2 where it names what was typed.
 
 
 @pytest.mark.parametrize(
-    "words, status, why",
+    "line, status, why",
     [
-        ("exact grammar ab --device cuda:99", 2, "--device cuda:99 cannot be used"),
-        ("generate grammar a --device nowhere", 2, "--device nowhere cannot be used"),
-        ("likelihood grammar a.txt --device meta", 2, "--device meta cannot be used"),
-        ("verify grammar --device nowhere", 2, "could not be compared"),
-        ("likelihood grammar deep.jsonl", 1, "deep.jsonl cannot be read"),
-        ("likelihood grammar bytes.txt", 1, "bytes.txt cannot be read"),
-        ("likelihood grammar a.txt --split (", 1, "not a regular expression"),
-        (f"likelihood grammar a.txt --rows {HUGE}", 2, "--rows"),
-        (f"likelihood grammar a.txt --seed {HUGE}9", 2, "--seed"),
-        (f"generate grammar a --sampler ancestral --steps {HUGE}", 2, "--steps"),
-        (f"generate grammar a --tokens {HUGE}", 2, "--tokens"),
-        ("train a.txt a.txt out", 1, "not vocab_size=1024"),
-        ("train bytes.txt a.txt out", 2, "bytes.txt cannot be read"),
-        ("train /dev/zero a.txt out", 2, "/dev/zero cannot be read"),
-        ("dependency grammar --parses /dev/zero", 2, "/dev/zero cannot be read"),
-        ("likelihood grammar a.txt --json /dev/full", 1, "/dev/full could not be written"),
-        ("sweep grammar a.txt --block-size 1 --json /dev/full", 1, "could not be written"),
-        ("likelihood grammar a.txt --json folder", 2, "folder cannot be written"),
-        ("likelihood grammar a.txt --json loop", 2, "loop cannot be written"),
-        ("likelihood grammar a.txt --out a.txt", 1, "a.txt"),
+        ("exact grammar --text a --device cuda:99", 2, "--device cuda:99 cannot be used"),
+        ("exact grammar --text a --block-size 999", 2, "--block-size 999: give an int in 1.."),
+        ("likelihood grammar --file deep.jsonl", 1, "deep.jsonl cannot be read"),
+        ("likelihood grammar --file bytes.txt", 1, "bytes.txt cannot be read"),
+        ("demo --masked none", 2, "'none' has 0 masks: give one [MASK]"),
+        ("likelihood grammar --text a --json /dev/full", 1, "/dev/full could not be written"),
         ("generate grammar a --save /proc/x/y", 1, "/proc/x/y could not be written"),
-        ("generate grammar a --save folder", 2, "folder cannot be made"),
-        ("generate grammar a --save a.txt/run", 2, "a.txt/run cannot be made"),
-        ("exact grammar a.txt", 2, "a.txt names a file"),
-        ("exact grammar missing.txt", 2, "missing.txt names a file"),
-        ("generate grammar a.txt", 2, "a.txt names a file"),
-        ("diff grammar grammar --text a.txt", 2, "a.txt names a file"),
-        ("exact grammar \udcff", 2, "is not text in UTF-8"),
+        ("train a.txt a.txt out", 1, "not vocab_size=1024"),
     ],
 )
-def test_what_cannot_be_is_one_message(bd3lm_command, files, words, status, why):
-    files()
-    found, told, said = bd3lm_command(*words.split(" "))
-    assert found == status, told + said
-    assert why in " ".join(said.split()) and "Traceback" not in said
-    assert ("error: " in said) == (status == 1)
+def test_what_fails_is_one_message(files, line, status, why):
+    result = run(*line.split(" "))
+    assert result.exit_code == status, result.output
+    assert result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    assert why in " ".join(result.stderr.split())
+    assert not result.stdout or line.startswith(("generate", "demo"))
 
 
-def test_a_run_that_could_not_be_saved_is_printed(bd3lm_command):
-    status, told, _ = bd3lm_command("generate", "grammar", "a", "--save", "/proc/x/y")
-    assert status == 1 and "<|endoftext|> a" in told
+def test_a_run_that_could_not_be_saved_is_printed():
+    result = run("generate", "grammar", "a", "--save", "/proc/x/y")
+    assert result.exit_code == 1 and "<|endoftext|> a" in result.stdout
+
+
+def test_a_repository_in_the_cache_is_used_where_the_hub_is_not_reached(tmp_path, monkeypatch):
+    """One request is made and not repeated, and the Hub is asked no second time."""
+    cache = tmp_path / "hub"
+    commit = cache / "models--someone--tiny" / "snapshots" / ("a" * 40)
+    commit.parent.mkdir(parents=True)
+    os.symlink(bd3lm.GRAMMAR, commit)
+    (cache / "models--someone--tiny" / "refs").mkdir()
+    (cache / "models--someone--tiny" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody answers there
+    begun = time.monotonic()
+    missing = run("info", "someone/else")
+    assert missing.exit_code == 2 and "the Hub was not reached" in missing.stderr
+    assert "someone/else was taken for a Hub id" in missing.stderr
+    assert time.monotonic() - begun < 10
+    cached = run("info", "someone/tiny")
+    assert cached.exit_code == 0, cached.output
+    assert "the copy in the cache is used" in cached.stderr and "Hub repository" in cached.stdout
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_message():
+    words = ("--max-new-tokens", "2", "--masked", "O [MASK], wherefore art thou, Romeo?")
+    result = run("demo", *words)
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: row 0 has a mask at position") == 1
+    assert "warnings.warn" not in result.stderr
+
+
+# Processes: pipes and signals.
 
 
 def test_a_full_disk_behind_standard_output_is_one_message():
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "transformer_lens_bd3lm", "info", "grammar"],
-            stdout=full, stderr=subprocess.PIPE, text=True, timeout=300,
-        )  # fmt: skip
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1
+        result = run("info", "grammar", stdout=full)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.filterwarnings("default")
-def test_a_warning_is_one_message(bd3lm_command):
-    words = ["demo", "--tokens", "2", "--masked", "O [MASK], wherefore art thou, Romeo?"]
-    status, _, said = bd3lm_command(*words)
-    assert status == 0 and said.count("warning: row 0 has a mask at position") == 1
-    assert "warnings.warn" not in said
+def test_a_reader_that_ends_early_is_no_error():
+    """As in ``bd3lm --help | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.closing(os.fdopen(writing, "wb", 0)) as pipe:
+        ended = subprocess.run([*COMMAND, "--help"], stdout=pipe, stderr=subprocess.PIPE)
+    assert ended.returncode == 1 and ended.stderr == b""
+
+
+def test_an_interrupt_is_one_word_and_exit_status_130():
+    words = ["likelihood", "tiny", "--text", "To be " * 2000, "--replicates", "100000"]
+    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1].strip() == "interrupted"
+
+
+def test_the_library_as_a_module_is_the_same_command():
+    words = ["-m", "transformer_lens_bd3lm", "--version"]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    assert ended.stdout == run("--version").stdout

@@ -2,17 +2,21 @@
 
 import io
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm import show
 from transformer_lens_bd3lm.result import Result, figure_of, plain_values, table_of
+from transformer_lens_bd3lm.show.tables import new_table
 
 WORDS = ["w1 w2 w3 w4 w5 w6 w7", "w8 w9 w1 w1 w2", "w3 w3 w4 w9"]
 ONE = "w1 w2 w3 w4 w5 w6 w7"
@@ -65,6 +69,45 @@ def test_every_result_is_plain_json(results, name):
 def test_every_result_has_a_table(results, name):
     assert isinstance(results[name], Result)
     assert len(printed(results[name].table())) > 50
+
+
+def at_width(table: Any, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue().splitlines()
+
+
+def figures(lines: list[str]) -> set[str]:
+    return set(re.findall(r"[-+]?[0-9][0-9.,]*[0-9%]|[0-9]", " ".join(lines)))
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+@pytest.mark.parametrize("name", TYPES)
+def test_a_narrow_table_has_every_figure_of_the_wide_one(results, name, width):
+    table = results[name].table()
+    narrow = at_width(table, width)
+    assert figures(at_width(table, 400)) <= figures(narrow)
+    assert max(map(len, narrow)) <= width and "…" not in "".join(narrow)
+
+
+def test_a_table_of_rich_cuts_figures_where_ours_goes_on_below():
+    ours, richs = new_table("", ["name", *"abcdef"], ["name"], ""), Table("name", *"abcdef")
+    for table in (ours, richs):
+        table.add_row("blocks.10.hook_resid_post", *["0.1234 ± 0.0123"] * 6)
+    assert figures(at_width(ours, 60)) == {"10", "0.1234", "0.0123"}
+    assert "…" in "".join(at_width(richs, 60))
+    lines = at_width(ours, 60)
+    assert sum("name" in line for line in lines) > 1, "the first column is repeated"
+    assert "blocks.10.hook_resid_post" in "".join(lines)
+    wide = at_width(ours, 400)
+    assert sum("name" in line for line in wide) == 1
+
+
+def test_every_table_of_a_result_is_one_that_cuts_no_figure():
+    folder = Path(show.__file__).parent
+    for file in folder.glob("*.py"):
+        made = re.findall(r"(?<!\w)Table\(", file.read_text(encoding="utf-8"))
+        assert not made or file.name == "tables.py", file
 
 
 def test_what_is_not_finite_is_none_in_json():

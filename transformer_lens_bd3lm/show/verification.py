@@ -91,7 +91,7 @@ def _failures(result: Verification) -> Table:
     return table
 
 
-def _plain_table(title: str) -> Table:
+def _plain_table(title: str) -> ShownTable:
     """Return an empty table that fits into 80 columns."""
     return ShownTable(
         title=Text(title, "table.title"), title_justify="left", caption_justify="left",
