@@ -10,7 +10,7 @@ from typing import Any
 
 from bd3lm_cli.app import app as app
 from bd3lm_cli.bench import bench
-from bd3lm_cli.checkpoints import info, train
+from bd3lm_cli.checkpoints import info
 from bd3lm_cli.commitment import commitment
 from bd3lm_cli.compare import compare
 from bd3lm_cli.convert import convert
@@ -22,6 +22,7 @@ from bd3lm_cli.measure import exact, likelihood, sweep
 from bd3lm_cli.parallel import parallel
 from bd3lm_cli.run import main as main
 from bd3lm_cli.trace import circuit, trace
+from bd3lm_cli.train import train
 from bd3lm_cli.verify import verify
 
 # The commands by what they are for, in the order of the help.

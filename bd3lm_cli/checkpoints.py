@@ -1,15 +1,13 @@
-"""``bd3lm info`` and ``bd3lm train``: what a checkpoint is, and training the embedded default."""
+"""``bd3lm info``: what a checkpoint is."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from bd3lm_cli.models import ModelName, not_loaded, resolve
-from bd3lm_cli.options import MOST, Json, Model
+from bd3lm_cli.options import Json, Model
 from bd3lm_cli.output import write_json
-from bd3lm_cli.terminal import console, errors
-from bd3lm_cli.typed import read_file
+from bd3lm_cli.terminal import console
 
 
 def info(model: Model, json: Json = None) -> None:
@@ -94,33 +92,3 @@ def _rows(kind: str, config: Any, parameters: int, tokenizer: str) -> dict[str, 
         if config.time_conditioning
         else "no: cached denoising is exact",
     }
-
-
-def train(
-    train_file: Annotated[Path, typer.Argument(help="Training text.", exists=True, dir_okay=False)],
-    valid_file: Annotated[
-        Path, typer.Argument(help="Validation text.", exists=True, dir_okay=False)
-    ],
-    out: Annotated[
-        Path, typer.Argument(help="Folder of the checkpoint; a stopped run is resumed.")
-    ],
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Number of optimizer steps; the recipe's by default.", min=1, max=MOST),
-    ] = None,
-) -> None:
-    """Train on a text with the embedded default's recipe; a stopped run is resumed.
-
-    Try: bd3lm train train.txt valid.txt my-model
-    """
-    train_text, valid_text = read_file(train_file), read_file(valid_file)
-
-    from transformer_lens_bd3lm.progress import progress_bar
-    from transformer_lens_bd3lm.training.recipe import Recipe
-    from transformer_lens_bd3lm.training.train import train as run
-
-    recipe = Recipe() if steps is None else Recipe(steps=steps, schedule=steps)
-    with progress_bar("training", recipe.steps, console=errors) as update:
-        for report in run(recipe, train_text, valid_text, out):
-            update(completed=report["step"])
-            errors.print("  ".join(f"{key} {value:.4g}" for key, value in report.items()))

@@ -16,7 +16,7 @@ from transformer_lens_bd3lm.errors import BlockSizeError, InputError
 from transformer_lens_bd3lm.grammar import MARK, MASK
 from transformer_lens_bd3lm.likelihoods.exact import exact
 from transformer_lens_bd3lm.training.recipe import GRAMMAR_RECIPE
-from transformer_lens_bd3lm.training.train import train_grammar
+from transformer_lens_bd3lm.training.train_recipe import train_grammar
 from transformer_lens_bd3lm.training.training_run import TrainingRun
 
 GRAMMAR = Path(bd3lm.GRAMMAR)

@@ -81,6 +81,7 @@ from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
 from transformer_lens_bd3lm.model.subs import log_probs
 from transformer_lens_bd3lm.training.loss import diffusion_loss
+from transformer_lens_bd3lm.training.train import train
 
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 """Path of the embedded default: a BD3LM of 3.3 M parameters, trained at eight block sizes."""
@@ -173,6 +174,7 @@ __all__ = [
     "sweep_block_sizes",
     "TINY",
     "TokenizerError",
+    "train",
     "verify",
     "WordFrequency",
 ]

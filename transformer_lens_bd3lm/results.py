@@ -36,6 +36,7 @@ from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import Contract, Result
+from transformer_lens_bd3lm.training.training import Training
 
 __all__ = [
     "AttentionOverSteps",
@@ -77,5 +78,6 @@ __all__ = [
     "Speed",
     "Steering",
     "Sweep",
+    "Training",
     "Verification",
 ]

@@ -43,7 +43,7 @@ def test_standard_output_of_generate_is_the_text_alone():
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--sampler", "ancestral", "--steps", "3"], "Ancestral(temperature=1.0"),
+        (["--sampler", "ancestral", "--steps", "3"], "Ancestral(steps=3"),
         (["--sampler", "confidence", "--temperature", "0"], "Confidence(temperature=0.0"),
         (["--block-size", "full", "--nucleus-p", "0.9"], "block_size=8"),
     ],

@@ -146,7 +146,7 @@ TYPED = [
     ("trace grammar a", "give two texts and --target, or --pairs FILE.jsonl"),
     ("trace grammar a --pairs a.txt", "--pairs a.txt has the texts"),
     ("trace grammar --pairs a.txt", "a.txt: give an object a line"),
-    ("train missing.txt a.txt out", "missing.txt"),
+    ("train missing.txt out", "missing.txt"),
     # Values.
     ("exact grammar --text a --block-size four", "--block-size: 'four': give a number of tokens"),
     ("exact grammar --text a --block-size 0", "--block-size: '0': give a number of tokens"),
@@ -213,7 +213,8 @@ def test_what_is_typed_wrongly_is_one_message_and_loads_no_model(files, line, wh
         ("demo --masked none", 2, "'none' has 0 masks: give one [MASK]"),
         ("likelihood grammar --text a --json /dev/full", 1, "/dev/full could not be written"),
         ("generate grammar a --save /proc/x/y", 1, "/proc/x/y could not be written"),
-        ("train a.txt a.txt out", 1, "not vocab_size=1024"),
+        ("train a.txt out", 1, "not vocab_size=512"),
+        ("train a.txt out --steps 1 --minutes 1", 2, "give one of the two"),
     ],
 )
 def test_what_fails_is_one_message(files, line, status, why):

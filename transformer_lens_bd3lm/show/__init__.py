@@ -40,6 +40,7 @@ from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
 from transformer_lens_bd3lm.likelihoods.nelbo import Nelbo
 from transformer_lens_bd3lm.likelihoods.statistics import Nats
 from transformer_lens_bd3lm.result import Contract, Result, figure_of, html_of, table_of
+from transformer_lens_bd3lm.training.training import Training
 
 TABLES = {
     AttentionOverSteps: "attention_over_steps:attention_table",
@@ -79,6 +80,7 @@ TABLES = {
     Speed: "speed:speed_tables",
     Steering: "steering:steering_table",
     Sweep: "sweep:sweep_table",
+    Training: "training:training_table",
     Verification: "verification:verification_tables",
 }
 FIGURES = {
@@ -107,6 +109,7 @@ FIGURES = {
     Sinks: "sinks:sinks_figure",
     Steering: "steering:steering_figure",
     Sweep: "sweep:sweep_figure",
+    Training: "training:training_figure",
 }
 
 

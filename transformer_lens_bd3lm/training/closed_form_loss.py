@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.training.loss import masked_nll
+from transformer_lens_bd3lm.training.training_pass import masked_logits
 
 
 def draw_masks(
@@ -58,15 +59,17 @@ def nelbo_loss(
     """Draw one unbiased estimate of the NELBO, in nats a token (BOS not counted).
 
     Args:
-        model: model that is trained.
+        model: model that is trained, with adaLN and without time conditioning.
         x_0: clean rows.
         block_size: tokens per block; it divides the length of the rows.
         generator: source of the masks.
     """
     rows, context = x_0.shape
     mask_id = model.config.vocab_size - 1
-    masked, weight = draw_masks(rows, context, block_size, generator)
+    masked, weight = (
+        drawn.to(x_0.device) for drawn in draw_masks(rows, context, block_size, generator)
+    )
     x_t = torch.where(masked, mask_id, x_0)
-    logits = model(x_t, clean=x_0, block_size=block_size, return_dict=False)
-    nll = masked_nll(logits[masked], x_0[masked], mask_id)
+    logits = masked_logits(model, x_t, x_0, block_size, masked)
+    nll = masked_nll(logits, x_0[masked], mask_id)
     return (weight[masked] * nll).sum() / (rows * (context - 1))

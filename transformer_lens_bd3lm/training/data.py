@@ -91,3 +91,21 @@ def text_windows(ids: Int[Tensor, " text"], context: int) -> Rows:
         return torch.cat([torch.zeros_like(starts), x_0], dim=1)
 
     return draw
+
+
+def even_windows(ids: Int[Tensor, " text"], context: int) -> Rows:
+    """Return a function that returns windows of a text laid end to end, the same at every call.
+
+    If there are more of them than rows are asked for, they are evenly spaced.
+
+    Args:
+        ids: token ids of the text, at least ``context - 1``.
+        context: tokens of a row, BOS included.
+    """
+    windows = ids[: len(ids) // (context - 1) * (context - 1)].view(-1, context - 1)
+
+    def draw(rows: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
+        chosen = torch.linspace(0, len(windows) - 1, min(rows, len(windows))).long()
+        return torch.nn.functional.pad(windows[chosen], (1, 0))
+
+    return draw

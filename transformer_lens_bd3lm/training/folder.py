@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from transformer_lens_bd3lm.errors import InputError
 
 BEGUN = "begun.json"
-RESULTS = ("state.safetensors", "config.json", "model.safetensors")
+STATE = "state.safetensors"
+RESULTS = (STATE, "config.json", "model.safetensors")
 
 
 @contextmanager
@@ -74,11 +75,10 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged, not as it was written: use another folder") from error
     now = json.loads(json.dumps(made_of))
-    changed = " and another ".join(name for name in now if before.get(name) != now[name])
+    changed = [name for name in now if before.get(name) != now[name]]
     if changed:
-        raise InputError(
-            f"{folder} was begun with another {changed}: give another folder, or remove it"
-        )
+        others = " and ".join(_another(name, before.get(name), now[name]) for name in changed)
+        raise InputError(f"{folder} was begun with {others}: give another folder, or remove it")
     for name, wanted in files.items():
         file = folder / Path(name).name
         if not file.is_file() or sha256_of(file.read_bytes()) != wanted:
@@ -87,6 +87,21 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
                 "put it back"
             )
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def begun_values(folder: Path) -> dict[str, Any]:
+    """Return the values that a run was begun with; none if no run was, or they cannot be read."""
+    try:
+        return dict(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["made of"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _another(name: str, before: Any, now: Any) -> str:
+    """Describe a value that has changed: with both values, if they are short."""
+    if isinstance(now, dict | list) or name.endswith("text"):
+        return f"another {name}"
+    return f"another {name} ({before}, not {now})"
 
 
 def sha256_of(content: bytes) -> str:

@@ -4,7 +4,7 @@ Every step draws a block size, so one set of weights is on-distribution from the
 order (block size 1) to full diffusion (the whole context).
 
 A recipe holds numbers alone: what they do is in ``closed_form_loss``, ``data``, ``training_run``
-and ``train``.
+and ``train_recipe``.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ class Recipe:
         ema: decay a step of the moving average of the weights, which is what is exported.
         autocast: whether the forward pass runs in bfloat16; a very small model is as fast without.
         seed: random seed of weights, rows, masks and dropout.
+        block_size: block size that the checkpoint boots with.
     """
 
     vocab_size: int = 1024
@@ -57,11 +58,12 @@ class Recipe:
     ema: float = 0.999
     autocast: bool = True
     seed: int = 0
+    block_size: int = 4
 
     def config(self) -> BD3LMConfig:
         """Return the config of the checkpoint: the released architecture, small."""
         return BD3LMConfig(
-            block_size=4, model_length=self.context, vocab_size=self.vocab_size,
+            block_size=self.block_size, model_length=self.context, vocab_size=self.vocab_size,
             hidden_dim=self.hidden_dim, cond_dim=self.cond_dim, n_blocks=self.n_blocks,
             n_heads=self.n_heads, dropout=self.dropout, attn_backend="sdpa", var_min=False,
             architectures=["BD3LM"], dtype="float32", bos_token_id=0,

@@ -1,7 +1,7 @@
 """State of a training run, and its optimizer step.
 
 All randomness of a step comes from (seed, step). So a run that was stopped and resumed ends with
-the same weights as one that was not.
+the same weights as one that was not, bit for bit on a CPU with the same number of threads.
 """
 
 import json
@@ -23,16 +23,19 @@ from transformer_lens_bd3lm.training.recipe import Recipe, learning_rate
 
 
 class TrainingRun:
-    """Weights, their moving average, Adam's moments and the step: what is needed to resume.
+    """Weights, their moving average, Adam's moments, the step and the reports so far.
 
     Args:
         recipe: recipe of the run.
+        device: device of the model.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu"):
         self.recipe = recipe
+        self.device = torch.device(device)
         torch.manual_seed(recipe.seed)
         self.model = BD3LM(recipe.config())
+        torch.nn.Module.to(self.model, self.device)
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         plain = [p for p in self.model.parameters() if p.ndim < 2]
@@ -46,6 +49,8 @@ class TrainingRun:
             fused=True,
         )
         self.step = 0
+        self.losses: list[float] = []  # of the steps since the last report
+        self.reports: list[dict[str, float]] = []
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state, under a flat name."""
@@ -60,6 +65,7 @@ class TrainingRun:
         """Write the state to a file, whole or not at all."""
         partial = path.with_suffix(".partial")
         metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+        metadata |= {"losses": json.dumps(self.losses), "reports": json.dumps(self.reports)}
         save_file({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
         os.replace(partial, path)
 
@@ -85,11 +91,13 @@ class TrainingRun:
                     f"{path} was written by another recipe: use another folder, or remove it"
                 )
             self.step = int(metadata["step"])
+            self.losses = json.loads(metadata.get("losses", "[]"))
+            self.reports = json.loads(metadata.get("reports", "[]"))
             for name, p in self.model.named_parameters():
                 p.data.copy_(saved.get_tensor(f"model/{name}"))
                 self.ema[name].copy_(saved.get_tensor(f"ema/{name}"))
                 self.optimizer.state[p] = {
-                    key: saved.get_tensor(f"{key}/{name}")
+                    key: saved.get_tensor(f"{key}/{name}").to(p.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 
@@ -100,11 +108,11 @@ class TrainingRun:
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
         choice = int(torch.randint(len(recipe.block_sizes), (), generator=generator))
         block_size = recipe.block_sizes[choice]
-        x_0 = draw(recipe.batch, generator)
+        x_0 = draw(recipe.batch, generator).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
         self.model.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.autocast):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=recipe.autocast):
             loss = nelbo_loss(self.model, x_0, block_size, generator)
         self.optimizer.zero_grad()
         loss.backward()
@@ -114,7 +122,15 @@ class TrainingRun:
         decay = min(recipe.ema, (1 + self.step) / (10 + self.step))
         for name, p in self.model.named_parameters():
             self.ema[name].lerp_(p.detach(), 1 - decay)
-        return block_size, loss.item()
+        self.losses.append(loss.item())
+        return block_size, self.losses[-1]
+
+    def report(self, validation: dict[str, float]) -> dict[str, float]:
+        """Close a stretch of steps: note its mean loss and validation losses, and return them."""
+        mean = sum(self.losses) / len(self.losses)
+        self.reports.append({"step": self.step, "loss": mean} | validation)
+        self.losses.clear()
+        return self.reports[-1]
 
     @torch.no_grad()
     def validate(self, draw: Rows, block_size: int, rows: int = 64) -> float:
@@ -124,7 +140,7 @@ class TrainingRun:
         for name, p in self.model.named_parameters():
             p.data = self.ema[name]
         self.model.eval()
-        loss = nelbo_loss(self.model, draw(rows, generator), block_size, generator)
+        loss = nelbo_loss(self.model, draw(rows, generator).to(self.device), block_size, generator)
         for name, p in self.model.named_parameters():
             p.data = own[name]
         return loss.item()

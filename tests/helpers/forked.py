@@ -1,0 +1,42 @@
+"""A forked process: a real one, for real signals, without the seconds of importing everything."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TextIO
+
+import torch
+
+
+def forked(work: Callable[[], object]) -> tuple[int, TextIO]:
+    """Run a function in a new process; return its id, and what it prints on both streams.
+
+    It computes with one thread, since threads do not survive a fork. Its exit status is that of
+    ``SystemExit``, 0 at the end of the function, and 1 after another exception, which it prints.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        process = os.fork()
+    if process:
+        os.close(writing)
+        return process, os.fdopen(reading)
+    status = 1
+    try:
+        sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)
+        torch.set_num_threads(1)
+        work()
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException as error:
+        print(type(error).__name__, error)  # noqa: T201
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def exit_status(process: int) -> int:
+    """Wait for a process; return its exit status, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
