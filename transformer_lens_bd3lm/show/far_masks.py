@@ -6,7 +6,16 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
 from transformer_lens_bd3lm.show.effects import line_effects, part_of
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
 
 _COLORS = (BLUE, "#009e73", ORANGE)
@@ -55,7 +64,7 @@ def far_masks_table(result: FarMasks) -> Table:
 
 def far_masks_figure(result: FarMasks) -> Figure:
     """Draw the change of log p along the number of masks: a panel a place, a line a distance."""
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(1, len(result.places), squeeze=False)[0]
     true = result.true_change
     for place, (name, axes) in enumerate(zip(result.places, panels, strict=True)):
@@ -77,8 +86,13 @@ def far_masks_figure(result: FarMasks) -> Figure:
     if true is not None:
         lines.append(Line2D([], [], linestyle="--", color=QUIET, label="true change"))
     figure.legend(
-        handles=lines, loc="outside upper right", ncols=4, frameon=False, fontsize=8, labelcolor=INK
+        handles=lines,
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
     )
-    figure.suptitle(result.title, x=0.01, ha="left", color=INK, fontsize=10).set_parse_math(False)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
+    write_title(figure, result.title)
+    write_caption(figure, _caption(result))
     return figure

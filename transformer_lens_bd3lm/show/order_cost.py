@@ -5,7 +5,16 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    legend_below,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
 
 _COLORS = (ORANGE, BLUE, "#009e73", "#cc79a7", "#56b4e9")
@@ -41,7 +50,7 @@ def order_table(result: OrderCost) -> Table:
 
 def order_figure(result: OrderCost) -> Figure:
     """Draw how -log p of a block spreads over its orders, and where the given orders are."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     about = result.orders_by_block - result.exact.nelbo_by_block[..., None]
     values = about[about.isfinite()]
@@ -61,8 +70,8 @@ def order_figure(result: OrderCost) -> Figure:
         ylabel="number of orders",
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(result.title, loc="left", color=INK, fontsize=10, parse_math=False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
+    write_title(figure, result.title)
+    legend_below(figure, axes, 2)
+    write_caption(figure, _caption(result))
     plain(axes)
     return figure
