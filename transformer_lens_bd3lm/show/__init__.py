@@ -119,15 +119,18 @@ def _imported(place: str) -> Callable[..., Any]:
     return call
 
 
-def _drawn(place: str) -> Callable[..., Any]:
+def drawn(place: str) -> Callable[..., Any]:
     """Return a function that draws by ``module:name`` of this folder, and finishes the figure."""
     draw, finish = _imported(place), _imported("finish:finish")
 
     def plot(
-        result: Any, *, dark: bool = False, width: float | None = None, interactive: bool = False,
+        *args: Any,
+        dark: bool = False,
+        width: float | None = None,
+        interactive: bool = False,
         **options: Any,
-    ) -> Any:  # fmt: skip
-        return finish(draw(result, **options), dark, width, interactive)
+    ) -> Any:
+        return finish(draw(*args, **options), dark, width, interactive)
 
     return plot
 
@@ -135,4 +138,4 @@ def _drawn(place: str) -> Callable[..., Any]:
 for _type, _place in TABLES.items():
     table_of.register(_type, _imported(_place))
 for _type, _place in FIGURES.items():
-    figure_of.register(_type, _drawn(_place))
+    figure_of.register(_type, drawn(_place))

@@ -117,6 +117,7 @@ def _draw_cka(axes: Axes, comparison: BlockSizeComparison) -> None:
         axes.plot(stream.cka.tolist(), depth, "-o", label=name, **line)
     both = torch.cat([comparison.noisy.cka, comparison.clean.cka])
     low = min(float(both.nan_to_num(1.0).min()), 0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.set(xlabel="CKA", xlim=(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low)))
     above = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, **above)

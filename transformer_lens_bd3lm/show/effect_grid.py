@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
@@ -85,10 +86,8 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
             values = torch.full_like(values, torch.nan)
             axes.text(0.5, 0.5, "no gap to restore a share of", transform=axes.transAxes,
                       ha="center", va="center", fontsize=9, color=QUIET)  # fmt: skip
-        heat_map(axes, scale if not row else axes.inset_axes((0, 2, 1, 0.1)), values, 0,
+        heat_map(axes, None if row else scale, values, 0,
                  (-1.0, 1.0), BOTH_WAYS, name)  # fmt: skip
-        if row:
-            axes.child_axes[0].set_visible(False)
         sure = (result.effects.significant[:, step]).nonzero().T
         axes.plot(*sure.flip(0).tolist(), ".", color=INK, markersize=3)
         axes.set_ylabel(_layer(result), color=INK, fontsize=9)
@@ -124,6 +123,7 @@ def _lines(result: EffectGrid, steps: Sequence[int]) -> Figure:
         axes.set_title(masks.replace("\n", " "), loc="left", fontsize=9, color=INK)
         if not column:
             axes.set_ylabel("effect, nats", color=INK, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if number + columns >= len(steps):
             axes.set_xlabel(_layer(result), color=INK, fontsize=9)
         plain(axes)

@@ -130,7 +130,7 @@ def _dots(result: Experiment, names: list[str]) -> Figure:
         panel.set_title(name, fontsize=9, color=INK, loc="left")
         panel.set_xlabel(result.units[name] or "difference")
         panel.set_ylim(len(arms) - 0.5, -0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_locator(MaxNLocator(3))
         panel.set_yticks(range(len(arms)), arms)
         plain(panel)
     title = f"Difference from {result.base}, 95% over texts; filled: p < 0.05, corrected"

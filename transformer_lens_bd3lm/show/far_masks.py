@@ -12,6 +12,7 @@ from transformer_lens_bd3lm.show.style import (
     ORANGE,
     QUIET,
     WIDTH,
+    legend_below,
     plain,
     write_caption,
     write_title,
@@ -82,17 +83,8 @@ def far_masks_figure(result: FarMasks) -> Figure:
     for axes in panels[1:]:
         axes.set_ylim(min(low), max(high))
     panels[0].set_ylabel("change of log p of the masked token, nats")
-    lines = [line for line in panels[0].get_lines() if not line.get_label().startswith("_")]
-    if true is not None:
-        lines.append(Line2D([], [], linestyle="--", color=QUIET, label="true change"))
-    figure.legend(
-        handles=lines,
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-    )
+    true_line = Line2D([], [], linestyle="--", color=QUIET, label="true change")
     write_title(figure, result.title)
     write_caption(figure, _caption(result))
+    legend_below(figure, panels[0], further=[] if true is None else [true_line])
     return figure

@@ -56,7 +56,7 @@ def influence_figure(result: Influence, row: int = 0) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=(0.05, 1))
     maps = (
         (result.influence, "influence of i on j, nats"),
-        (result.attention, "attention of query j to key i, mean over heads"),
+        (result.attention, "attention of j to i, mean of heads"),
     )
     shown = [
         f"{position}" if word == "" else f"{token_label(word)} {position}"

@@ -15,7 +15,7 @@ from matplotlib.axis import Axis, XAxis, YAxis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FixedFormatter
+from matplotlib.ticker import FuncFormatter
 
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.show.style import (
@@ -45,6 +45,8 @@ def interactive_figure(figure: Figure) -> Any:
     grid = subplots.make_subplots(
         rows=max(rows) + 1,
         cols=max(columns) + 1,
+        horizontal_spacing=0.22 / max(*columns, 1),
+        vertical_spacing=0.16 / max(*rows, 1),
         subplot_titles=[_name(axes) for axes in _in_grid(panels, rows, columns)],
     )
     lettering = to_hex(panels[0].xaxis.label.get_color())
@@ -145,10 +147,8 @@ def _places(axis: Axis, image: AxesImage) -> dict[int, str]:
     if isinstance(formatter, Words):
         shown = [word.strip(" ").replace("\n", "↵") or "␣" for word in formatter.words]
         return {i: f"{i} {_plain(shown[i])}" for i in places}
-    names: dict[int, str] = {}
-    if isinstance(formatter, FixedFormatter):
-        names = dict(zip(map(round, axis.get_majorticklocs()), formatter.seq, strict=False))
-    return {i: _plain(names.get(i) or str(i)) for i in places}
+    named = isinstance(formatter, FuncFormatter)  # what matplotlib makes of labels
+    return {i: _plain((named and formatter(i).replace("\n", " ")) or str(i)) for i in places}
 
 
 def _plain(text: str) -> str:
@@ -164,10 +164,11 @@ def _axis(axis: Axis, image: AxesImage) -> dict[str, Any]:
     if isinstance(formatter, Words) and len(formatter.words) <= SHORT:
         words = [_plain(token_label(formatter.words[i])) for i in places]
         options |= {"tickvals": list(places), "ticktext": words}
-    elif isinstance(formatter, FixedFormatter):
+    elif isinstance(formatter, FuncFormatter):
         options |= {"tickvals": list(places), "ticktext": list(places.values())}
     if isinstance(axis, YAxis):
         options["autorange"] = "reversed"
+        options["showticklabels"] = axis.get_tick_params().get("labelleft", True)
     return options
 
 

@@ -71,7 +71,7 @@ def order_figure(result: OrderCost) -> Figure:
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     write_title(figure, result.title)
-    legend_below(figure, axes, 2)
     write_caption(figure, _caption(result))
+    legend_below(figure, axes, 2)
     plain(axes)
     return figure

@@ -57,7 +57,7 @@ def parallel_figure(result: ParallelCost) -> Figure:
     axes.set_xticks(list(x), [str(size) for size in result.block_sizes])
     axes.set(xlabel="block size, tokens", ylabel="cost, nats a token")
     write_title(figure, result.title)
-    legend_below(figure, axes)
     write_caption(figure, _caption(result))
+    legend_below(figure, axes)
     plain(axes)
     return figure

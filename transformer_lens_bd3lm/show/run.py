@@ -42,6 +42,7 @@ def run_figure(run: Run, row: int = 0) -> Figure:
     axes, scale = (figure.add_subplot(grid[i]) for i in (1, 0))
     _draw(axes, scale, run, row, end)
     write_title(figure, _title(run, row))
+    write_caption(figure, "hatched: given" + "; dotted: blocks" * (run.block_size > 1))
     return figure
 
 
@@ -86,7 +87,9 @@ def replay_figure(replay: Replay, row: int = 0) -> Figure:
     kept = {"coupled": "the same noise", "fresh": "new noise"}[replay.mode]
     different = end - sum(same)
     write_title(figure, f"Row {row}: a run and its replay, with {kept}")
-    write_caption(figure, f"triangles: {different} of {end} tokens differ; dotted: blocks")
+    write_caption(
+        figure, f"triangles: {different} of {end} tokens differ; hatched: given; dotted: blocks"
+    )
     return figure
 
 
@@ -129,10 +132,7 @@ def _map(
     name: str,
 ) -> None:
     """Draw a map of step by position; without a scale, that of the panel above holds."""
-    hidden = axes.inset_axes((0, 2, 1, 0.1)) if scale is None else scale
-    heat_map(axes, hidden, values, first, limits, LIGHT_TO_DARK, name)
-    if scale is None:
-        hidden.set_visible(False)
+    heat_map(axes, scale, values, first, limits, LIGHT_TO_DARK, name)
     axes.set(xlabel="token", ylabel="step")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -169,5 +169,5 @@ def _title(run: Run, row: int) -> str:
     written = int((run.commit_step[row] >= 0).sum())
     return (
         f"Row {row} of a run: {written} tokens written in {len(run.timeline.t)} steps, block size "
-        f"{run.block_size}; hatched: given, dotted: blocks"
+        f"{run.block_size}"
     )

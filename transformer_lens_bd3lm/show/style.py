@@ -45,20 +45,24 @@ def write_caption(figure: Figure, caption: str) -> None:
     text.set_wrap(True)
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """Write the legend of a panel's lines below the figure, where it covers no data."""
+def legend_below(figure: Figure, axes: Axes, columns: int = 4, further: Sequence[Any] = ()) -> None:
+    """Write the legend of a panel's lines below the figure and its caption: it covers no data."""
     handles, labels = axes.get_legend_handles_labels()
+    handles, labels = [*handles, *further], [*labels, *(str(line.get_label()) for line in further)]
     box = figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8,
         labelcolor=INK,
     )  # fmt: skip
     for text in box.get_texts():
         text.set_parse_math(False)
+    lines = -(-len(labels) // columns)
+    if caption := figure.get_supxlabel():  # the layout would put it behind the legend
+        write_caption(figure, caption + "\n" * (lines + -(-lines // 2)))
 
 
 def heat_map(
     axes: Axes,
-    scale: Axes,
+    scale: Axes | None,
     values: Float[Tensor, "row column"],
     first_row: int,
     limits: tuple[float, float],
@@ -69,7 +73,7 @@ def heat_map(
 
     Args:
         axes: where the map goes.
-        scale: where its color scale goes.
+        scale: where its color scale goes; None where that of another panel holds.
         values: one value a cell; NaN is left blank.
         first_row: number of the first row.
         limits: values of the lightest and the darkest color.
@@ -88,6 +92,8 @@ def heat_map(
         label=title,
     )
     plain(axes)
+    if scale is None:
+        return
     bar = axes.figure.colorbar(image, cax=scale, orientation="horizontal", ticklocation="top")
     bar.outline.set_visible(False)
     bar.locator = MaxNLocator(5, steps=[1, 2, 5, 10])

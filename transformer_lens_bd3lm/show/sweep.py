@@ -131,7 +131,7 @@ def _draw_price(axes: Axes, sweep: Sweep) -> None:
         own = price.price - price.looseness
         label = f"{price.share:.0%}\nbound {price.looseness:+.3f}\nmodel {own:+.3f}\nnats/token"
         axes.annotate(
-            label, (i, 0), (0, 4), textcoords="offset points", ha="center", fontsize=7.5, color=INK
+            label, (i, 0), (0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK
         )
     axes.axhline(1, color=QUIET, linewidth=0.9, linestyle=":")
     axes.set_xticks(at, [str(price.block_size) for price in prices])
