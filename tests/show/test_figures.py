@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import transformer_lens_bd3lm as bd3lm
-from tests.helpers import TOP, small
+from tests.helpers import small
 from tests.helpers.passes import boot, shared
 from transformer_lens_bd3lm import show
 from transformer_lens_bd3lm.denoising.replay import Replay
@@ -27,11 +27,11 @@ from transformer_lens_bd3lm.show.finish import finish
 
 MASK = 7
 COPIES = [[f"a b {x} = a b [MASK]" for x in letters] for letters in ("cdae", "deba")]
-SPEECH = (TOP / "tests" / "fixtures" / "hamlet.txt").read_text()[:400]
 PARSES = "".join(
-    f"1\tthe\t_\tDET\t_\t_\t2\tdet\t_\t_\n2\t{word}\t_\tNOUN\t_\t_\t3\tnsubj\t_\t_\n"
-    "3\tfalls\t_\tVERB\t_\t_\t0\troot\t_\t_\n\n"
-    for word in ("king", "queen", "crown", "night", "sword", "storm")
+    f"1\tw{a}\t_\tDET\t_\t_\t2\tdet\t_\t_\n2\tw{b}\t_\tNOUN\t_\t_\t3\tnsubj\t_\t_\n"
+    f"3\tw{a + b}\t_\tVERB\t_\t_\t0\troot\t_\t_\n\n"
+    for a in range(1, 5)
+    for b in range(1, 6)
 )
 
 
@@ -67,36 +67,37 @@ def results(grammar, texts, run, device, tmp_path_factory) -> dict[str, Any]:
     x_t[:, [4, 6]] = MASK
     direction = bd3lm.direction(grammar, texts[:8], texts[8:], layer=2)
     arms = {"base": None, "without 2.1": HOOKS}
+    circuits = bd3lm.compare_circuits(
+        grammar, *COPIES, [*"cdae"], [*"deba"], block_sizes=(1, "full"), steps=1
+    )
     made = [
         bd3lm.attention_over_steps(run),
         bd3lm.compare_block_sizes(bridge, "w1 w2 w3 w4 w5 w6 w7", 2, "full"),
         bd3lm.calibration(grammar, texts, block_size=4),
         bd3lm.compare_checkpoints(bridge, other, ["w1 w2 w3 w4 w5 w6 w7", "w8 w9 w1 w1 w2"]),
-        bd3lm.attribute_edges(grammar, *COPIES, [*"cdae"], [*"deba"], block_size="full", steps=1),
-        bd3lm.compare_circuits(
-            grammar, *COPIES, [*"cdae"], [*"deba"], block_sizes=(1, "full"), steps=1
-        ),
+        circuits.first,
+        circuits,
         bd3lm.commitment(run),
         bd3lm.depth_redundancy(grammar, texts[:4], block_size=1),
         direction,
         bd3lm.effect_grid(grammar, "a b c = a b", "a b d = a b", "c", block_size="full"),
         bd3lm.mean_effects(torch.randn(8, 12, 20, generator=torch.Generator().manual_seed(0))),
         bd3lm.exact(bridge, "w1 w2 w3 w4 w5 w6 w7"),
-        bd3lm.experiment(grammar, texts[:4, :4], arms, metric="nats", max_new_tokens=4),
-        bd3lm.far_masks(grammar, texts[:, :6], truth=bd3lm.grammar.conditional),
+        bd3lm.experiment(grammar, texts[:4, :4], arms, metric="nats", seeds=1, max_new_tokens=4),
+        bd3lm.far_masks(grammar, texts[:6, :6], truth=bd3lm.grammar.conditional),
         bd3lm.detect_heads(grammar, x_t, "previous_token", clean=texts, block_size=4),
         bd3lm.influence(grammar, x_t[:4], block_size="full", permutations=19),
         bd3lm.compare_models({"one": bridge, "two": other}, ["w1 w2 w3 w4", "w5"], replicates=3),
         bd3lm.order_cost(bridge, "w1 w2 w3", ("left_to_right",), block_size=4),
         bd3lm.parallel_cost(bridge, ["w1 w2 w3", "w4 w5 w6"], k=(2,), block_sizes=(4,)),
-        bd3lm.probe(run),
+        bd3lm.probe(grammar, texts, block_size=4),
         bd3lm.replay(run, HOOKS),
         run,
         run.logit_lens(),
         bd3lm.sinks(grammar, texts[:4], block_size=4),
         bd3lm.steer(grammar, texts[:4, :4], direction, [1], target="a", max_new_tokens=4, seeds=1),
         bd3lm.sweep_block_sizes(bridge, ["w1 w2 w3 w4 w5", "w6 w7 w8"], [1, 4], max_states=16),
-        bd3lm.by_dependency_depth(shared(bd3lm.TINY, device), PARSES, times=(0.5,), shuffles=2),
+        bd3lm.by_dependency_depth(bridge, PARSES, times=(0.5,), shuffles=2),
     ]
     return {type(each).__name__: each for each in made}
 
@@ -193,7 +194,7 @@ def test_plot_is_dark_and_as_wide_as_it_is_asked_for(results):
 
 @pytest.mark.parametrize(
     ("name", "unit"),
-    [("Exact", "nats"), ("Sweep", "bits a token"), ("ParallelCost", "nats a token"),
+    [("Exact", "nats"), ("Sweep", "bits a character"), ("ParallelCost", "nats a token"),
      ("RunLens", "nats"), ("EdgeAttribution", "nats"), ("DepthRedundancy", "nats lost a token")],
 )  # fmt: skip
 def test_axes_have_units(results, name, unit):

@@ -21,9 +21,9 @@ from transformer_lens_bd3lm.show.tables import count, new_table, off_distributio
 
 _COLORS = (BLUE, "#009e73", ORANGE)
 _TITLES = {
-    "behind": "masks behind the text: hide nothing",
-    "hides near": "masks over the nearest tokens",
-    "hides far": "masks over the farthest tokens",
+    "behind": "masks behind the text:\nhide nothing",
+    "hides near": "masks over the\nnearest tokens",
+    "hides far": "masks over the\nfarthest tokens",
 }
 
 

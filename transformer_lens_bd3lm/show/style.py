@@ -128,7 +128,7 @@ class Words(Formatter):
     def __init__(self, words: Sequence[str], numbers: bool = False):
         self.words, self.numbers = tuple(words), numbers
 
-    def __call__(self, x: float, pos: int | None = None) -> str:
+    def __call__(self, x: Any, pos: Any = None) -> str:
         """Return the label of a place; empty between places and outside of them."""
         place = round(x)
         if place != x or not 0 <= place < len(self.words):
