@@ -68,7 +68,8 @@ def _colors(artist: Artist) -> Iterator[tuple[Callable[[Any], Any], Any]]:
         yield artist.set_markeredgecolor, _mirrored(artist.get_markeredgecolor())
     elif isinstance(artist, Patch):
         yield artist.set_facecolor, _mirrored(artist.get_facecolor())
-        yield artist.set_edgecolor, _mirrored(artist.get_edgecolor())
+        if to_rgba(artist.get_edgecolor())[3]:  # else an artist's own alpha would show the edge
+            yield artist.set_edgecolor, _mirrored(artist.get_edgecolor())
     elif isinstance(artist, Collection) and not _is_mapped(artist):
         yield artist.set_facecolor, [_mirrored(color) for color in artist.get_facecolor()]
         yield artist.set_edgecolor, [_mirrored(color) for color in artist.get_edgecolor()]

@@ -57,7 +57,7 @@ def order_figure(result: OrderCost) -> Figure:
     bins = min(max(len(values) // 3, 10), 60)
     kind = "all orders" if result.kind == "exact" else "drawn orders"
     axes.hist(values.numpy(), bins=bins, color=QUIET, alpha=0.5, label=f"{kind} of every block")
-    axes.axvline(0, color=INK, linewidth=0.9, label="mean over orders (NELBO)")
+    axes.axvline(0, color=INK, linewidth=0.9, linestyle="--", label="mean over orders (NELBO)")
     gap = float((result.exact.nll_by_block - result.exact.nelbo_by_block).mean())
     axes.axvline(gap, color=INK, linestyle=":", label="all orders together (NLL), mean of blocks")
     for number, name in enumerate(result.names):
