@@ -80,6 +80,7 @@ from transformer_lens_bd3lm.likelihoods.exact_effect import exact_backward, exac
 from transformer_lens_bd3lm.likelihoods.mask_draws import Clip
 from transformer_lens_bd3lm.likelihoods.nelbo import nelbo
 from transformer_lens_bd3lm.model.subs import log_probs
+from transformer_lens_bd3lm.show.pictures import plot_attention, plot_heat_map
 from transformer_lens_bd3lm.training.loss import diffusion_loss
 from transformer_lens_bd3lm.training.train import train
 
@@ -155,6 +156,8 @@ __all__ = [
     "order_cost",
     "packed",
     "parallel_cost",
+    "plot_attention",
+    "plot_heat_map",
     "probe",
     "Record",
     "register",

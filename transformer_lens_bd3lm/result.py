@@ -61,16 +61,30 @@ class Result:
         """
         return table_of(self, **options)
 
-    def plot(self, **options: Any) -> "Figure":
-        """Draw the result as a matplotlib figure.
+    def plot(
+        self,
+        *,
+        dark: bool = False,
+        width: float | None = None,
+        interactive: bool = False,
+        **options: Any,
+    ) -> "Figure":
+        """Draw the result as a matplotlib figure, or as an interactive one of plotly.
 
         Args:
+            dark: draw it for a dark page.
+            width: width of the figure in inches, as of a paper's column; letters keep their size.
+            interactive: return a ``plotly.graph_objects.Figure`` of the result's heat maps, which
+                shows each cell's place and value under the pointer. Needs the extra
+                ``interactive``.
             options: those of this type of result.
 
         Raises:
             NotImplementedError: for a result that has no figure.
+            InputError: for an interactive figure of a result without heat maps, or without plotly;
+                for a width of less than 2 inches.
         """
-        return figure_of(self, **options)
+        return figure_of(self, dark=dark, width=width, interactive=interactive, **options)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

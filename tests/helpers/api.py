@@ -21,6 +21,7 @@ SECTIONS = {
     "likelihoods": "Likelihoods",
     "training": "Training",
     "analysis": "Analyses",
+    "show": "Pictures of tensors",
     "checkpoint": "Checkpoints",
     "": "Embedded models and errors",
     "results": "Result types, in `bd3lm.results`",

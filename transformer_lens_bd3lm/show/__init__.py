@@ -105,6 +105,8 @@ FIGURES = {
     OrderCost: "order_cost:order_figure",
     ParallelCost: "parallel_cost:parallel_figure",
     ProbeScores: "over_run_scores:probe_figure",
+    Replay: "run:replay_figure",
+    Run: "run:run_figure",
     RunLens: "over_run:run_lens_figure",
     Sinks: "sinks:sinks_figure",
     Steering: "steering:steering_figure",
@@ -117,13 +119,30 @@ def _imported(place: str) -> Callable[..., Any]:
     """Return a function that imports ``module:name`` of this folder and calls it."""
     module, _, name = place.partition(":")
 
-    def draw(result: Any, **options: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), name)(result, **options)
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{module}"), name)(*args, **options)
 
-    return draw
+    return call
 
 
+def drawn(place: str) -> Callable[..., Any]:
+    """Return a function that draws by ``module:name`` of this folder, and finishes the figure."""
+    draw, finish = _imported(place), _imported("finish:finish")
+
+    def plot(
+        *args: Any,
+        dark: bool = False,
+        width: float | None = None,
+        interactive: bool = False,
+        **options: Any,
+    ) -> Any:
+        return finish(draw(*args, **options), dark, width, interactive)
+
+    return plot
+
+
+for _type, _place in TABLES.items():
+    table_of.register(_type, _imported(_place))
+for _type, _place in FIGURES.items():
+    figure_of.register(_type, drawn(_place))
 html_of.register(Result, _imported("html_tables:result_html"))
-for _registry, _places in ((table_of, TABLES), (figure_of, FIGURES)):
-    for _type, _place in _places.items():
-        _registry.register(_type, _imported(_place))

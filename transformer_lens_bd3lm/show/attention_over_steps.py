@@ -3,12 +3,22 @@
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.attention_over_steps import AttentionOverSteps
 from transformer_lens_bd3lm.checks import check_int
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    LIGHT_TO_DARK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    heat_map,
+    number_axes,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 
 COLORS = (QUIET, BLUE, "#9fc9e8", ORANGE, "#f0c9a8")  # in the order of the groups
@@ -53,19 +63,16 @@ def attention_figure(result: AttentionOverSteps, layer: int | None = None) -> Fi
     one_pass = result.view != "run"
     across = min(len(names), 3)
     down = -(-len(names) // across)
-    figure = Figure(figsize=(7.6, 1.75 * down + (1.2 if one_pass else 2.9)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.75 * down + (1.2 if one_pass else 2.9)), layout="constrained")
     of = "heads averaged" if layer is None else f"layer {layer}"
     view = f", {result.view} view" if one_pass else ""
-    figure.suptitle(
-        f"{result.model}{view}: where masked queries look ({of})", x=0.01, ha="left", color=INK,
-        fontsize=11,
-    )  # fmt: skip
+    write_title(figure, f"{result.model}{view}: where masked queries look ({of})")
     heights = [1.0] * down + ([] if one_pass else [0.12, 1.1])
     grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     for i, name in enumerate(names):
         axes = figure.add_subplot(grid[divmod(i, across)])
         _stack(axes, numbers, parts[:, i], result)
-        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_title(name, fontsize=9, loc="left", color=INK)
         if i % across == 0:
             axes.set_ylabel("share", fontsize=8)
         if i >= len(names) - across:
@@ -75,16 +82,17 @@ def attention_figure(result: AttentionOverSteps, layer: int | None = None) -> Fi
             if one_pass:
                 shares = zip(labels, result.mean_uniform.tolist(), strict=True)
                 labels = [f"{name} (uniform: {share:.2f})" for name, share in shares]
-            figure.legend(handles, labels, loc="outside lower center", ncols=3 if one_pass else 5,
-                          frameon=False, fontsize=8)  # fmt: skip
+            figure.legend(
+                handles, labels, loc="outside lower center", ncols=3 if one_pass else 5,
+                frameon=False, fontsize=8, labelcolor=INK,
+            )  # fmt: skip
     if not one_pass:
         scale, axes = figure.add_subplot(grid[down, :]), figure.add_subplot(grid[down + 1, :])
         top = float(result.mean_drift.nan_to_num().max()) or 1.0
         title = "drift: total variation of a head's attention from one step to the next"
-        heat_map(axes, scale, result.mean_drift, 0, (0.0, top), "Blues", title)
+        heat_map(axes, scale, result.mean_drift, 0, (0.0, top), LIGHT_TO_DARK, title)
         axes.set(xlabel="head", ylabel="layer")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        number_axes(axes)
     return figure
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.by_depth import DependencyDepths
 from transformer_lens_bd3lm.analysis.by_depth.probe import Probe
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, WIDTH, plain, write_title
 from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 _LINES = (INK, ORANGE, BLUE, QUIET)
@@ -76,9 +76,10 @@ def by_depth_figure(results: DependencyDepths | Sequence[DependencyDepths]) -> F
     """Draw nats and order by depth, a line a checkpoint, and each probe by time and layer."""
     results = [results] if isinstance(results, DependencyDepths) else results
     probed = [each for each in results if each.probe is not None]
-    figure = Figure(figsize=(9.0, 3.2 + (3.0 if probed else 0)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2 + (3.0 if probed else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if probed else 1, 2 * max(len(probed), 1))
     columns = max(len(probed), 1)
+    write_title(figure, results[0].title if len(results) == 1 else "By dependency depth")
     for at, name in enumerate(("nats", "order")):
         axes = figure.add_subplot(grid[0, at * columns : (at + 1) * columns])
         for number, each in enumerate(results):

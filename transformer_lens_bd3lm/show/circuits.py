@@ -1,14 +1,25 @@
 """Edge attributions as tables of the strongest edges, and as maps of nodes beside their edges."""
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.circuits import CircuitComparison, EdgeAttribution
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.effects import BOTH_WAYS
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    BOTH_WAYS,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    heat_map,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 
@@ -23,19 +34,18 @@ def edges_table(result: EdgeAttribution, n: int = 15) -> Table:
 
 def edges_figure(result: EdgeAttribution, n: int = 12) -> Figure:
     """Draw the nodes as a map of layer by head and MLP, and the ``n`` strongest edges as bars."""
-    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
-    title = figure.suptitle(_title(result), x=0.01, ha="left", color=INK, fontsize=10)
-    title.set_parse_math(False)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    write_title(figure, _title(result))
+    write_caption(figure, _caption(result))
     grid = figure.add_gridspec(2, 2, height_ratios=(0.05, 1), width_ratios=(1, 1.1))
     axes, scale = (figure.add_subplot(grid[row, 0]) for row in (1, 0))
     _node_map(axes, scale, result, _most(result), "attribution of nodes, nats")
     bars, edges = figure.add_subplot(grid[:, 1]), result.top(n)[::-1]
-    values = [nats for *_, nats in edges]
-    bars.barh(range(len(edges)), values, color=[BLUE if x > 0 else ORANGE for x in values])
+    values, colors = [nats for *_, nats in edges], colormaps[BOTH_WAYS]
+    bars.barh(range(len(edges)), values, color=[colors(0.85 if x > 0 else 0.15) for x in values])
     bars.set_yticks(range(len(edges)), [f"{node} → {reader}" for node, reader, _ in edges])
     bars.axvline(0, color=QUIET, linewidth=0.8)
-    bars.set_xlabel("attribution of the strongest edges, nats")
+    bars.set_xlabel(f"attribution of the {len(edges)} strongest edges, nats")
     plain(bars)
     return figure
 
@@ -75,20 +85,20 @@ def comparison_tables(result: CircuitComparison, n: int = 10) -> Tables:
 
 def comparison_figure(result: CircuitComparison) -> Figure:
     """Draw the nodes at both block sizes as maps, and the overlaps of halves as bars."""
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
     name = f"Which components cause the prediction, {result.first.model}, at two block sizes"
-    figure.suptitle(name, x=0.01, ha="left", color=INK, fontsize=10).set_parse_math(False)
+    write_title(figure, name)
     caption = (
         f"EAP-IG over {count(len(result.first.by_text), 'text')}, the same masked inputs; overlap "
         f"of all texts {result.overlap:.2f}, swapped at random {result.chance:.2f}, "
         f"p = {result.p:.3f}"
     )
-    figure.supxlabel(caption, x=0.01, ha="left", color=QUIET, fontsize=8)
+    write_caption(figure, caption)
     grid = figure.add_gridspec(2, 3, height_ratios=(0.05, 1), width_ratios=(1, 1, 0.9))
     most = max(_most(result.first), _most(result.second))
     for column, part in enumerate((result.first, result.second)):
         axes, scale = (figure.add_subplot(grid[row, column]) for row in (1, 0))
-        _node_map(axes, scale, part, most, f"nodes at block size {part.block_size}, nats")
+        _node_map(axes, scale, part, most, f"block size {part.block_size}: nodes, nats")
     bars = figure.add_subplot(grid[:, 2])
     a, b = result.block_sizes
     values = [*result.within.tolist(), result.across]
@@ -96,7 +106,8 @@ def comparison_figure(result: CircuitComparison) -> Figure:
     bars.set_xticks(range(3), [f"both\nat {a}", f"both\nat {b}", f"{a}\nand {b}"])
     for at, value in enumerate(values):
         bars.text(at, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8, color=INK)
-    bars.set(ylim=(0, 1), ylabel=f"overlap of the top {result.top} edges of two halves")
+    bars.set(ylim=(0, 1), ylabel="Jaccard overlap of two halves")
+    bars.set_title(f"top {result.top} edges", loc="left", fontsize=9, color=INK)
     plain(bars)
     return figure
 
@@ -108,7 +119,7 @@ def _node_map(axes: Axes, scale: Axes, result: EdgeAttribution, most: float, nam
     values = nodes.view(layers, -1)
     heat_map(axes, scale, values, 0, (-most, most), BOTH_WAYS, name)
     heads = values.shape[1] - 1
-    axes.set_xticks(range(heads + 1), [*map(str, range(heads)), "MLP"])
+    axes.set_xticks(range(heads + 1), [*map(str, range(heads)), "MLP"], rotation=90 * (heads > 8))
     axes.set_yticks(range(layers))
     axes.set(xlabel="head, and MLP", ylabel="layer")
     plain(axes)

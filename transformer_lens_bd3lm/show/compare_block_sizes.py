@@ -12,12 +12,15 @@ from transformer_lens_bd3lm.analysis.compare_block_sizes import BlockSizeCompari
 from transformer_lens_bd3lm.show.style import (
     BLUE,
     INK,
+    LIGHT_TO_DARK,
     ORANGE,
     QUIET,
     SHORT,
+    WIDTH,
     heat_map,
+    label_tokens,
     plain,
-    token_label,
+    write_title,
 )
 from transformer_lens_bd3lm.show.tables import new_table
 
@@ -64,39 +67,41 @@ def _two_digits(value: float) -> str:
 
 def block_sizes_figure(comparison: BlockSizeComparison) -> Figure:
     """Draw cosine and KL along the text, attention change by head, CKA, and own-block shares."""
-    positions = comparison.kl.shape[1]
-    depth, heads = comparison.noisy.cosine.shape[0], comparison.attention_change.shape[1]
-    along = min(max(positions * 0.2, 4.5), 9.0)
-    across = min(max(heads * 0.28, 2.4), 4.0)
-    height = min(max(depth * 0.3, 2.0), 5.0)
-    figure = Figure(figsize=(along + across + 3.7, height + 3.2), layout="constrained")
-    figure.suptitle(comparison.title, x=0.01, ha="left", color=INK, fontweight="bold")
-    grid = figure.add_gridspec(
-        3, 3, width_ratios=(along, across, 2.2), height_ratios=(0.12, height, 1.7)
-    )
-    residuals = figure.add_subplot(grid[1, 0])
-    attention = figure.add_subplot(grid[1, 1], sharey=residuals)
-    alike = figure.add_subplot(grid[1, 2], sharey=residuals)
-    predictions = figure.add_subplot(grid[2, 0], sharex=residuals)
+    depth = comparison.noisy.cosine.shape[0]
+    height = min(max(depth * 0.2, 1.6), 3.0)
+    figure = Figure(figsize=(WIDTH, 2 * height + 3.9), layout="constrained")
+    write_title(figure, comparison.title)
+    grid = figure.add_gridspec(5, 3, height_ratios=(0.12, height, 1.2, 0.12, height))
+    residuals = figure.add_subplot(grid[1, :])
+    attention = figure.add_subplot(grid[4, 0], sharey=residuals)
+    alike = figure.add_subplot(grid[4, 1], sharey=residuals)
+    predictions = figure.add_subplot(grid[2, :], sharex=residuals)
 
     cosine, change = comparison.noisy.cosine, comparison.attention_change
-    scale = figure.add_subplot(grid[0, 0])
+    scale = figure.add_subplot(grid[0, :])
     limits = (min(float(cosine.min()), 0.9), 1.0)
-    heat_map(residuals, scale, cosine, -1, limits, "Blues_r", "cosine, noisy stream, mean of rows")
-    scale = figure.add_subplot(grid[0, 1])
+    heat_map(
+        residuals,
+        scale,
+        cosine,
+        -1,
+        limits,
+        f"{LIGHT_TO_DARK}_r",
+        "cosine, noisy stream, mean of rows",
+    )
+    scale = figure.add_subplot(grid[3, 0])
     limits = (0.0, max(float(change.max()), 0.1))
-    heat_map(attention, scale, change, 0, limits, "Blues", "attention change, masked queries")
+    heat_map(attention, scale, change, 0, limits, LIGHT_TO_DARK, "change of attention")
     _draw_cka(alike, comparison)
     _draw_kl(predictions, comparison)
-    _draw_shares(figure.add_subplot(grid[2, 1:]), comparison)
+    _draw_shares(figure.add_subplot(grid[4, 2]), comparison)
 
     names, step = ["embed", *range(depth - 1)], -(-depth // 14)
     residuals.set_yticks(range(-1, depth - 1, step), names[::step])
     residuals.set(ylabel="after layer", ylim=(depth - 1.5, -1.5))
-    attention.set(xlabel="head")
+    attention.set(xlabel="head", ylabel="layer")
     attention.xaxis.set_major_locator(MaxNLocator(integer=True))
     residuals.tick_params(labelbottom=False)
-    attention.tick_params(labelleft=False)
     alike.tick_params(labelleft=False)
     return figure
 
@@ -112,8 +117,10 @@ def _draw_cka(axes: Axes, comparison: BlockSizeComparison) -> None:
         axes.plot(stream.cka.tolist(), depth, "-o", label=name, **line)
     both = torch.cat([comparison.noisy.cka, comparison.clean.cka])
     low = min(float(both.nan_to_num(1.0).min()), 0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.set(xlabel="CKA", xlim=(low - 0.06 * (1 - low), 1 + 0.06 * (1 - low)))
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **above)
     plain(axes)
 
 
@@ -128,10 +135,9 @@ def _draw_kl(axes: Axes, comparison: BlockSizeComparison) -> None:
     label = "position"
     if batch == 1 and positions <= SHORT:
         label = "token, dark where masked"
-        words = [token_label(word) for word in comparison.words]
-        axes.set_xticks(range(positions), words, rotation=90)
+        label_tokens(axes.xaxis, comparison.words)
         for tick, dark in zip(axes.get_xticklabels(), comparison.masked[0], strict=True):
-            tick.set(parse_math=False, color=INK if dark else QUIET)
+            tick.set_color(INK if dark else QUIET)
     sizes: list[str] = []
     for size, color in ((comparison.a, ORANGE), (comparison.b, BLUE)):
         if isinstance(size, int) and 1 < size < positions <= _BLOCKS * size:
@@ -155,6 +161,6 @@ def _draw_shares(axes: Axes, comparison: BlockSizeComparison) -> None:
         )
     axes.set(xlabel="layer", ylabel="share on own block", ylim=(-0.04, 1.04))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    above = {"loc": "lower left", "bbox_to_anchor": (0, 0.98), "ncols": 2}
-    axes.legend(frameon=False, fontsize=8, labelcolor="linecolor", **above)
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **above)
     plain(axes)

@@ -15,7 +15,17 @@ from transformer_lens_bd3lm.analysis.compare_checkpoints.activations import Acti
 from transformer_lens_bd3lm.analysis.compare_checkpoints.predictions import PredictionComparison
 from transformer_lens_bd3lm.analysis.compare_checkpoints.weights import WeightComparison
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, heat_map, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    LIGHT_TO_DARK,
+    ORANGE,
+    WIDTH,
+    heat_map,
+    number_axes,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import Tables, new_table, percent
 
 
@@ -125,35 +135,25 @@ def _interval(interval: tuple[float, float] | None) -> str:
 def checkpoints_figure(comparison: CheckpointComparison) -> Figure:
     """Draw changes of components and heads; with a text, of attention, activations, predictions."""
     heads = comparison.weights.by_head()
-    depth, width = heads.shape
-    across = min(max(width * 0.3, 2.6), 4.5)
     read = comparison.predictions is not None and comparison.activations is not None
     columns = 3 if read else 2
-    bars = 4.2
-    figure = Figure(
-        figsize=(bars + across * (columns - 1) + 1.2, 6.6 if read else 4.4), layout="constrained"
-    )
-    figure.suptitle(
-        f"a  {comparison.a}\nb  {comparison.b}", x=0.01, ha="left", color=INK, fontsize=10
-    )
-    for text in figure.texts:
-        text.set_parse_math(False)
+    figure = Figure(figsize=(WIDTH, 6.6 if read else 4.4), layout="constrained")
+    write_title(figure, f"Two checkpoints, a: {comparison.a}, b: {comparison.b}")
     grid = figure.add_gridspec(
-        3 if read else 2, columns, width_ratios=(bars, *[across] * (columns - 1)),
+        3 if read else 2, columns, width_ratios=(1.25, *[1] * (columns - 1)),
         height_ratios=(0.12, 3.6, 2.4)[: 3 if read else 2],
     )  # fmt: skip
     _draw_components(figure.add_subplot(grid[:2, 0]), comparison)
-    maps: list[tuple[Any, str]] = [(heads, "relative change of a head's weights")]
+    maps: list[tuple[Any, str]] = [(heads, "change of weights")]
     if comparison.activations is not None:
-        maps.append((comparison.activations.attention, "attention change, masked queries"))
+        maps.append((comparison.activations.attention, "change of attention"))
     for column, (values, name) in enumerate(maps, 1):
         axes, scale = (figure.add_subplot(grid[row, column]) for row in (1, 0))
         finite = values[values.isfinite()]
         limits = (0.0, float(finite.max()) if bool((finite > 0).any()) else 1.0)
-        heat_map(axes, scale, values, 0, limits, "Blues", name)
+        heat_map(axes, scale, values, 0, limits, LIGHT_TO_DARK, name)
         axes.set(xlabel="head", ylabel="layer" if column == 1 else "")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        number_axes(axes)
     if comparison.predictions is not None and comparison.activations is not None:
         _draw_positions(figure.add_subplot(grid[2, 0]), comparison.predictions)
         _draw_activations(figure.add_subplot(grid[2, 1:]), comparison.activations)
@@ -215,5 +215,8 @@ def _draw_activations(axes: Axes, activations: ActivationComparison) -> None:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, ncols=len(streams))
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=len(streams), loc="lower left",
+        bbox_to_anchor=(0, 1),
+    )  # fmt: skip
     plain(axes)

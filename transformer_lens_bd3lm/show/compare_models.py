@@ -7,7 +7,14 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens_bd3lm.analysis.compare_models import MeasuredModel, ModelComparison
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import interval_cell, new_table
 
 
@@ -49,7 +56,7 @@ def _cells(comparison: ModelComparison, model: MeasuredModel, characters: bool) 
 def models_figure(comparison: ModelComparison) -> Figure:
     """Draw nats a token of each model, smallest block first, with intervals over texts."""
     models = comparison.models
-    figure = Figure(figsize=(6.4, 1.3 + 0.45 * len(models)), layout="constrained")
+    figure = Figure(figsize=(6.4, 1.8 + 0.45 * len(models)), layout="constrained")
     axes = figure.add_subplot()
     for at, each in enumerate(models):
         bound, nll = each.likelihood.nelbo, each.likelihood.nll
@@ -70,6 +77,7 @@ def models_figure(comparison: ModelComparison) -> Figure:
     for color, label in ((BLUE, "exact NLL"), (ORANGE, "NELBO, a bound")):
         axes.plot([], [], "-o", color=color, markersize=5, linewidth=1.4, label=label)
     axes.set(xlabel="nats a token; line: 95% over texts; number: perplexity")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    legend_below(figure, axes)
+    write_title(figure, "How well each model predicts the same texts")
     plain(axes)
     return figure

@@ -4,20 +4,26 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.effects import BOTH_WAYS, line_effects, part_of
+from transformer_lens_bd3lm.show.effects import line_effects, part_of
 from transformer_lens_bd3lm.show.style import (
+    BOTH_WAYS,
     COLORS,
     INK,
     QUIET,
-    SHORT,
+    WIDTH,
     heat_map,
+    label_tokens,
+    legend_below,
     plain,
     token_label,
+    write_caption,
+    write_title,
 )
 from transformer_lens_bd3lm.show.tables import new_table
 
@@ -68,7 +74,7 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
         return _lines(result, steps)
     layers, _, width = result.effects.mean.shape
     high = 0.16 * layers + 0.25
-    size = (min(max(0.24 * width, 4.4), 11) + 1.2, high * len(steps) + 1.9)
+    size = (min(max(0.2 * width, 4.4) + 1.2, WIDTH), high * len(steps) + 1.9)
     figure = Figure(figsize=size, layout="constrained")
     _write_around(figure, result)
     grid = figure.add_gridspec(len(steps) + 1, 1, height_ratios=(0.1, *[high] * len(steps)))
@@ -81,24 +87,19 @@ def effect_grid_figure(result: EffectGrid, most: int = 4) -> Figure:
             values = torch.full_like(values, torch.nan)
             axes.text(0.5, 0.5, "no gap to restore a share of", transform=axes.transAxes,
                       ha="center", va="center", fontsize=9, color=QUIET)  # fmt: skip
-        heat_map(axes, scale if not row else axes.inset_axes((0, 2, 1, 0.1)), values, 0,
+        heat_map(axes, None if row else scale, values, 0,
                  (-1.0, 1.0), BOTH_WAYS, name)  # fmt: skip
-        if row:
-            axes.child_axes[0].set_visible(False)
         sure = (result.effects.significant[:, step]).nonzero().T
         axes.plot(*sure.flip(0).tolist(), ".", color=INK, markersize=3)
         axes.set_ylabel(_layer(result), color=INK, fontsize=9)
         masks = "all\norders" if result.mode == "exact" else _masks(result.masks_left[step])
-        masks += f"\ngap {float(result.gap[step]):.2f}"
-        axes.text(1.01, 0.5, masks, transform=axes.transAxes, fontsize=8, va="center")
+        masks += f"\ngap {float(result.gap[step]):.2f} nats"
+        axes.text(1.01, 0.5, masks, transform=axes.transAxes, fontsize=8, va="center", color=INK)
+        axes.set_label(masks.replace("\n", " "))
         axes.set_yticks(range(0, layers, 1 if layers < 9 else 2))
         last = row == len(steps) - 1
-        if width <= SHORT:
-            axes.set_xticks(range(width))
-            names = [token_label(word) for word in result.positions] if last else []
-            axes.set_xticklabels(names or [""] * width, rotation=90, parse_math=False)
-        elif not last:
-            axes.set_xticklabels([])
+        label_tokens(axes.xaxis, result.positions, 40)
+        axes.tick_params(labelbottom=last)
         plain(axes)
     return figure
 
@@ -107,13 +108,14 @@ def _lines(result: EffectGrid, steps: Sequence[int]) -> Figure:
     """Draw mean effects by depth with intervals: a panel a step, a line a position or group."""
     columns = min(len(steps), 2)
     rows = -(-len(steps) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.2 * rows + 1.6), layout="constrained")
+    width = WIDTH if columns == 2 else 5.0
+    figure = Figure(figsize=(width, 2.2 * rows + 1.6), layout="constrained")
     _write_around(figure, result)
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=(0.3, *[2.2] * rows))
+    grid = figure.add_gridspec(rows, columns)
     first = None
     for number, step in enumerate(steps):
         row, column = divmod(number, columns)
-        axes = figure.add_subplot(grid[row + 1, column], sharex=first, sharey=first)
+        axes = figure.add_subplot(grid[row, column], sharex=first, sharey=first)
         first = first or axes
         for position, name in enumerate(result.positions):
             part = part_of(result.effects, (slice(None), step, position))
@@ -122,16 +124,11 @@ def _lines(result: EffectGrid, steps: Sequence[int]) -> Figure:
         axes.set_title(masks.replace("\n", " "), loc="left", fontsize=9, color=INK)
         if not column:
             axes.set_ylabel("effect, nats", color=INK, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if number + columns >= len(steps):
             axes.set_xlabel(_layer(result), color=INK, fontsize=9)
         plain(axes)
-    legend = figure.add_subplot(grid[0, :])
-    legend.axis("off")
-    if first is not None:
-        lines, names = first.get_legend_handles_labels()
-        box = legend.legend(lines, names, loc="center left", ncols=4, fontsize=8, frameon=False)
-        for text in box.get_texts():
-            text.set_parse_math(False)
+    legend_below(figure, figure.axes[0], 3)
     return figure
 
 
@@ -151,10 +148,8 @@ def _steps(result: EffectGrid, most: int) -> Sequence[int]:
 
 def _write_around(figure: Figure, result: EffectGrid) -> None:
     """Write the title above a figure and the caption below it."""
-    title = figure.suptitle(_title(result), x=0.01, ha="left", color=INK, fontsize=10)
-    title.set_parse_math(False)
-    caption = figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
-    caption.set_wrap(True)
+    write_title(figure, _title(result))
+    write_caption(figure, _caption(result))
 
 
 def _masks(left: int) -> str:

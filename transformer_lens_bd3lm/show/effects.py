@@ -12,10 +12,18 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.effects import FEWEST, Effects
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.show.style import BLUE, INK, QUIET, heat_map, plain
+from transformer_lens_bd3lm.result import count
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    BOTH_WAYS,
+    INK,
+    QUIET,
+    heat_map,
+    number_axes,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
-
-LIGHT_TO_DARK, BOTH_WAYS = "Blues", "PuOr_r"
 
 
 def effects_table(result: Effects, n: int = 20) -> Table:
@@ -49,14 +57,19 @@ def effects_figure(result: Effects) -> Figure:
             f"effects of {result.mean.dim()} axes have no figure: give the values of two of them"
         )
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    texts = int(result.texts.max())
+    write_title(figure, f"Mean effects over {count(texts, 'text')}, {result.level:.0%} intervals")
     if result.mean.dim() == 2:
         grid = figure.add_gridspec(2, 1, height_ratios=(0.05, 1))
         axes, scale = (figure.add_subplot(grid[row]) for row in (1, 0))
-        map_effects(axes, scale, result, "mean effect; dots: p corrected for all cells")
+        map_effects(axes, scale, result, "mean effect, in the unit of the values; dots: p < "
+                    f"{1 - result.level:.2g}, corrected")  # fmt: skip
+        axes.set(xlabel="cell, second axis", ylabel="cell, first axis")
         return figure
     axes = figure.add_subplot()
     line_effects(axes, range(result.mean.numel()), result, "mean", BLUE)
-    axes.set(xlabel="cell", ylabel="mean effect")
+    axes.set(xlabel="cell", ylabel="mean effect, in the unit of the values")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)
     return figure
 
@@ -110,5 +123,4 @@ def map_effects(axes: Axes, scale: Axes, result: Effects, title: str, first_row:
     heat_map(axes, scale, result.mean, first_row, (-most, most), BOTH_WAYS, title)
     rows, columns = result.significant.nonzero().T.tolist()
     axes.plot(columns, [row + first_row for row in rows], ".", color=INK, markersize=3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+    number_axes(axes)

@@ -8,7 +8,17 @@ from rich.text import Text
 
 from transformer_lens_bd3lm.likelihoods.exact import Exact
 from transformer_lens_bd3lm.likelihoods.exact_effect import ExactEffect
-from transformer_lens_bd3lm.show.style import INK, ORANGE, SHORT, heat_map, plain, token_label
+from transformer_lens_bd3lm.show.style import (
+    INK,
+    LIGHT_TO_DARK,
+    ORANGE,
+    SHORT,
+    WIDTH,
+    heat_map,
+    label_tokens,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 
@@ -57,7 +67,7 @@ def exact_figure(result: Exact, row: int = 0) -> Figure:
         row: number of the text.
     """
     positions, size = result.tokens.shape[1], result.block_size
-    width, height = min(max(positions * 0.25, 4.5), 12.0), min(max(size * 0.25, 1.0), 4.0)
+    width, height = min(max(positions * 0.2, 4.5), WIDTH), min(max(size * 0.25, 1.0), 4.0)
     figure = Figure(figsize=(width, height + 3.0), layout="constrained")
     grid = figure.add_gridspec(3, 1, height_ratios=(1.5, 0.12, height))
     bars, scale, ranks = (figure.add_subplot(grid[i]) for i in range(3))
@@ -65,22 +75,19 @@ def exact_figure(result: Exact, row: int = 0) -> Figure:
     bars.bar(range(positions), result.nelbo_by_token[row].tolist(), width=0.8, color=INK)
     bars.set(ylabel="NELBO, nats")
     bars.tick_params(labelbottom=False)
-    bars.set_title(
-        f"block size {size}: NLL {float(result.nll[row]):.2f} nats, "
-        f"NELBO {float(result.nelbo[row]):.2f}",
-        loc="left", color=INK, fontsize=10,
-    )  # fmt: skip
+    write_title(
+        figure,
+        f"One text at block size {size}: NLL {float(result.nll[row]):.2f} nats, "
+        f"NELBO {float(result.nelbo[row]):.2f} nats",
+    )
     posterior = result.order_posterior[row].masked_fill(~result.counted[row, :, None], torch.nan)
     title = "probability of each rank in the block, given the text"
-    heat_map(ranks, scale, posterior.T, 0, (0.0, 1.0), "Blues", title)
+    heat_map(ranks, scale, posterior.T, 0, (0.0, 1.0), LIGHT_TO_DARK, title)
     ranks.set(ylabel="rank", xlabel="position; dotted: blocks")
     ranks.yaxis.set_major_locator(MaxNLocator(integer=True))
     if positions <= SHORT:
-        words = [token_label(result.word(row, i)) for i in range(positions)]
-        ranks.set_xticks(range(positions), words, rotation=90)
-        for tick in ranks.get_xticklabels():
-            tick.set(parse_math=False)
         ranks.set(xlabel="token; dotted: blocks")
+    label_tokens(ranks.xaxis, [result.word(row, i) for i in range(positions)])
     for axes in (bars, ranks):
         plain(axes)
         for border in range(size, positions if size > 1 else 0, size):

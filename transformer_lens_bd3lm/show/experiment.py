@@ -8,7 +8,16 @@ from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects, map_effects, part_of
-from transformer_lens_bd3lm.show.style import BLUE, COLORS, INK, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    COLORS,
+    INK,
+    QUIET,
+    WIDTH,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 
 
@@ -79,18 +88,20 @@ def experiment_figure(result: Experiment, metric: str | None = None) -> Figure:
             part = part_of(effects[0], (number,))
             line_effects(panel, cells, part, arm, COLORS[number % len(COLORS)])
         panel.set(xlabel="cell", ylabel=f"{names[0]}, minus {result.base}")
-        panel.legend(fontsize=8, frameon=False)
+        write_title(figure, f"{names[0]}: difference from {result.base}, 95% over texts")
+        legend_below(figure, panel)
         plain(panel)
         return figure
     if axes > 3:
         raise InputError(f"{names[0]} has cells of {axes - 1} axes: a figure shows at most two")
     arms = len(result.compared)
-    figure = Figure(figsize=(4.2 * arms, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(WIDTH, 2.2 * arms), 3.6), layout="constrained")
     grid = figure.add_gridspec(2, arms, height_ratios=(0.05, 1))
     for number, arm in enumerate(result.compared):
         scale, panel = (figure.add_subplot(grid[row, number]) for row in (0, 1))
         part = part_of(effects[0], (number,))
-        map_effects(panel, scale, part, f"{names[0]}: {arm} minus {result.base}")
+        map_effects(panel, scale, part, f"{arm} minus {result.base}")
+    write_title(figure, names[0])
     return figure
 
 
@@ -98,7 +109,9 @@ def _dots(result: Experiment, names: list[str]) -> Figure:
     """Draw a panel a metric: each arm's difference from the base, with its interval."""
     arms = result.compared
     height = 1.5 + 0.28 * len(arms)
-    figure = Figure(figsize=(max(2.5 * len(names), 4.6) + 0.8, height), layout="constrained")
+    figure = Figure(
+        figsize=(min(max(2.5 * len(names), 4.6) + 0.8, WIDTH), height + 0.15), layout="constrained"
+    )
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         effects = result.effects_of(name)
@@ -118,9 +131,9 @@ def _dots(result: Experiment, names: list[str]) -> Figure:
         panel.set_title(name, fontsize=9, color=INK, loc="left")
         panel.set_xlabel(result.units[name] or "difference")
         panel.set_ylim(len(arms) - 0.5, -0.5)
-        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_locator(MaxNLocator(3))
         panel.set_yticks(range(len(arms)), arms)
         plain(panel)
-    title = f"minus {result.base}, 95% over texts; filled: p < 0.05, corrected"
-    figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left")
+    title = f"Difference from {result.base}, 95% over texts; filled: p < 0.05, corrected"
+    write_title(figure, title)
     return figure

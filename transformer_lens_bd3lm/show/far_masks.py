@@ -7,14 +7,24 @@ from rich.table import Table
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects, part_of
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    legend_below,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (BLUE, "#009e73", ORANGE)
 _TITLES = {
-    "behind": "masks behind the text: hide nothing",
-    "hides near": "masks over the nearest tokens",
-    "hides far": "masks over the farthest tokens",
+    "behind": "masks behind the text:\nhide nothing",
+    "hides near": "masks over the\nnearest tokens",
+    "hides far": "masks over the\nfarthest tokens",
 }
 
 
@@ -56,7 +66,7 @@ def far_masks_table(result: FarMasks) -> Table:
 
 def far_masks_figure(result: FarMasks) -> Figure:
     """Draw the change of log p along the number of masks: a panel a place, a line a distance."""
-    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(1, len(result.places), squeeze=False)[0]
     true = result.true_change
     for place, (name, axes) in enumerate(zip(result.places, panels, strict=True)):
@@ -74,12 +84,8 @@ def far_masks_figure(result: FarMasks) -> Figure:
     for axes in panels[1:]:
         axes.set_ylim(min(low), max(high))
     panels[0].set_ylabel("change of log p of the masked token, nats")
-    lines = [line for line in panels[0].get_lines() if not line.get_label().startswith("_")]
-    if true is not None:
-        lines.append(Line2D([], [], linestyle="--", color=QUIET, label="true change"))
-    figure.legend(
-        handles=lines, loc="outside upper right", ncols=4, frameon=False, fontsize=8, labelcolor=INK
-    )
-    figure.suptitle(result.title, x=0.01, ha="left", color=INK, fontsize=10).set_parse_math(False)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
+    true_line = Line2D([], [], linestyle="--", color=QUIET, label="true change")
+    write_title(figure, result.title)
+    write_caption(figure, _caption(result))
+    legend_below(figure, panels[0], further=[] if true is None else [true_line])
     return figure

@@ -1,11 +1,18 @@
 """Head scores as a table of the best heads, and as maps of layer by head."""
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.heads import HeadScores
-from transformer_lens_bd3lm.show.style import INK, ORANGE, QUIET, heat_map
+from transformer_lens_bd3lm.show.style import (
+    LIGHT_TO_DARK,
+    ORANGE,
+    WIDTH,
+    heat_map,
+    number_axes,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 
 
@@ -34,20 +41,19 @@ def head_figure(result: HeadScores) -> Figure:
         maps.append((result.content, "less what the same places get elsewhere"))
     layers, heads = result.scores.shape
     across, height = min(max(heads * 0.3, 3.2), 4.5), min(max(layers * 0.3, 2.0), 5.0)
-    figure = Figure(figsize=(across * len(maps) + 0.8, height + 1.7), layout="constrained")
-    title = figure.suptitle(result.title, x=0.01, ha="left", color=INK, fontsize=10)
-    title.set_parse_math(False)
-    caption = figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
-    caption.set_wrap(True)
+    figure = Figure(
+        figsize=(min(across * len(maps) + 0.8, WIDTH), height + 1.7), layout="constrained"
+    )
+    write_title(figure, result.title)
+    write_caption(figure, _caption(result))
     grid = figure.add_gridspec(2, len(maps), height_ratios=(0.12, height))
     for column, (values, name) in enumerate(maps):
         axes, scale = (figure.add_subplot(grid[row, column]) for row in (1, 0))
         low, high = float(values.min()), float(values.max())
         limits = (min(low, 0.0), max(high, result.base_rate, 0.1))
-        heat_map(axes, scale, values, 0, limits, "Blues", name)
+        heat_map(axes, scale, values, 0, limits, LIGHT_TO_DARK, name)
         axes.set(xlabel="head", ylabel="" if column else "layer")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        number_axes(axes)
         if not column:
             scale.axvline(result.base_rate, color=ORANGE, linewidth=2)
     return figure

@@ -1,12 +1,23 @@
 """Influence between masked positions, as a table of pairs and beside attention as maps."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.style import INK, QUIET, SHORT, heat_map, token_label
+from transformer_lens_bd3lm.show.style import (
+    LIGHT_TO_DARK,
+    WIDTH,
+    heat_map,
+    label_tokens,
+    token_label,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
+
+_LABELED, _SHOWN = 20, 40  # positions under a map, and words in the title
 
 
 def _caption(result: Influence) -> str:
@@ -42,11 +53,11 @@ def influence_figure(result: Influence, row: int = 0) -> Figure:
         row: number of the text.
     """
     at = result.pairs[row].any(-1).nonzero()[:, 0]
-    figure = Figure(figsize=(9.2, 5.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(0.05, 1))
     maps = (
         (result.influence, "influence of i on j, nats"),
-        (result.attention, "attention of query j to key i, mean over heads"),
+        (result.attention, "attention of j to i, mean of heads"),
     )
     shown = [
         f"{position}" if word == "" else f"{token_label(word)} {position}"
@@ -56,16 +67,14 @@ def influence_figure(result: Influence, row: int = 0) -> Figure:
         axes, scale = (figure.add_subplot(grid[line, column]) for line in (1, 0))
         values = values[row][at[:, None], at]
         most = float(values.nan_to_num().max()) or 1.0
-        heat_map(axes, scale, values, 0, (0.0, most), "Blues", title)
+        heat_map(axes, scale, values, 0, (0.0, most), LIGHT_TO_DARK, title)
         names = [shown[i] for i in at.tolist()]
-        if len(names) <= SHORT:
-            axes.set_xticks(range(len(names)), names, rotation=90)
-            axes.set_yticks(range(len(names)), names)
-            for tick in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-                tick.set_parse_math(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            label_tokens(axis, names, len(names))
+            axis.set_major_locator(FixedLocator(range(0, len(names), -(-len(names) // _LABELED))))
         axes.set(xlabel="j: prediction that changes", ylabel="" if column else "i: revealed")
-    text = " ".join(token_label(word) for word in result.words[row] if word)
-    title = figure.suptitle(f"{result.title}\n{text}", x=0.01, ha="left", color=INK, fontsize=10)
-    title.set_parse_math(False)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8)
+    words = [token_label(word) for word in result.words[row] if word]
+    text = " ".join([*words[:_SHOWN], "…"] if len(words) > _SHOWN else words)
+    write_title(figure, f"{result.title}\n{text}")
+    write_caption(figure, _caption(result))
     return figure

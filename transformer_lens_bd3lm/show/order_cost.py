@@ -6,7 +6,16 @@ from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    legend_below,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (ORANGE, BLUE, "#009e73", "#cc79a7", "#56b4e9")
@@ -42,14 +51,14 @@ def order_table(result: OrderCost) -> Table:
 
 def order_figure(result: OrderCost) -> Figure:
     """Draw how -log p of a block spreads over its orders, and where the given orders are."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     about = result.orders_by_block - result.exact.nelbo_by_block[..., None]
     values = about[about.isfinite()]
     bins = min(max(len(values) // 3, 10), 60)
     kind = "all orders" if result.kind == "exact" else "drawn orders"
     axes.hist(values.numpy(), bins=bins, color=QUIET, alpha=0.5, label=f"{kind} of every block")
-    axes.axvline(0, color=INK, linewidth=0.9, label="mean over orders (NELBO)")
+    axes.axvline(0, color=INK, linewidth=0.9, linestyle="--", label="mean over orders (NELBO)")
     gap = float((result.exact.nll_by_block - result.exact.nelbo_by_block).mean())
     axes.axvline(gap, color=INK, linestyle=":", label="all orders together (NLL), mean of blocks")
     for number, name in enumerate(result.names):
@@ -62,8 +71,8 @@ def order_figure(result: OrderCost) -> Figure:
         ylabel="number of orders",
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(result.title, loc="left", color=INK, fontsize=10, parse_math=False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
+    write_title(figure, result.title)
+    write_caption(figure, _caption(result))
+    legend_below(figure, axes, 2)
     plain(axes)
     return figure

@@ -8,7 +8,18 @@ from transformer_lens_bd3lm.analysis.over_run.commitment import CONTROLS, Commit
 from transformer_lens_bd3lm.analysis.over_run.run_lens import RunLens
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    LIGHT_TO_DARK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    heat_map,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 ORDERS = {
@@ -87,11 +98,8 @@ def _rate(effects: Effects, *cell: int) -> str:
 
 def commitment_figure(result: Commitment) -> Figure:
     """Draw the rate at which the final token is predicted by masks left, and shares of steps."""
-    figure = Figure(figsize=(8.6, 3.7), layout="constrained")
-    title = figure.suptitle(
-        "When is a token decided? " + ORDERS[result.order], x=0.01, ha="left", color=INK, fontsize=9
-    )
-    title.set_parse_math(False)
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    write_title(figure, "When is a token decided? " + ORDERS[result.order])
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     seen = [i for i in range(len(QUARTERS)) if int(result.correct.texts[i])]
     places = range(len(seen))
@@ -102,10 +110,10 @@ def commitment_figure(result: Commitment) -> Figure:
     left.fill_between(places, *bounds, color=BLUE, alpha=0.18, linewidth=0)
     rate = result.correct.mean[seen].numpy()
     left.plot(places, rate, "o-", color=BLUE, label="top prediction", linewidth=1.8)
-    left.set_xticks(list(places), [QUARTERS[i] for i in seen])
+    left.set_xticks(list(places), [QUARTERS[i].replace("than ", "than\n") for i in seen])
     left.set(xlabel="share of the block's masks left", ylabel="rate of the final token")
     left.set_ylim(bottom=0)
-    left.legend(fontsize=7.5, frameon=False)
+    legend_below(figure, left, 3)
     share, colors = result.share, (BLUE, BLUE, _GREEN, QUIET)
     labels = ("settled", "decided", "decided by\nanother draw", "decided by\nunigram")
     for i, color in enumerate(colors):
@@ -145,7 +153,8 @@ def run_lens_figure(result: RunLens) -> Figure:
     seen = [i for i in range(len(QUARTERS)) if int(result.readable.texts[0, i])]
     depths = len(result.log_p)
     height = min(max(depths * 0.28, 2.2), 5.0)
-    figure = Figure(figsize=(8.6, height + 1.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height + 1.8), layout="constrained")
+    write_title(figure, "The final token in the prediction of each depth, over the steps of a run")
     grid = figure.add_gridspec(2, 2, height_ratios=(0.1, height))
     maps = (
         (result.mean_log_p.mean, "log p of the final token, nats"),
@@ -156,10 +165,11 @@ def run_lens_figure(result: RunLens) -> Figure:
         shown = values[:, seen]
         low = float(shown.min()) if column == 0 else 0.0
         high = 0.0 if column == 0 else max(float(shown.max()), 0.1)
-        heat_map(axes, scale, shown, 0, (low, high), "Blues", name)
-        axes.set_xticks(range(len(seen)), [QUARTERS[i] for i in seen])
+        heat_map(axes, scale, shown, 0, (low, high), LIGHT_TO_DARK, name)
+        axes.set_xticks(range(len(seen)), [QUARTERS[i].replace("than ", "than\n") for i in seen])
         labels = ["embedding", *(f"layer {i}" for i in range(depths - 1))]
-        axes.set_yticks(range(depths), labels if column == 0 else [""] * depths)
+        axes.set_yticks(range(depths), labels)
+        axes.tick_params(labelleft=not column)
         axes.set(xlabel="share of the block's masks left", ylabel="" if column else "read after")
     return figure
 

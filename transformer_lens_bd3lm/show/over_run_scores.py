@@ -8,7 +8,16 @@ from transformer_lens_bd3lm.analysis.over_run.calibration import Calibration
 from transformer_lens_bd3lm.analysis.over_run.probe import FEW_TEXTS, ProbeScores
 from transformer_lens_bd3lm.analysis.over_run.written import QUARTERS
 from transformer_lens_bd3lm.result import count
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 
 
@@ -35,12 +44,12 @@ def calibration_table(result: Calibration) -> Table:
 
 def calibration_figure(result: Calibration) -> Figure:
     """Draw the reliability diagram, and the signed gap by masks left."""
-    figure = Figure(figsize=(8.2, 3.7), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.7), layout="constrained")
     title = (
         f"{len(result.confidence):,} predictions at masked positions: ECE {result.ece:.3f}; a "
         f"calibrated model would have {float(result.calibrated[0]):.3f}"
     )
-    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=9)
+    write_title(figure, title)
     left, right = figure.subplots(1, 2)
     bins = result.reliability()
     left.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8, label="calibrated")
@@ -51,13 +60,13 @@ def calibration_figure(result: Calibration) -> Figure:
             left.plot(sure, right_share, "o", color=BLUE, markersize=size, alpha=0.85)
     left.plot([], [], "o", color=BLUE, label="a bin; size: predictions")
     left.set(xlabel="confidence of the top prediction", ylabel="share that is right")
-    left.legend(fontsize=7.5, frameon=False)
+    legend_below(figure, left)
     seen = [i for i in range(len(QUARTERS)) if int(result.gap.texts[i])]
     mean, low, high = (x[seen].numpy() for x in (result.gap.mean, result.gap.low, result.gap.high))
     right.axhline(0, color=QUIET, linewidth=0.8)
     right.vlines(range(len(seen)), low, high, color=ORANGE)
     right.plot(range(len(seen)), mean, "o", color=ORANGE)
-    right.set_xticks(range(len(seen)), [QUARTERS[i] for i in seen])
+    right.set_xticks(range(len(seen)), [QUARTERS[i].replace("than ", "than\n") for i in seen])
     right.set(xlabel="share of the block's masks left", ylabel="confidence less share right")
     right.margins(x=0.15)
     for axes in (left, right):
@@ -92,7 +101,7 @@ def probe_table(result: ProbeScores) -> Table:
 
 def probe_figure(result: ProbeScores) -> Figure:
     """Draw R^2 by layer, a line for each column, with the range of shuffled labels."""
-    figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(result.names))
     shades = ("#9ecae1", "#6baed6", "#3182bd", "#08519c")
@@ -114,10 +123,8 @@ def probe_figure(result: ProbeScores) -> Figure:
     axes.axhline(0, color=QUIET, linewidth=0.8)
     axes.set_xticks(list(places), [_short(name) for name in result.names], rotation=30, ha="right")
     axes.set(ylabel="R² on held-out texts", ylim=(max(min(axes.get_ylim()[0], -0.1), -0.5), 1.02))
-    axes.set_title(
-        f"Linear probe of {result.label}, position regressed out", loc="left", color=INK, fontsize=9
-    )
-    axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    write_title(figure, f"Linear probe of {result.label}, position regressed out")
+    legend_below(figure, axes, 3)
     plain(axes)
     return figure
 

@@ -6,7 +6,16 @@ from rich.table import Table
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import about_intervals, line_effects, part_of
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    legend_below,
+    plain,
+    write_caption,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 _COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", INK, "#56b4e9", QUIET)
@@ -48,8 +57,8 @@ def parallel_figure(result: ParallelCost) -> Figure:
         line_effects(axes, x, line, _name(at_once), color)
     axes.set_xticks(list(x), [str(size) for size in result.block_sizes])
     axes.set(xlabel="block size, tokens", ylabel="cost, nats a token")
-    axes.set_title(result.title, loc="left", color=INK, fontsize=10, parse_math=False)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, title_fontsize=8)
-    figure.supxlabel(_caption(result), x=0.01, ha="left", color=QUIET, fontsize=8).set_wrap(True)
+    write_title(figure, result.title)
+    write_caption(figure, _caption(result))
+    legend_below(figure, axes)
     plain(axes)
     return figure

@@ -1,11 +1,21 @@
 """Attention sinks as a table of heads and costs, and as maps with the costs beside them."""
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.sinks import Sinks
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, heat_map, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    LIGHT_TO_DARK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    heat_map,
+    number_axes,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import Tables, new_table
 
 ARMS = ("sinks removed", "control: random keys", "difference")
@@ -44,23 +54,23 @@ def _heads(result: Sinks, n: int, caption: str) -> Table:
 
 def sinks_figure(result: Sinks) -> Figure:
     """Draw sinks a step and their persistence by head, and what their removal costs."""
-    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-    figure.suptitle(
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    write_title(
+        figure,
         f"{result.model}, block size {result.block_size}: keys that receive {result.eps:g} more "
-        "attention than the others' mean", x=0.01, ha="left", color=INK, fontsize=11,
-    )  # fmt: skip
+        "attention than the others' mean",
+    )
     grid = figure.add_gridspec(2, 3, height_ratios=(0.06, 1))
     most = float(result.mean_count.nan_to_num().max()) or 1.0
     maps = (
         (result.mean_count, (0.0, most), "sinks a step"),
-        (result.kept, (0.0, 1.0), "share still a sink a step later"),
+        (result.kept, (0.0, 1.0), "share still one a step later"),
     )
     for column, (values, limits, title) in enumerate(maps):
         scale, axes = (figure.add_subplot(grid[row, column]) for row in (0, 1))
-        heat_map(axes, scale, values, 0, limits, "Blues", title)
+        heat_map(axes, scale, values, 0, limits, LIGHT_TO_DARK, title)
         axes.set(xlabel="head", ylabel="" if column else "layer")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        number_axes(axes)
     axes, costs = figure.add_subplot(grid[:, 2]), result.costs()
     axes.axhline(0, color=QUIET, linewidth=0.8)
     for arm, color in enumerate((ORANGE, BLUE, INK)):
@@ -68,8 +78,8 @@ def sinks_figure(result: Sinks) -> Figure:
         if low == low:
             axes.plot([arm, arm], [low, high], color=color, linewidth=1.3)
         axes.plot(arm, mean, "o", color=color)
-    axes.set(xlim=(-0.5, 2.5), ylabel="nats lost a token; bar: 95% over texts")
+    axes.set(xlim=(-0.5, 2.5), ylabel="nats lost a token; bar: 95%, texts")
     axes.set_xticks(range(3), ["sinks\nremoved", "random\nkeys", "difference"])
-    axes.set_title("cost of removal", fontsize=9, loc="left")
+    axes.set_title("cost of removal", fontsize=9, loc="left", color=INK)
     plain(axes)
     return figure

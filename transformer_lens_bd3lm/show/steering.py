@@ -10,7 +10,16 @@ from transformer_lens_bd3lm.analysis.steering import Direction, Steering
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.effects import line_effects
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 
 PANELS = (("", "target"), ("nats", "damage, nats a token"), ("distinct_2", "distinct pairs"))
@@ -46,8 +55,9 @@ def direction_figure(result: Direction) -> Figure:
     axes.set_ylim(1.6, -0.6)
     axes.set_yticks([0, 1], ["positive", "negative"])
     axes.set_xlabel(f"place along the direction at {result.at} positions of {result.hook}")
-    title = f"each text, left out of the direction: separation {result.separation:.2f} sd"
-    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    write_title(
+        figure, f"Each text along a direction without it: separation {result.separation:.2f} sd"
+    )
     plain(axes)
     return figure
 
@@ -77,7 +87,7 @@ def steering_table(result: Steering) -> Table:
 
 def steering_figure(result: Steering) -> Figure:
     """Draw target and damage by strength, with intervals, beside the random direction's."""
-    figure = Figure(figsize=(8.6, 3.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     lines = [("the direction", False, BLUE), ("random, same norm", True, ORANGE)]
     for panel, (metric, title) in zip(figure.subplots(1, 3), PANELS, strict=True):
         name = metric or result.target_name
@@ -88,9 +98,9 @@ def steering_figure(result: Steering) -> Figure:
         panel.set_title(heading, loc="left", fontsize=9, color=INK)
         panel.set(xlabel="strength", ylabel="change" if not metric else "")
         plain(panel)
-    figure.axes[0].legend(fontsize=8, frameon=False)
-    title = "change from the unsteered text, 95% over texts; filled: p < 0.05, corrected"
-    figure.suptitle(title, fontsize=9, color=INK, x=0.01, ha="left")
+    legend_below(figure, figure.axes[0])
+    title = "Steering: change from the unsteered text, 95% over texts; filled: p < 0.05, corrected"
+    write_title(figure, title)
     return figure
 
 

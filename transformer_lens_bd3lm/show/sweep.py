@@ -8,7 +8,14 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
-from transformer_lens_bd3lm.show.style import BLUE, INK, ORANGE, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    plain,
+)
 from transformer_lens_bd3lm.show.tables import interval_cell, new_table
 
 
@@ -65,7 +72,7 @@ def price_table(price: Price) -> Table:
 def sweep_figure(sweep: Sweep) -> Figure:
     """Draw NLL and NELBO over block sizes, and how the price of diffusion divides."""
     prices = [price for price in sweep.prices() if price.share is not None]
-    figure = Figure(figsize=(8.4 if prices else 5.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH if prices else 5.2, 3.9), layout="constrained")
     grid = figure.add_gridspec(1, 2 if prices else 1, width_ratios=(1.5, 1) if prices else (1,))
     _draw_likelihoods(figure.add_subplot(grid[0]), sweep)
     if prices:
@@ -124,7 +131,7 @@ def _draw_price(axes: Axes, sweep: Sweep) -> None:
         own = price.price - price.looseness
         label = f"{price.share:.0%}\nbound {price.looseness:+.3f}\nmodel {own:+.3f}\nnats/token"
         axes.annotate(
-            label, (i, 0), (0, 4), textcoords="offset points", ha="center", fontsize=7.5, color=INK
+            label, (i, 0), (0, 4), textcoords="offset points", ha="center", fontsize=8, color=INK
         )
     axes.axhline(1, color=QUIET, linewidth=0.9, linestyle=":")
     axes.set_xticks(at, [str(price.block_size) for price in prices])
