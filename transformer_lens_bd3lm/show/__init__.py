@@ -31,7 +31,7 @@ from transformer_lens_bd3lm.analysis.sweep import Price, Sweep
 from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
-from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.run import Run, run_page, run_view
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
@@ -111,8 +111,8 @@ def _imported(place: str) -> Callable[..., Any]:
     """Return a function that imports ``module:name`` of this folder and calls it."""
     module, _, name = place.partition(":")
 
-    def draw(result: Any, **options: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), name)(result, **options)
+    def draw(result: Any, *values: Any, **options: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{module}"), name)(result, *values, **options)
 
     return draw
 
@@ -120,3 +120,5 @@ def _imported(place: str) -> Callable[..., Any]:
 for _registry, _places in ((table_of, TABLES), (figure_of, FIGURES)):
     for _type, _place in _places.items():
         _registry.register(_type, _imported(_place))
+run_page.register(Run, _imported("page.write:write_page"))
+run_view.register(Run, _imported("page.write:notebook_view"))
