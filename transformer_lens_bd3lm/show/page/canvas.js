@@ -19,17 +19,24 @@ class Canvas {
     this.tokens = [];
     this.edges = [];
     const length = behind ? tokens.length : end;
+    this.blocks = new Map(this.side.steps.window.map(([start], i) => [start, this.side.steps.block[i]]));
     for (let position = 0; position < length; position++) {
       if (position % size === 0) {
-        const edge = element("span", { class: "edge", "aria-hidden": "true", title: `block ${position / size} of the grid` });
+        const edge = element("span", { class: "edge", "aria-hidden": "true", title: this.blockName(position) });
         this.edges.push({ edge, position });
         this.text.append(edge);
       }
-      const node = element("button", { type: "button", class: "token", "data-position": position, onclick: () => this.open(this.number, position) });
+      const node = element("span", { role: "button", tabindex: 0, class: "token", "data-position": position, "aria-controls": "panel", onclick: () => this.open(this.number, position) });
       this.tokens.push(node);
       this.text.append(node);
     }
     this.chart.build(row);
+  }
+
+  // Blocks are counted as steps do: from the first one that the run denoises.
+  blockName(position) {
+    const number = this.blocks.get(position - (position % this.side.blockSize));
+    return number === undefined ? "a block that was given" : `block ${number}`;
   }
 
   isMask(position, shown) {
@@ -75,7 +82,7 @@ class Canvas {
     for (const { edge, position } of this.edges) {
       const active = position === Math.floor(window[0] / side.blockSize) * side.blockSize;
       edge.classList.toggle("active", active);
-      edge.textContent = active ? `${position / side.blockSize}` : "";
+      edge.dataset.block = this.blocks.get(position) ?? "";
     }
     this.caption.textContent = this.describe(shown);
     this.drawLegend(state);
@@ -91,12 +98,12 @@ class Canvas {
         node.append(line);
       });
     }
-    if (state.figures && !mask && this.side.rows[this.row].kind[position] === WRITTEN) {
-      node.append(element("small", {}, this.figure(position, state)));
+    if (state.numbers && !mask && this.side.rows[this.row].kind[position] === WRITTEN) {
+      node.append(element("small", {}, this.numberOf(position, state)));
     }
   }
 
-  figure(position, state) {
+  numberOf(position, state) {
     const { reveal, logP } = this.side.rows[this.row];
     return state.color === "confidence" ? percent(Math.exp(number(logP[position]))) : String(this.side.steps.index[reveal[position]]);
   }
@@ -144,7 +151,7 @@ class Canvas {
     const done = inside.filter((kind, i) => kind === WRITTEN && row.reveal[i] < shown).length;
     const given = inside.filter((kind) => kind === GIVEN).length;
     const behind = row.kind.slice(row.end).filter((kind) => kind === WRITTEN).length;
-    return `${done} of ${written} tokens written, ${given} given` + (behind ? `; ${behind} more were revealed behind the end, to complete the last block` : "");
+    return `${done} of ${written} tokens written, ${given} given` + (behind ? `; ${behind} more were revealed behind the end, to complete the last block` : "") + ". Click a token to open it.";
   }
 
   drawLegend(state) {
@@ -154,7 +161,7 @@ class Canvas {
     const node = this.legend;
     node.replaceChildren(element("span", { class: "token given" }, "given"), element("span", {}, element("span", { class: "token mask" }), " mask"),
       element("span", { class: "token now" }, "revealed at this step"));
-    if (data.sides.length > 1) node.append(element("span", { class: "token differs" }, "differs"), element("span", {}, "⑂ where they part"));
+    if (data.sides.length > 1) node.append(element("span", { class: "token differs" }, "differs"), element("span", {}, "◆ where they part"));
     if (ramps[state.color]) node.append(ramp(state.color, ...ramps[state.color]));
   }
 }

@@ -4,6 +4,7 @@ What is gathered here is the run's own; nothing is computed by the network.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -41,6 +42,12 @@ def gather_run(run: Run, name: str) -> dict[str, Any]:
     }
 
 
+def model_name(run: Run) -> str:
+    """Return the name of a run's model; of a folder its last part, since pages are sent around."""
+    name = str(run.bridge.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def _hooks(run: Run) -> list[Any]:
     """Return the step hooks of a run."""
     return [] if run.request.hooks is None else run.request.hooks.hooks
@@ -50,7 +57,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """Return what a run was made with, as names and values for the reader."""
     written = int((run.commit_step >= 0).sum())
     facts = [
-        ("model", str(run.bridge.cfg.model_name)),
+        ("model", model_name(run)),
         ("block size", str(run.block_size)),
         ("written", f"{written} tokens in {len(run.timeline.t)} steps, {run.passes} passes"),
         ("sampler", repr(run.sampler)),

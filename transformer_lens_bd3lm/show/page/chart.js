@@ -1,17 +1,18 @@
 // Charts: entropy and lead over a run, predictions of one position over its steps, and a heat map.
 
-const WIDTH = 640;
+// Drawings have as many units as pixels, so that their text has one size on every screen.
+const widthIn = (node, most = 760) => Math.max(Math.min(node.clientWidth, most), 240);
 
 // Lines over steps on one axis in nats; `lines`: [{name, kind, points: [[step, value or null]]}].
-function lineChart(lines, steps, title, height, pick) {
+function lineChart(lines, steps, title, width, height, pick) {
   const left = 34, right = 8, top = 8, bottom = 20;
   const values = lines.flatMap((line) => line.points.map((point) => point[1])).filter(Number.isFinite);
   const most = niceAbove(Math.max(...values, 0.1)), span = Math.max(steps[1] - steps[0], 1);
-  const x = (step) => left + ((step - steps[0]) / span) * (WIDTH - left - right);
+  const x = (step) => left + ((step - steps[0]) / span) * (width - left - right);
   const y = (value) => top + (1 - Math.min(value, most) / most) * (height - top - bottom);
-  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title, class: "pick" });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width: width, height, role: "img", "aria-label": title, class: "pick" });
   for (const value of [0, most / 2, most]) {
-    svg.append(shape("line", { x1: left, x2: WIDTH - right, y1: y(value), y2: y(value), class: "axis" }),
+    svg.append(shape("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "axis" }),
       shape("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" }, String(+value.toFixed(2))));
   }
   for (const step of new Set([steps[0], Math.round((steps[0] + steps[1]) / 2), steps[1]])) {
@@ -25,8 +26,8 @@ function lineChart(lines, steps, title, height, pick) {
   const here = shape("line", { y1: top - 4, y2: height - bottom, class: "here", visibility: "hidden" });
   svg.append(here);
   svg.addEventListener("click", (event) => {
-    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * WIDTH;
-    pick.go(Math.min(Math.max(Math.round(steps[0] + ((at - left) / (WIDTH - left - right)) * span), steps[0]), steps[1]));
+    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * width;
+    pick.go(Math.min(Math.max(Math.round(steps[0] + ((at - left) / (width - left - right)) * span), steps[0]), steps[1]));
   });
   const mark = (step) => {
     here.setAttribute("visibility", step >= steps[0] && step <= steps[1] ? "visible" : "hidden");
@@ -67,7 +68,7 @@ class RunChart {
     const pick = { go: (step) => page.show(step + 1), name: (step) => String(side.steps.index[step]) };
     const lines = [{ kind: "first", points: points(this.first) }, { kind: "second", points: points(this.lead) }];
     const title = `Chart over steps: ${this.name}, and lead of the drawn token, in nats`;
-    this.chart = lineChart(lines, [0, Math.max(side.steps.index.length - 1, 0)], title, 150, pick);
+    this.chart = lineChart(lines, [0, Math.max(side.steps.index.length - 1, 0)], title, widthIn(this.node), 150, pick);
     this.caption = element("figcaption", {});
     this.node.replaceChildren(this.chart.svg, this.caption);
   }
@@ -81,28 +82,30 @@ class RunChart {
   }
 }
 
-// Probability of the written token by depth and step.
-function heatMap(predictions, first, title, pick) {
-  const depths = predictions[0].depths.length, n = predictions.length, left = 62, cell = 16;
-  const height = depths * cell + 20, width = (WIDTH - left) / Math.max(n, 12);
-  const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": title, class: "pick" });
+// Log-probability of the written token by depth and step; darkest at 0, lightest at -LEAST nats.
+const LEAST = 10;
+
+function heatMap(predictions, first, title, width, pick) {
+  const depths = predictions[0].depths.length, n = predictions.length, left = 66, cell = 16;
+  const height = depths * cell + 20, column = (width - left) / Math.max(n, 12);
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width: width, height, role: "img", "aria-label": title, class: "pick" });
   for (let depth = 0; depth < depths; depth++) {
     const y = (depths - 1 - depth) * cell;
     svg.append(shape("text", { x: left - 6, y: y + 12, "text-anchor": "end" }, predictions[0].depths[depth].name));
     predictions.forEach((prediction, i) => {
-      const p = Math.exp(prediction.depths[depth].logP);
-      const box = shape("rect", { x: (left + i * width).toFixed(2), y, width: width.toFixed(2), height: cell, fill: `rgb(${rampColor("lens", p).join(",")})` });
+      const x = 1 + prediction.depths[depth].logP / LEAST;
+      const box = shape("rect", { x: (left + i * column).toFixed(2), y, width: column.toFixed(2), height: cell, fill: `rgb(${rampColor("lens", x).join(",")})` });
       box.append(shape("title", {}, `${prediction.depths[depth].name}, step ${pick.name(first + i)}: log p ${nats(prediction.depths[depth].logP)}`));
       svg.append(box);
     });
   }
   svg.append(shape("text", { x: left, y: height - 4 }, `step ${pick.name(first)}`));
-  if (n > 1) svg.append(shape("text", { x: left + n * width, y: height - 4, "text-anchor": "end" }, n > 9 ? `step ${pick.name(first + n - 1)}` : pick.name(first + n - 1)));
-  const chosen = shape("rect", { y: 0, width: Math.max(width, 2), height: depths * cell, class: "chosen" });
+  if (n > 1) svg.append(shape("text", { x: left + n * column, y: height - 4, "text-anchor": "end" }, n > 9 ? `step ${pick.name(first + n - 1)}` : pick.name(first + n - 1)));
+  const chosen = shape("rect", { y: 0, width: Math.max(column, 2), height: depths * cell, class: "chosen" });
   svg.append(chosen);
   svg.addEventListener("click", (event) => {
-    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * WIDTH;
-    pick.go(first + Math.min(Math.max(Math.floor((at - left) / width), 0), n - 1));
+    const box = svg.getBoundingClientRect(), at = ((event.clientX - box.left) / box.width) * width;
+    pick.go(first + Math.min(Math.max(Math.floor((at - left) / column), 0), n - 1));
   });
-  return { svg, mark: (step) => chosen.setAttribute("x", left + (step - first) * width) };
+  return { svg, mark: (step) => chosen.setAttribute("x", left + (step - first) * column) };
 }

@@ -1,7 +1,7 @@
 // The page's state, its controls and keys.
 
 const page = {
-  state: { row: 0, shown: 0, color: "order", figures: false, behind: false, open: null, layer: 0, head: 0 },
+  state: { row: 0, shown: 0, color: "order", numbers: false, behind: false, open: null, layer: 0, head: 0 },
   canvases: [],
   timer: null,
 
@@ -20,7 +20,10 @@ const page = {
   openToken(side, position) {
     const { open } = this.state;
     if (open !== null && open.side === side && open.position === position) this.close();
-    else this.set({ open: { side, position } });
+    else {
+      this.set({ open: { side, position } });
+      this.canvases[side].tokens[position].scrollIntoView({ block: "nearest" });
+    }
   },
 
   close() {
@@ -63,6 +66,7 @@ const page = {
     byId("count").textContent = `${state.shown} / ${this.steps}`;
     byId("status").textContent = status;
     byId("color").value = state.color;
+    byId("parting").hidden = data.firstDifference[state.row] === null;
     this.panel.draw(state, canvases);
   },
 
@@ -76,14 +80,14 @@ const page = {
       const words = drawn.now.map((position) => `${inLine(side.rows[row].tokens[position])} at position ${position}`);
       if (drawn.behind) words.push(`${drawn.behind} behind the end of the text`);
       const what = words.length > 4 ? [...words.slice(0, 3), `${words.length - 3} more`] : words;
-      return `${begin}step ${steps.index[step]}, block ${steps.block[step]} of the run, t = ${t.toFixed(3)}; revealed ${what.length ? what.join(", ") : "nothing in this row"}.`;
+      return `${begin}step ${steps.index[step]}, block ${steps.block[step]}, t = ${t.toFixed(3)}; revealed ${what.length ? what.join(", ") : "nothing in this row"}.`;
     });
     const first = data.firstDifference[state.row];
     if (data.sides.length > 1) {
       lines.push(first === null ? "The two runs do not differ in this row."
         : `They first differ at position ${first.position}, after step ${data.sides[0].steps.index[first.step] ?? first.step}.`);
     }
-    return lines.join(" ");
+    return lines.join("\n");
   },
 
   key(event) {
@@ -94,7 +98,8 @@ const page = {
     if (event.key in steps && (!vertical || at.id === "step")) this.show(this.state.shown + steps[event.key]);
     else if (event.key === "Home") this.show(0);
     else if (event.key === "End") this.show(this.steps);
-    else if (event.key === " " && (!at.matches("button, summary") || at.matches(".token"))) this.play();
+    else if (event.key === "Enter" && at.matches(".token")) at.click();
+    else if (event.key === " " && !at.matches("button, summary")) this.play();
     else if (event.key === "Escape") this.close();
     else return;
     event.preventDefault();
@@ -143,14 +148,16 @@ async function start() {
   byId("color").querySelector('[value="attention"]').disabled = !data.sides.some((side) => side.attention);
   byId("row").addEventListener("change", (event) => page.set({ row: Number(event.target.value) }));
   byId("color").addEventListener("change", (event) => page.set({ color: event.target.value }));
-  byId("figures").addEventListener("change", (event) => page.set({ figures: event.target.checked }));
+  byId("numbers").addEventListener("change", (event) => page.set({ numbers: event.target.checked }));
   byId("behind").addEventListener("change", (event) => page.set({ behind: event.target.checked, open: null }));
   byId("step").addEventListener("input", (event) => page.show(Number(event.target.value)));
   byId("play").addEventListener("click", () => page.play());
   byId("back").addEventListener("click", () => page.show(page.state.shown - 1));
   byId("forth").addEventListener("click", () => page.show(page.state.shown + 1));
   document.addEventListener("keydown", (event) => page.key(event));
-  document.addEventListener("keyup", (event) => { if (event.key === " " && event.target.matches(".token")) event.preventDefault(); });
+  byId("first").addEventListener("click", () => page.show(data.firstDifference[page.state.row].step + 1));
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; page.set({ row: page.state.row }); } });
   drawFacts();
   page.set({ row: 0, shown: page.steps });
   document.documentElement.dataset.ready = "true";

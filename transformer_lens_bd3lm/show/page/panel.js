@@ -34,7 +34,8 @@ class Panel {
 
   drawnHow(side, row, position, id, state, canvases) {
     const list = element("dl"), add = (name, ...value) => list.append(element("dt", {}, name), element("dd", {}, ...value));
-    add("position", `${position}, block ${Math.floor(position / side.blockSize)} of the grid, id ${id}`);
+    const own = canvases[state.open.side];
+    add("position", `${position}, ${own.blockName(position)}, id ${id}`);
     const kinds = ["given in the prompt", "", "written before this run began", "never revealed"];
     if (row.kind[position] !== WRITTEN) add("token", kinds[row.kind[position]]);
     else {
@@ -76,13 +77,13 @@ class Panel {
     if (first === last) return;
     const all = Array.from({ length: last - first + 1 }, (_, i) => predictionAt(side, state.row, position, first + i));
     if (side.lens.depths.length > 1) {
-      const map = heatMap(all, first, "Probability of the written token by layer and step", pick);
+      const map = heatMap(all, first, "Log-probability of the written token by layer and step", widthIn(this.node) - 34, pick);
       map.mark(step);
-      this.node.append(element("h3", {}, "The written token by layer and step"), map.svg, element("div", { class: "legend" }, ramp("lens", "0%", "100%")));
+      this.node.append(element("h3", {}, "log p of the written token by layer and step"), map.svg, element("div", { class: "legend" }, ramp("lens", `log p: ${MINUS}${LEAST} nats or less`, "0")));
     }
     const line = (kind, value) => ({ kind, points: all.map((at, i) => [first + i, value(at)]) });
     const chart = lineChart([line("first", (at) => at.depths[at.depths.length - 1].entropy), line("second", (at) => at.margin)],
-      [first, last], "Entropy and margin of this position over steps, in nats", 130, pick);
+      [first, last], "Entropy and margin of this position over steps, in nats", widthIn(this.node) - 34, 130, pick);
     chart.mark(step);
     this.node.append(element("h3", {}, "Entropy and margin over steps"), element("figure", {}, chart.svg, element("figcaption", {},
       element("span", { class: "swatch" }), "entropy ", element("span", { class: "swatch second" }), "log p of the top token less the second's (nats)")));
@@ -91,7 +92,7 @@ class Panel {
   table(prediction, id) {
     const head = element("tr", {}, element("th", { scope: "col" }, "after"));
     prediction.depths[0].top.forEach((_, k) => head.append(element("th", { scope: "col" }, `top ${k + 1}`)));
-    head.append(element("th", { scope: "col" }, "written"), element("th", { scope: "col" }, "entropy"));
+    head.append(element("th", { scope: "col" }, "p(written)"), element("th", { scope: "col" }, "entropy"));
     const body = element("tbody");
     for (const depth of [...prediction.depths].reverse()) {
       const line = element("tr", {}, element("th", { scope: "row" }, depth.name));

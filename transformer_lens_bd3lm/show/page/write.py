@@ -24,6 +24,7 @@ from transformer_lens_bd3lm.show.page.canvas import (
     first_difference,
     gather_run,
     gather_words,
+    model_name,
     spaces_between,
 )
 from transformer_lens_bd3lm.show.page.reading import read_run
@@ -92,7 +93,7 @@ def page_of(
     style = _asset("page.css")
     script = "\n".join(["'use strict';", *(_asset(f"{name}.js") for name in _SCRIPTS)])
     parts = {
-        "title": html.escape(f"Denoising run of {run.bridge.cfg.model_name}"),
+        "title": html.escape(f"Denoising run of {model_name(run)}"),
         "policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src '{_hash(style)}'; script-src '{_hash(script)}'",
         "style": style,
