@@ -20,6 +20,7 @@ from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.show import page
 from transformer_lens_bd3lm.show.page.canvas import (
     first_difference,
     gather_run,
@@ -69,11 +70,11 @@ def notebook_view(run: Run) -> str:
     Nothing stands between a run and its display: what cannot be drawn is its line.
     """
     try:
-        page = page_of(run, _beside(run, None), False, False, 1, False, frame=True)
+        text = page_of(run, _beside(run, None), False, False, 1, False, frame=True)
     except Exception:
         return f"<pre>{html.escape(repr(run))}</pre>"
     return (
-        f'<iframe title="denoising run" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
+        f'<iframe title="denoising run" sandbox="allow-scripts" srcdoc="{html.escape(text)}" '
         f'style="width:100%;height:{_HEIGHT}px;border:1px solid #8886;border-radius:8px">'
         "</iframe>"
     )
@@ -171,7 +172,7 @@ def _names(runs: list[Run]) -> list[str]:
 
 def _asset(name: str) -> str:
     """Return a file of the page."""
-    return (files(__package__) / name).read_text(encoding="utf-8")
+    return (files(page) / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
