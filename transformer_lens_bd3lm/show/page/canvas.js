@@ -85,7 +85,7 @@ class Canvas {
       edge.dataset.block = this.blocks.get(position) ?? "";
     }
     this.caption.textContent = this.describe(shown);
-    this.drawLegend(state);
+    if (this.number === 0) this.drawLegend(state);
     this.chart.draw(step);
   }
 

@@ -14,7 +14,7 @@ async function unpack(packed) {
 // The integers of each side, unpacked in place, and where the entries of a position begin.
 async function unpackSide(side) {
   if (side.lens) {
-    const names = ["tokens", "p", "logP", "entropy", "margin"];
+    const names = ["tokens", "p", "written", "logP", "entropy", "margin"];
     const arrays = await Promise.all(names.map((name) => unpack(side.lens[name])));
     names.forEach((name, i) => { side.lens[name] = arrays[i]; });
     side.lens.entries = side.lens.margin.length;
@@ -57,6 +57,7 @@ function predictionAt(side, row, position, step) {
       const at = (depth * lens.top + k) * n + slot;
       return { id: lens.tokens[at], share: lens.p[at] };
     }),
+    written: lens.written[depth * n + slot],
     logP: lens.logP[depth * n + slot] === INFINITE ? -Infinity : -lens.logP[depth * n + slot] / 100,
     entropy: lens.entropy[depth * n + slot] / 100,
   }));

@@ -61,7 +61,7 @@ class Panel {
   lens(side, state, row, id) {
     const { position } = state.open, step = stepFor(side, side.lens, state.row, state);
     if (step === null) {
-      this.node.append(element("p", { class: "quiet" }, "This page was made without predictions."));
+      this.node.append(element("p", { class: "quiet" }, "No predictions are in this page; run.to_html(path) keeps them."));
       return;
     }
     const { first, last } = stepsOf(side, side.lens, state.row, position), name = (i) => String(side.steps.index[i]);
@@ -72,8 +72,8 @@ class Panel {
         ? side.lens.every ? "It was masked at this step alone." : "Kept at the step that revealed it."
         : `It was masked from step ${name(first)} to ${name(last)}; the slider chooses one of these.`),
       element("p", { id: "now" }, `entropy ${nats(deep.entropy)} nats, margin of the top prediction ${nats(now.margin)} nats, `
-        + `written token ${percent(Math.exp(deep.logP))} (log p ${nats(deep.logP)})`));
-    if (side.lens.depths.length > 1 || side.lens.top > 0) this.table(now, id);
+        + `written token ${share(deep.written)} (log p ${nats(deep.logP)})`));
+    this.table(now, id);
     if (first === last) return;
     const all = Array.from({ length: last - first + 1 }, (_, i) => predictionAt(side, state.row, position, first + i));
     if (side.lens.depths.length > 1) {
@@ -103,19 +103,19 @@ class Panel {
         paint(cell, "lens", units / 1000);
         line.append(cell);
       }
-      line.append(element("td", { class: "figure" }, percent(Math.exp(depth.logP))), element("td", { class: "figure" }, nats(depth.entropy)));
+      line.append(element("td", { class: "figure" }, share(depth.written)), element("td", { class: "figure" }, nats(depth.entropy)));
       body.append(line);
     }
+    this.node.append(element("p", { class: "quiet" }, "Likeliest tokens by layer; the written token is framed. Entropy in nats."));
     this.node.append(element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Predictions by layer" },
-      element("table", { id: "lens" }, element("caption", {}, "Likeliest tokens by layer; the written token is framed. Entropy in nats."),
-        element("thead", {}, head), body)));
+      element("table", { id: "lens" }, element("thead", {}, head), body)));
   }
 
   attention(side, state, canvas) {
     this.node.append(element("h3", {}, "Attention from this position"));
     const step = stepFor(side, side.attention, state.row, state);
     if (step === null) {
-      this.node.append(element("p", { class: "quiet" }, "This page was made without attention."));
+      this.node.append(element("p", { class: "quiet" }, "No attention is in this page; run.to_html(path) keeps it where it fits."));
       return;
     }
     const choice = (name, count, value) => {

@@ -134,6 +134,7 @@ class _Predictions:
     start: Int[Tensor, "row pos"]
     token: UInt[np.ndarray, "depth top entry"]
     p: UInt[np.ndarray, "depth top entry"]
+    written: UInt[np.ndarray, "depth entry"]
     log_p: UInt[np.ndarray, "depth entry"]
     entropy: UInt[np.ndarray, "depth entry"]
     margin: UInt[np.ndarray, " entry"]
@@ -144,7 +145,7 @@ class _Predictions:
         vocab = run.bridge.original_model.config.vocab_size
         id_bytes = 2 if vocab <= 2**16 else 4
         entries = entries_of(run, True)
-        size = len(depths) * (top * (id_bytes + 2) + 4) + 2
+        size = len(depths) * (top * (id_bytes + 2) + 6) + 2
         if int(entries.count.sum()) * size > MOST_BYTES:
             entries = entries_of(run, False)
         n, depth = int(entries.count.sum()), len(depths)
@@ -152,7 +153,8 @@ class _Predictions:
         return cls(
             run, depths, entries, entries.before(ones),
             np.zeros((depth, top, n), f"<u{id_bytes}"), np.zeros((depth, top, n), "<u2"),
-            np.zeros((depth, n), "<u2"), np.zeros((depth, n), "<u2"), np.zeros(n, "<u2"),
+            np.zeros((depth, n), "<u2"), np.zeros((depth, n), "<u2"), np.zeros((depth, n), "<u2"),
+            np.zeros(n, "<u2"),
         )  # fmt: skip
 
     def write(
@@ -185,7 +187,9 @@ class _Predictions:
             best = log_p.topk(self.token.shape[1], dim=-1)
             self.token[depth][:, slots] = best.indices.T.numpy()
             self.p[depth][:, slots] = shares(best.values.exp().T)
-            self.log_p[depth, slots] = nats(-log_p.gather(-1, final)[:, 0])
+            own = log_p.gather(-1, final)[:, 0]
+            self.written[depth, slots] = shares(own.exp())
+            self.log_p[depth, slots] = nats(-own)
             self.entropy[depth, slots] = nats(-(log_p.exp() * log_p).nan_to_num().sum(-1))
 
     def packed(self) -> dict[str, Any]:
@@ -196,6 +200,7 @@ class _Predictions:
             **_placed(self.entries),
             "tokens": pack(self.token),
             "p": pack(self.p),
+            "written": pack(self.written),
             "logP": pack(self.log_p),
             "entropy": pack(self.entropy),
             "margin": pack(self.margin),

@@ -70,7 +70,7 @@ def notebook_view(run: Run) -> str:
     Nothing stands between a run and its display: what cannot be drawn is its line.
     """
     try:
-        text = page_of(run, _beside(run, None), False, False, 1, False, frame=True)
+        text = page_of(run, _beside(run, None), False, False, 1, False)
     except Exception:
         return f"<pre>{html.escape(repr(run))}</pre>"
     return (
@@ -87,10 +87,9 @@ def page_of(
     attention: bool | None,
     top: int,
     progress: bool | None,
-    frame: bool = False,
 ) -> str:
-    """Return the page as text; ``frame`` says that it is shown inside a notebook."""
-    data = gather(run, other, lens, attention, top, progress) | {"frame": frame}
+    """Return the page as text."""
+    data = gather(run, other, lens, attention, top, progress)
     style = _asset("page.css")
     script = "\n".join(["'use strict';", *(_asset(f"{name}.js") for name in _SCRIPTS)])
     parts = {
