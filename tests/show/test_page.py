@@ -21,6 +21,7 @@ from tests.helpers import small
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.show.page import reading
+from transformer_lens_bd3lm.show.page.canvas import first_difference
 from transformer_lens_bd3lm.show.page.write import gather, page_of, write_page
 
 HOSTILE = {
@@ -165,6 +166,20 @@ def test_where_runs_part_is_what_the_replay_says(run, replay):
         expected = None if step < 0 else {"step": step, "position": position}
         assert first[row] == expected
     assert gather(run, run, False, False, 1, False)["firstDifference"] == [None, None]
+
+
+def test_the_first_difference_is_at_the_earliest_step_and_then_leftmost():
+    def row(tokens: list[int], reveal: list[int]) -> dict[str, Any]:
+        return {"tokens": tokens, "reveal": reveal, "kind": [int(i >= 0) for i in reveal]}
+
+    one = row([0, 7, 8, 9, 7], [-1, 3, 1, 2, 1])
+    assert first_difference(one, row([0, 5, 5, 9, 5], [-1, 3, 1, 2, 1])) == {
+        "step": 1, "position": 2,
+    }  # fmt: skip
+    assert first_difference(one, row([0, 7, 8, 9, 7], [-1, 2, 1, 3, 1])) == {
+        "step": 2, "position": 1,
+    }  # fmt: skip
+    assert first_difference(one, one) is None
 
 
 @pytest.mark.parametrize("size", [1, 4])

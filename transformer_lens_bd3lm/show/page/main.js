@@ -164,4 +164,4 @@ async function start() {
   performance.mark("ready");
 }
 
-start();
+start().catch((error) => { byId("status").textContent = `This browser cannot open the page: ${error.message}`; });
