@@ -99,7 +99,7 @@ class Canvas {
       });
     }
     if (state.numbers && !mask && this.side.rows[this.row].kind[position] === WRITTEN) {
-      node.append(element("small", {}, this.numberOf(position, state)));
+      node.insertBefore(element("small", {}, this.numberOf(position, state)), node.querySelector(".break"));
     }
   }
 
@@ -115,7 +115,7 @@ class Canvas {
       if (units !== undefined && units > 0) paint(node, "attention", Math.sqrt(units / 1000));
     } else if (!mask && row.kind[position] === WRITTEN) {
       if (state.color === "order") paint(node, "order", row.reveal[position] / Math.max(this.lastReveal(), 1));
-      if (state.color === "confidence" && row.logP[position] !== null) paint(node, "confidence", Math.exp(number(row.logP[position])));
+      if (state.color === "confidence" && row.logP[position] !== null) paint(node, "confidence", 1 + number(row.logP[position]) / LEAST);
     }
   }
 
@@ -156,7 +156,7 @@ class Canvas {
 
   drawLegend(state) {
     const ramps = {
-      order: ["revealed first", "last"], confidence: ["probability when drawn: 0%", "100%"], attention: ["attention: 0% (square-root scale)", "100%"],
+      order: ["revealed first", "last"], confidence: [`log p when drawn: ${MINUS}${LEAST} nats or less`, "0"], attention: ["attention: 0% (square-root scale)", "100%"],
     };
     const node = this.legend;
     node.replaceChildren(element("span", { class: "token given" }, "given"), element("span", {}, element("span", { class: "token mask" }), " mask"),
