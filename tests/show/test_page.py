@@ -214,7 +214,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(bridge, run, tmp_p
     with pytest.raises(InputError, match="path=.*give a file name"):
         run.to_html(tmp_path)
     with pytest.raises(InputError, match="other is str: give a run"):
-        run.to_html(page, other="run")
+        write_page(run, page, other="run")  # pyright: ignore
     longer = bd3lm.denoise(bridge, PROMPTS, max_new_tokens=9)
     with pytest.raises(InputError, match="other=Run.*prompts or their masks are not"):
         run.to_html(page, other=longer)
