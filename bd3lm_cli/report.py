@@ -5,27 +5,36 @@ from typing import Annotated
 
 import typer
 
-from bd3lm_cli.app import app
-from bd3lm_cli.models import boot
+from bd3lm_cli.models import boot, check_model
 from bd3lm_cli.options import Device
-from bd3lm_cli.terminal import console
-from bd3lm_cli.typed import check_files
+from bd3lm_cli.terminal import errors
+from bd3lm_cli.typed import new_file
 
 
-@app.command()
 def report(
     run: Annotated[
-        Path, typer.Argument(help="Folder of a saved run.", exists=True, file_okay=False)
+        Path,
+        typer.Argument(help="Folder of a saved run.", exists=True, file_okay=False, metavar="RUN"),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="File of the page; RUN.html if not given.")
+        Path | None,
+        typer.Option(
+            help="File of the page, by default RUN.html.", callback=new_file, metavar="FILE"
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model that wrote the run; by default as the run names it.")
+        str | None,
+        typer.Option(
+            help="Model of the run, by default as the run names it.",
+            callback=check_model,
+            metavar="MODEL",
+        ),
     ] = None,
     other: Annotated[
         Path | None,
-        typer.Option(help="Saved run to show beside it.", exists=True, file_okay=False),
+        typer.Option(
+            help="Saved run to show beside it.", exists=True, file_okay=False, metavar="RUN"
+        ),
     ] = None,
     lens: Annotated[
         bool | None, typer.Option(help="Keep each layer's predictions; by default as they fit.")
@@ -34,13 +43,19 @@ def report(
         bool | None, typer.Option(help="Keep attention; by default as it fits.")
     ] = None,
     top: Annotated[
-        int, typer.Option(help="Number of likeliest tokens of each prediction.", min=1, max=20)
+        int,
+        typer.Option(
+            help="Number of likeliest tokens of each prediction.", min=1, max=20, metavar="N"
+        ),
     ] = 5,
     device: Device = None,
 ) -> None:
-    """Write a saved run as one HTML file that a browser opens without a network."""
+    """Write a saved run as one HTML file that a browser opens without a network.
+
+    Try: bd3lm report romeo
+    """
     path = run.absolute().with_name(f"{run.absolute().name}.html") if out is None else out
-    check_files(None, path)
+    new_file(path)
     import torch
 
     from transformer_lens_bd3lm.denoising.run import Run
@@ -51,7 +66,7 @@ def report(
     bridge = boot(model or _model_of(manifest.model), device, dtype=dtype)
     beside = None if other is None else Run.load(other, bridge)
     Run.load(run, bridge).to_html(path, other=beside, lens=lens, attention=attention, top=top)
-    console.print(f"page in {path}")
+    errors.print(f"page in {path}", soft_wrap=True)
 
 
 def _model_of(name: str) -> str:

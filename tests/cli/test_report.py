@@ -10,14 +10,14 @@ from bd3lm_cli import app
 
 
 def run(*words):
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "120"})
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("run", "other")]
     for seed, folder in enumerate(folders):
-        words = ("generate", "grammar", "--tokens", 4, "--seed", seed, "--save", folder)
+        words = ("generate", "grammar", "--max-new-tokens", 4, "--seed", seed, "--save", folder)
         assert run(*words).exit_code == 0
     return folders
 
