@@ -20,6 +20,7 @@ from bd3lm_cli.diff import diff
 from bd3lm_cli.generate import generate
 from bd3lm_cli.measure import exact, likelihood, sweep
 from bd3lm_cli.parallel import parallel
+from bd3lm_cli.report import report
 from bd3lm_cli.run import main as main
 from bd3lm_cli.trace import circuit, trace
 from bd3lm_cli.train import train
@@ -27,7 +28,7 @@ from bd3lm_cli.verify import verify
 
 # The commands by what they are for, in the order of the help.
 COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "Write": (demo, generate, commitment),
+    "Write": (demo, generate, report, commitment),
     "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency),
     "Explain predictions": (trace, circuit),
     "Checkpoints": (info, diff, verify, convert, train),

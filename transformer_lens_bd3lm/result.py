@@ -1,8 +1,8 @@
 """Base of every result: its figures in a line, values as plain JSON, its table, and its figure.
 
 Results are computed by lower folders and drawn by a higher one, ``show``, which registers a
-function for each type of result in ``table_of`` and ``figure_of``, and one for all in ``html_of``.
-So no result imports rich or matplotlib.
+function for each type of result in ``table_of`` and ``figure_of``, and what a notebook shows in
+``html_of``. So no result imports rich or matplotlib.
 """
 
 import math
@@ -36,7 +36,7 @@ class Result:
         return one_line(f"{type(self).__name__}({figures})")
 
     def _repr_html_(self) -> Any:
-        """Return the table as HTML; None if there is none: a notebook shows the line then."""
+        """Return the result as HTML; None if it cannot be shown: a notebook has its line then."""
         try:
             return html_of(self)
         except Exception:
@@ -130,7 +130,7 @@ def figure_of(result: Any, **options: Any) -> "Figure":
 
 @singledispatch
 def html_of(result: Any) -> str:
-    """Return the table of a result as HTML; ``show`` registers the function."""
+    """Return a result as HTML for a notebook; ``show`` registers the functions."""
     raise NotImplementedError(f"{type(result).__name__} has no table")
 
 

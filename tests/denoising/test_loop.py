@@ -1,13 +1,11 @@
 """The loop equals its definition: single forwards, with or without the cache, edited or not."""
 
-import dataclasses
 import gc
 import os
 import pty
 import select
 import subprocess
 import sys
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -998,37 +996,6 @@ def test_a_long_run_shows_a_bar_where_somebody_sees_it(tmp_path, terminal, token
             break
     os.close(near)
     assert (b"denoising" in told) == bar
-
-
-def test_a_run_shows_itself_in_a_notebook(bridge):
-    """Parsed as a browser would: every token there, in order, and shaded only if it was written."""
-    run = bd3lm.denoise(bridge, [[0, 3, 5], [0, 1, 2, 3, 4]], max_new_tokens=6)
-    root = ElementTree.fromstring(run._repr_html_())
-    rows = [div for div in root.iter("div") if "pre-wrap" in div.get("style", "")]
-    assert len(rows) == 2
-    for row, end, ids, commit in zip(rows, run.ends, run.tokens, run.commit_step, strict=True):
-        spans = list(row.iter("span"))
-        assert [span.text for span in spans] == [
-            bridge.tokenizer.decode([token]) for token in ids[:end].tolist()
-        ]
-        for span, step in zip(spans, commit[:end].tolist(), strict=True):
-            assert (f"step {step}," in span.get("title", "")) == (step >= 0)
-            assert ("background" in span.get("style", "")) == (step >= 0)
-    assert repr(run) in "".join(root.itertext())
-    assert "13 steps" not in repr(run) and f"{len(run.steps)} steps" in repr(run)
-
-
-def test_nothing_of_a_token_is_taken_for_markup(device, tmp_path):
-    run = bd3lm.denoise(boot(small.save(tmp_path), device), "w1 [MASK]", max_new_tokens=1)
-
-    class Nasty:
-        @staticmethod
-        def decode(ids):
-            return "<script>&" * len(ids)
-
-    bridge = type("Bridge", (), {"tokenizer": Nasty})
-    shown = dataclasses.replace(run, bridge=bridge)._repr_html_()
-    assert "<script>" not in shown and "&lt;script&gt;&amp;" in shown
 
 
 def alive() -> list[KVCache]:

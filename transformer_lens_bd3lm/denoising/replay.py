@@ -33,7 +33,7 @@ from transformer_lens_bd3lm.denoising.step import RevealedStep, Step
 from transformer_lens_bd3lm.denoising.step_forward import Network
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
-from transformer_lens_bd3lm.result import Result, count, plain_values
+from transformer_lens_bd3lm.result import count, plain_values
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,8 +108,6 @@ class Replay(Run):
             "kl_nats": self.kl,
         }
         return super().to_dict() | plain_values(comparison) | {"base": self.base.to_dict()}
-
-    _repr_html_ = Result._repr_html_
 
     def _figures(self) -> str:
         if self.kl is not None:

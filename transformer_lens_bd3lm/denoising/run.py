@@ -4,7 +4,6 @@ A step's canvas follows from the final one and from the step that revealed each 
 keeps one number a position and one row a step, not a canvas a step.
 """
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import singledispatch
@@ -326,46 +325,58 @@ class Run(Result):
             f"{'' if self.kv_cache else ', no cache'}{', slid' * self.slid}"
         )
 
-    def _repr_html_(self) -> str:
-        """Each row's text in a notebook, written tokens shaded by the step that revealed them."""
-        return "\n".join(
-            [
-                '<div style="font-family:monospace;line-height:1.9">',
-                f"<div><b>{html.escape(repr(self))}</b></div>",
-                *(self._row_html(row) for row in range(len(self.ends))),
-                "<div>shade: place within the block's steps, light first, dark last; hover for "
-                "step, probability and lead</div></div>",
-            ]
-        )
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        other: "Run | None" = None,
+        lens: bool | None = None,
+        attention: bool | None = None,
+        top: int = 5,
+        progress: bool | None = None,
+    ) -> Path:
+        """Write the run as one HTML file that a browser opens without a network.
 
-    def _row_html(self, row: int) -> str:
-        in_block = dict(zip(self.timeline.index, self.timeline.step, strict=True))
-        longest = max([*self.timeline.step, 1])
-        reveals, probs, leads = self.commit_step[row], self.log_p[row].exp(), self.lead[row]
-        parts = []
-        for position, token in enumerate(self.final[row, : int(self.ends[row])].tolist()):
-            tokenizer = self.bridge.tokenizer
-            word = str(token) + " " if tokenizer is None else tokenizer.decode([token])
-            word = html.escape(word).replace("\n", "↵<br>")
-            reveal = int(reveals[position])
-            if reveal < 0:
-                parts.append(f"<span>{word}</span>")
-                continue
-            shade = 92 - 42 * in_block[reveal] / longest
-            hover = (
-                f"position {position}, step {reveal}, p = {float(probs[position]):.3f}, "
-                f"lead = {float(leads[position]):.2f} nats"
-            )
-            parts.append(
-                f'<span title="{hover}" style="background:hsl(210,70%,{shade:.0f}%);color:#000;'
-                f'border-radius:3px">{word}</span>'
-            )
-        return f'<div style="white-space:pre-wrap">{"".join(parts)}</div>'
+        The page shows the canvas at each step, what each layer predicts for a token before its
+        reveal, where a head attends from it, entropy and lead, and the difference from another
+        run. Predictions and attention are computed again, under the run's own hooks.
+
+        Args:
+            path: the file; one that exists is overwritten.
+            other: a run of the same prompts to show beside it, as a replay; of a replay, by
+                default its base.
+            lens: keep predictions of each layer. By default at every step where they fit into the
+                page, else at the step that reveals a token. False: the model's own alone, and none
+                without attention either.
+            attention: keep attention patterns, as ``lens``; by default they are left out where
+                even those of the revealing steps do not fit. The page says what it holds.
+            top: number of likeliest tokens to keep of each prediction.
+            progress: show a progress bar; by default on a terminal.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            InputError: for another run that is not of the same prompts, a file that cannot be
+                written, attention that does not fit, and a run from a file that does not hold its
+                hooks.
+            NotExactError: where the bridge is no longer what the run was made with, a hook does
+                not return what it returned in the run, or one edits the read-out.
+        """
+        return run_page(
+            self, path, other=other, lens=lens, attention=attention, top=top, progress=progress
+        )
 
 
 @singledispatch
 def run_lens(run: Any, **options: Any) -> Any:
     """Compute the logit lens over a run; ``analysis.over_run`` registers the function."""
+    raise InputError(f"run is {type(run).__name__}: give a Run, as denoise returns it")
+
+
+@singledispatch
+def run_page(run: Any, path: Any, **options: Any) -> Path:
+    """Write a run as an HTML file; ``show`` registers the function."""
     raise InputError(f"run is {type(run).__name__}: give a Run, as denoise returns it")
 
 

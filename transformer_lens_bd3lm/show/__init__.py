@@ -32,7 +32,7 @@ from transformer_lens_bd3lm.analysis.verify import Verification
 from transformer_lens_bd3lm.denoising.compare_runs import RunComparison
 from transformer_lens_bd3lm.denoising.mediate import Mediation
 from transformer_lens_bd3lm.denoising.replay import Replay
-from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.denoising.run import Run, run_page
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.likelihoods.corpus_likelihood import Likelihood
 from transformer_lens_bd3lm.likelihoods.exact import Exact
@@ -145,4 +145,7 @@ for _type, _place in TABLES.items():
     table_of.register(_type, _imported(_place))
 for _type, _place in FIGURES.items():
     figure_of.register(_type, drawn(_place))
-html_of.register(Result, _imported("html_tables:result_html"))
+for _type in (Result, Replay):
+    html_of.register(_type, _imported("html_tables:result_html"))
+html_of.register(Run, _imported("page.write:notebook_view"))
+run_page.register(Run, _imported("page.write:write_page"))

@@ -5,7 +5,7 @@ At every step and every masked position the residual after each layer is read ou
 more than one of one depth and step is held.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,17 +181,45 @@ def _by_depth(
         row, at, final = x.batch_row[part], x.offset[part], x.final[part, None]
         rows = []
         last: Tensor | None = None
-        for number in reversed(range(len(depths))):
-            residual, fn = activations[depths[number]], translators[number]
-            log_p = read_out(run.bridge, residual, activations, row, at, fn).cpu().double()
-            if last is None:
-                last = log_p
-                _check_last(run, x.log_probs[part], log_p)
+        for log_p in from_last_depth(
+            run, x.log_probs[part], activations, depths, row, at, translators
+        ):
+            last = log_p if last is None else last
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)
             own = log_p.gather(-1, final)[:, 0]
             rows.append((own, log_p.argmax(-1), entropy, divergence(last, log_p)))
         chunks.append([torch.stack(values[::-1]) for values in zip(*rows, strict=True)])
     return [torch.cat(values, dim=1) for values in zip(*chunks, strict=True)]
+
+
+def from_last_depth(
+    run: Run,
+    log_probs: Float[Tensor, "entry d_vocab"],
+    activations: dict[str, Tensor],
+    depths: Sequence[str],
+    row: Int[Tensor, " entry"],
+    at: Int[Tensor, " entry"],
+    translators: Sequence[Callable[[Tensor], Tensor] | None],
+) -> Iterator[Float[Tensor, "entry d_vocab"]]:
+    """Yield log-probabilities of each depth at a step, in nats, from the last to the embedding.
+
+    Args:
+        run: the run.
+        log_probs: its own predictions.
+        activations: activations of the step by name, with those of ``depths``.
+        depths: hook points of the residuals, from the embedding on.
+        row: row of each prediction in the batch.
+        at: its position within the block.
+        translators: a function of residuals for each depth, or None.
+
+    Raises:
+        NotExactError: where the last depth is not the prediction of the run.
+    """
+    for name, fn in reversed(list(zip(depths, translators, strict=True))):
+        log_p = read_out(run.bridge, activations[name], activations, row, at, fn).cpu().double()
+        if name == depths[-1]:
+            _check_last(run, log_probs, log_p)
+        yield log_p
 
 
 def _check_last(run: Run, own: Tensor, lens: Tensor) -> None:

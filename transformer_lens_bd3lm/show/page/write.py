@@ -1,0 +1,179 @@
+"""The HTML of a run's page: the gathered run as data, inside the page's own text, style and script.
+
+What a model wrote is data, never markup: it stands in a JSON block in which ``<`` is escaped, and
+the script puts it into the page as text. A Content-Security-Policy allows the page's own style and
+script, by their hashes, and nothing else: no network, no frames, no other code.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import secrets
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformer_lens_bd3lm.checks import check_int
+from transformer_lens_bd3lm.denoising.replay import Replay
+from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.show import page
+from transformer_lens_bd3lm.show.page.canvas import (
+    first_difference,
+    gather_run,
+    gather_words,
+    model_name,
+    spaces_between,
+)
+from transformer_lens_bd3lm.show.page.reading import read_run
+
+_SCRIPTS = ("data", "view", "canvas", "chart", "panel", "main")
+_HEIGHT = 520  # of the frame in a notebook, in pixels
+
+
+def write_page(
+    run: Run,
+    path: str | Path,
+    *,
+    other: Run | None = None,
+    lens: bool | None = None,
+    attention: bool | None = None,
+    top: int = 5,
+    progress: bool | None = None,
+) -> Path:
+    """Write the page of a run; see ``Run.to_html``."""
+    path = Path(path)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"path={str(path)!r}: give a file name in a folder that exists")
+    for name, value in (("lens", lens), ("attention", attention)):
+        if value not in (None, True, False):
+            raise InputError(f"{name}={value!r}: give True, False, or None for what fits")
+    check_int("top", top, 1, 20)
+    text = page_of(run, _beside(run, other), lens, attention, top, progress)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        draft.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"path={str(path)!r} could not be written: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def notebook_view(run: Run) -> str:
+    """Return the page of a run in a frame of its own, without predictions and attention."""
+    text = page_of(run, _beside(run, None), False, False, 1, False)
+    return (
+        f'<iframe title="denoising run" sandbox="allow-scripts" srcdoc="{html.escape(text)}" '
+        f'style="width:100%;height:{_HEIGHT}px;border:1px solid #8886;border-radius:8px">'
+        "</iframe>"
+    )
+
+
+def page_of(
+    run: Run,
+    other: Run | None,
+    lens: bool | None,
+    attention: bool | None,
+    top: int,
+    progress: bool | None,
+) -> str:
+    """Return the page as text."""
+    data = gather(run, other, lens, attention, top, progress)
+    style = _asset("page.css")
+    script = "\n".join(["'use strict';", *(_asset(f"{name}.js") for name in _SCRIPTS)])
+    parts = {
+        "title": html.escape(f"Denoising run of {model_name(run)}"),
+        "policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+        "style": style,
+        "data": _json(data),
+        "script": script,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
+
+
+def gather(
+    run: Run,
+    other: Run | None,
+    lens: bool | None,
+    attention: bool | None,
+    top: int,
+    progress: bool | None,
+) -> dict[str, Any]:
+    """Return all that the page shows, as plain values."""
+    runs = [run] if other is None else [run, other]
+    sides, ids = [], set()
+    for each, name in zip(runs, _names(runs), strict=True):
+        side = gather_run(each, name) | read_run(each, lens, attention, top, progress)
+        ids.update(*(row["tokens"] for row in side["rows"]))
+        ids.update(side["lens"].pop("ids") if side["lens"] else ())
+        sides.append(side)
+    differences = [None] * len(run.ends)
+    if other is not None:
+        rows = zip(sides[0]["rows"], sides[1]["rows"], strict=True)
+        differences = [first_difference(*pair) for pair in rows]
+    return {
+        "sides": sides,
+        "words": gather_words(run, ids | {run.canvas.mask_id}),
+        "hasWords": run.bridge.tokenizer is not None,
+        "spaced": spaces_between(run),
+        "firstDifference": differences,
+    }
+
+
+def _beside(run: Run, other: Any) -> Run | None:
+    """Return the run that is shown beside a run.
+
+    Raises:
+        InputError: for one that is not of the same prompts.
+    """
+    if other is None:
+        return run.base if isinstance(run, Replay) else None
+    if not isinstance(other, Run):
+        raise InputError(f"other is {type(other).__name__}: give a run, as denoise or replay does")
+    mine, its = run.canvas, other.canvas
+    vocabularies = [each.bridge.original_model.config.vocab_size for each in (run, other)]
+    same = (
+        vocabularies[0] == vocabularies[1]
+        and mine.tokens.shape == its.tokens.shape
+        and bool((mine.tokens.cpu() == its.tokens.cpu()).all())
+    )
+    if not same:
+        raise InputError(
+            f"other={other!r}: its prompts or their masks are not this run's: give a replay of "
+            "the run, or a run with the same prompt, max_new_tokens and pad_block"
+        )
+    return other
+
+
+def _names(runs: list[Run]) -> list[str]:
+    """Return what the page calls its runs."""
+    if len(runs) == 1:
+        return ["run"]
+    kinds = ["replay" if isinstance(each, Replay) else "run" for each in runs]
+    if isinstance(runs[0], Replay) and runs[1] is runs[0].base:
+        kinds[1] = "base"
+    if isinstance(runs[1], Replay) and runs[0] is runs[1].base:
+        kinds[0] = "base"
+    return kinds if kinds[0] != kinds[1] else [f"{kinds[0]} A", f"{kinds[1]} B"]
+
+
+def _asset(name: str) -> str:
+    """Return a file of the page."""
+    return (files(page) / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """Return the hash by which a policy allows a style or a script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"
+
+
+def _json(data: Any) -> str:
+    """Return data as JSON that cannot end the block of the page that it stands in."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
