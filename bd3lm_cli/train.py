@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bd3lm_cli import typed
-from bd3lm_cli.options import MOST, Device, Json, Plot
+from bd3lm_cli.options import MOST, Device, Json, Plot, Seed
 from bd3lm_cli.output import show
 from bd3lm_cli.terminal import errors
 
@@ -58,7 +58,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 4e-3,
     dropout: Annotated[float, typer.Option(help="Dropout of residual writes.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Random seed of weights, rows and masks.", min=0)] = 0,
+    seed: Seed = 0,
     dtype: Annotated[
         Precision | None,
         typer.Option(help="Precision of the forward pass; chosen by the device if not given."),

@@ -98,6 +98,18 @@ def results(grammar, texts, run, device, tmp_path_factory) -> dict[str, Any]:
         bd3lm.steer(grammar, texts[:4, :4], direction, [1], target="a", max_new_tokens=4, seeds=1),
         bd3lm.sweep_block_sizes(bridge, ["w1 w2 w3 w4 w5", "w6 w7 w8"], [1, 4], max_states=16),
         bd3lm.by_dependency_depth(bridge, PARSES, times=(0.5,), shuffles=2),
+        bd3lm.train(
+            "".join(f"{x % 7} and {x % 5} make {x % 7 + x % 5}.\n" for x in range(600)),
+            tmp_path_factory.mktemp("trained") / "model",
+            steps=8,
+            d_model=16,
+            n_layers=1,
+            n_heads=2,
+            vocab_size=270,
+            context=16,
+            block_sizes=(1, 4),
+            progress=False,
+        ),  # fmt: skip
     ]
     return {type(each).__name__: each for each in made}
 

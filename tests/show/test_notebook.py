@@ -73,9 +73,12 @@ def test_every_result_is_a_table_with_its_numbers_and_one_line(shown):
         assert "\n" not in line and len(line) <= 120 and "no figures" not in line
         if issubclass(getattr(bd3lm.results, name), Result):
             page = shown[name]["text/html"]
+            if name == "Run":
+                assert page.startswith("<iframe") and "O Romeo, Romeo" in page
+                continue
             words = re.sub(r"<[^>]*>", " ", page)
             assert name == "Contract" or re.search(r"\d", words), name
-            assert name == "Run" or page.count("<td") >= 2 and "<table" in page, name
+            assert page.count("<td") >= 2 and "<table" in page, name
 
 
 def test_no_cell_leaves_an_empty_output_or_codes_of_a_terminal_or_noise(cells):
@@ -86,7 +89,7 @@ def test_no_cell_leaves_an_empty_output_or_codes_of_a_terminal_or_noise(cells):
         texts = [output.text] if output.output_type == "stream" else list(output.data.values())
         assert texts and all(str(text).strip() and "\x1b" not in str(text) for text in texts)
         page = output.get("data", {}).get("text/html", "no page")
-        assert re.sub(r"<[^>]*>", "", page).strip()
+        assert re.sub(r"<[^>]*>", "", page).strip() or page.startswith("<iframe")
 
 
 def test_bars_of_a_cell_leave_one_line_and_short_ones_none(cells):

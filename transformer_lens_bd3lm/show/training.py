@@ -3,7 +3,15 @@
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from transformer_lens_bd3lm.show.style import BLUE, COLORS, INK, QUIET, plain
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    COLORS,
+    INK,
+    QUIET,
+    legend_below,
+    plain,
+    write_title,
+)
 from transformer_lens_bd3lm.show.tables import new_table
 from transformer_lens_bd3lm.training.training import Training
 
@@ -45,6 +53,11 @@ def training_figure(training: Training) -> Figure:
                       fontsize=8, color=INK)  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel("bits per character")
-    axes.legend(frameon=False, fontsize=8)
     plain(axes)
+    write_title(
+        figure,
+        f"training {training.path.name}: {training.parameters:,} parameters, "
+        f"{training.settings['steps']:,} steps",
+    )
+    legend_below(figure, axes, columns=2)
     return figure

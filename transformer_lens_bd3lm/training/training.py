@@ -35,12 +35,11 @@ class Training(Result):
     bigram: float
     reports: list[dict[str, float]] = field(repr=False)
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         size, bits = next(iter(self.bits_per_character.items()))
         return (
-            f"Training({str(self.path)!r}: {self.parameters:,} parameters, "
-            f"{self.settings['steps']:,} steps, {bits:.2f} bits/char at block size {size}; "
-            f"bigram {self.bigram:.2f}, unigram {self.unigram:.2f})"
+            f"{self.path.name}: {self.parameters:,} parameters, {self.settings['steps']:,} steps, "
+            f"{bits:.2f} bits/char at block size {size}, bigram {self.bigram:.2f}"
         )
 
     def to_dict(self) -> dict[str, Any]:
