@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from transformer_lens_bd3lm.analysis.harvest.folder import (
     FINISHED,
@@ -138,7 +138,7 @@ class Harvest(Result):
             InputError: for a part that the harvest does not have.
         """
         check_choice("part", part, [each.name for each in self.parts])
-        return load_from_disk(f"{self.out.rstrip('/')}/{part}").with_format("torch")
+        return Dataset.load_from_disk(f"{self.out.rstrip('/')}/{part}").with_format("torch")
 
     def check(self) -> None:
         """Compare every file with its checksum.
