@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 import transformer_lens_bd3lm as bd3lm
 from tests.benchmarks.released_size import keep_freed_memory, released_model
+from transformer_lens_bd3lm.analysis.harvest.passes import activations_of
 
 WINDOWS, CONTEXT, ROUNDS, PASS = 2, 1024, 3, 2048
 NAMES = {"layer 6": ["blocks.6.hook_resid_post"], "layer 11": ["blocks.11.hook_resid_post"]}
@@ -48,10 +49,13 @@ def main() -> None:
     x_t = torch.where(masked, bridge.cfg.mask_token_id, corpus)
     at_once = PASS // CONTEXT
 
-    def forwards(**options: Any) -> None:
+    def forwards(until: list[str] | None = None) -> None:
         for start in range(0, WINDOWS, at_once):
             part = slice(start, start + at_once)
-            bridge(x_t[part], clean=corpus[part], **options)
+            if until is None:
+                bridge(x_t[part], clean=corpus[part])
+            else:
+                activations_of(bridge, until, x_t[part], clean=corpus[part])
 
     def harvest(names: list[str], folder: str, **options: Any) -> bd3lm.Harvest:
         return bd3lm.harvest(
@@ -63,13 +67,12 @@ def main() -> None:
     for column in ("hook point", "work", "seconds", "CPU", "against full", "against stopped"):
         table.add_column(column, justify="left" if column in ("hook point", "work") else "right")
     for label, names in NAMES.items():
-        layer = int(names[0].split(".")[1])
         taken: dict[str, list[tuple[float, float]]] = {}
         for turn in range(ROUNDS + 1):
             folder = tempfile.mkdtemp(prefix="harvest-")
             works = {
                 "full forward": forwards,
-                "stopped forward": lambda last=layer: forwards(stop_at_layer=last + 1),
+                "stopped forward": lambda names=names: forwards(names),
                 "harvest": lambda names=names, folder=folder: harvest(names, folder),
             }
             for work, fn in works.items():

@@ -46,8 +46,8 @@ class FinishedShard:
         bytes: its size.
         rows: number of its rows.
         dropped: number of rows that were left out, because they are the same in every text.
-        same: by hook point, number of rows that are the same in every text there, and were kept
-            because another hook point of the harvest tells them apart.
+        same: by hook point, number of rows kept whose activation there is the same in every text,
+            given the position.
         windows: number of windows that it was computed from.
     """
 

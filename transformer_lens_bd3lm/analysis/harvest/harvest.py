@@ -115,7 +115,7 @@ def harvest(
     settings = read_harvest_settings(
         bridge, names, distribution, t, block_size, prompt_tokens, max_new_tokens, sampler,
         seed=seed, draws=draws, valid=valid, max_texts=max_texts, max_windows=max_windows,
-        rows=rows, max_bytes=float(max_bytes) if max_bytes == max_bytes else max_bytes,
+        rows=rows, max_bytes=max_bytes,
     )  # fmt: skip
     folder, state = HarvestFolder(out), processes()
     texts = read_texts(corpus, field, split)

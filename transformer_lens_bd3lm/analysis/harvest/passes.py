@@ -57,12 +57,12 @@ def activations_of(
 
 
 class Shown:
-    """What rows show of their text, by hook point: which to drop, and which are the same there.
+    """Which rows to drop, and how many that are kept are the same in every text, by hook point.
 
     Attributes:
         early: whether each hook point comes before the first attention, by name.
         dropped: number of rows dropped.
-        same: by hook point, number of rows kept that are the same in every text.
+        same: by hook point, number of rows kept that are the same in every text there.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -75,9 +75,13 @@ class Shown:
         masked: Bool[Tensor, "batch pos"],
         block_size: int,
     ) -> Bool[Tensor, "batch pos"]:
-        """Return the rows to keep: those that some hook point tells apart from other texts'."""
+        """Return the rows to keep.
+
+        Where all hook points come before the first attention these are the tokens of the text.
+        Otherwise all are kept, so that the distribution is the one that was asked for.
+        """
         own, read = own_token_is_text(masked), text_is_read(masked, block_size)
-        kept = rows & (own if all(self.early.values()) else read)
+        kept = rows & own if all(self.early.values()) else rows
         self.dropped += int(rows.sum() - kept.sum())
         for name, early in self.early.items():
             self.same[name] += int((kept & ~(own if early else read)).sum())

@@ -25,8 +25,8 @@ class HarvestPart:
         windows: number of windows of the corpus.
         rows: number of rows.
         dropped: number of rows that were left out, because they are the same in every text.
-        same: by hook point, number of rows that are the same in every text there, and were kept
-            because another hook point of the harvest tells them apart.
+        same: by hook point, number of rows kept whose activation there is the same in every text,
+            given the position.
         shards: number of files.
         bytes: their size.
     """

@@ -1,10 +1,9 @@
 """Rows whose activation is the same in every text, by construction.
 
 An activation is a function of the tokens that reach it. Before the first attention that is the
-token at its own position alone, so a mask has the same activation there whatever surrounds it.
-After it, it is the tokens that its row reads: of a first block where every token is masked these
-are BOS and masks. A row that no token of its text reaches holds nothing of the text: it depends on
-its position alone, and a harvest would hold it thousands of times.
+token at its own position alone: a mask has the same activation there whatever surrounds it, and so
+has BOS. After it, it is the tokens that its row reads: where every token of the first block is
+masked, these are BOS and masks, and the activation depends on the position alone.
 """
 
 import torch

@@ -88,6 +88,7 @@ def read_harvest_settings(
     check_int("seed", plain["seed"], 0, 2**64 - 1)
     check_number("valid", plain["valid"], 0, 0.5, "give a share of the documents, 0..0.5")
     check_number("max_bytes", plain["max_bytes"], 1, math.inf, "give a number of bytes >= 1")
+    plain |= {name: float(plain[name]) for name in ("valid", "max_bytes")}
     require_eval(bridge)
     _check_checkpoint(bridge, distribution)
     on_policy = distribution == "on-policy"
