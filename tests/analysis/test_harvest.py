@@ -172,7 +172,7 @@ def near(share, exact, draws=6000):
 
 @pytest.mark.parametrize("k", [4, 3])
 def test_nelbo_weighted_rows_have_the_weights_of_the_nelbo(k):
-    """1/k * 1/binomial(k, m) * 1/m for each term; a block of 3 of 4 tokens gives 3/4 of the rows."""
+    """1/k * 1/binomial(k, m) * 1/m for each term; a block cut to 3 of 4 has 3/4 of the rows."""
     shares = patterns("nelbo-weighted", (0.0, 1.0), k)
     terms = [
         (pattern, place)
@@ -478,28 +478,34 @@ def harvested(path, **options):
     return bd3lm.harvest(bridge, corpus, names, distribution="t-uniform", out=path, valid=0,
                          progress=False, max_bytes=budget, **options)
 harvested(out + "-first", max_windows=2)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-said["bytes"] = harvested(out + "-wide", draws=2).bytes
-said["grown"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-said["budget"] = budget
+if not (child := os.fork()):  # whose peak begins at what is in memory now
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = harvested(out + "-wide", draws=2).bytes
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    Path(out + "-grown").write_text(json.dumps({"bytes": size, "grown": grown}))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+said |= json.loads(Path(out + "-grown").read_text()) | {"budget": budget}
 
 # Kills: a child harvests on a slow disk, and dies when a random number of files has come and gone.
-bridge, slow, generator = boot(model, torch.device("cpu"), torch.float64), os.fsync, random.Random(0)
+bridge, slow = boot(model, torch.device("cpu"), torch.float64), os.fsync
+generator = random.Random(0)
 def seen():
-    return {(p.name, p.stat().st_mtime_ns) for p in Path(out).glob("*/*.[aj]*") if p.exists()}
+    return {name for folder, _, names in os.walk(out) for name in names}
 while said["kills"] < 10:
     child = os.fork()
     if not child:
         os.fsync = lambda file: (slow(file), time.sleep(0.004))
         small_shards(bridge, out, progress=False)
         os._exit(0)
-    events, last = generator.randrange(1, 4), seen()
+    events, last = generator.randrange(1, 8), seen()
     while events:
-        now = seen() if Path(out).exists() else set()
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it had finished"
+        now = seen()
         events, last = events - (now != last), now
     time.sleep(generator.random() * 0.004)
     os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, "it had finished"
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     said["kills"] += 1
 said["finished before"] = len(list(Path(out).glob("shards/*.json")))
 said["drafts"] = len(list(Path(out).glob("*/.*")))
@@ -519,11 +525,14 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["kills"] == 10 and said["finished before"] > 3
+    print(said)
+    assert said["kills"] == 10 and said["finished before"] > 0
     small_shards(bridge, tmp_path / "alone")
-    assert files_of(out) == files_of(tmp_path / "alone") and not list(out.glob("*/.*"))
+    assert files_of(out) == files_of(tmp_path / "alone")
+    assert said["drafts"] > 0 and not [*out.glob(".*"), *out.glob("*/.*")]
     bd3lm.Harvest.load(out).check()
-    assert said["bytes"] > 2.2 * said["budget"] and said["grown"] < said["budget"]
+    assert said["bytes"] > 2.2 * said["budget"]
+    assert 0.2 * said["budget"] < said["grown"] < said["budget"]
 
 
 SHARED = """

@@ -2,7 +2,7 @@
 
 Run by hand::
 
-    python -m tests.benchmarks.harvest
+    python -m tests.benchmarks.harvest [WINDOWS [CONTEXT]]
 
 In one process and in turns, in seconds of the clock and of the processor (which other work on the
 machine does not lengthen): the full dual forward of the windows under the same masks, the forward
@@ -11,6 +11,7 @@ that ends at the last named hook point, and the harvest of that hook point to a 
 
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ import transformer_lens_bd3lm as bd3lm
 from tests.benchmarks.released_size import keep_freed_memory, released_model
 from transformer_lens_bd3lm.analysis.harvest.passes import activations_of
 
-WINDOWS, CONTEXT, ROUNDS, PASS = 2, 1024, 3, 2048
+ROUNDS, PASS = 2, 2048
 NAMES = {"layer 6": ["blocks.6.hook_resid_post"], "layer 11": ["blocks.11.hook_resid_post"]}
 
 
@@ -39,18 +40,20 @@ class _Tokenizer:
 def main() -> None:
     """Print the table."""
     keep_freed_memory()
+    sizes = [int(word) for word in sys.argv[1:]]
+    windows, context = [*sizes, *(8, 1024)[len(sizes) :]]
     model = released_model()
     bridge: Any = build_bridge_from_module(model, "BD3LM", hf_config=model.config)
     bridge.tokenizer = _Tokenizer()
     torch.manual_seed(0)
-    corpus = torch.randint(1, model.config.vocab_size - 1, (WINDOWS, CONTEXT))
+    corpus = torch.randint(1, model.config.vocab_size - 1, (windows, context))
     corpus[:, 0] = 0
-    masked = torch.rand(corpus.shape) < torch.rand(WINDOWS, CONTEXT // 4).repeat_interleave(4, 1)
+    masked = torch.rand(corpus.shape) < torch.rand(windows, context // 4).repeat_interleave(4, 1)
     x_t = torch.where(masked, bridge.cfg.mask_token_id, corpus)
-    at_once = PASS // CONTEXT
+    at_once = PASS // context
 
     def forwards(until: list[str] | None = None) -> None:
-        for start in range(0, WINDOWS, at_once):
+        for start in range(0, windows, at_once):
             part = slice(start, start + at_once)
             if until is None:
                 bridge(x_t[part], clean=corpus[part])
@@ -63,12 +66,13 @@ def main() -> None:
             rows=PASS, progress=False, **options,
         )  # fmt: skip
 
-    table = Table(title=f"t-uniform, {WINDOWS} x {CONTEXT}, {torch.get_num_threads()} threads")
+    bridge(x_t[:1, :32], clean=corpus[:1, :32])  # what is made once
+    table = Table(title=f"t-uniform, {windows} x {context}, {torch.get_num_threads()} threads")
     for column in ("hook point", "work", "seconds", "CPU", "against full", "against stopped"):
         table.add_column(column, justify="left" if column in ("hook point", "work") else "right")
     for label, names in NAMES.items():
         taken: dict[str, list[tuple[float, float]]] = {}
-        for turn in range(ROUNDS + 1):
+        for _ in range(ROUNDS):
             folder = tempfile.mkdtemp(prefix="harvest-")
             works = {
                 "full forward": forwards,
@@ -79,8 +83,7 @@ def main() -> None:
                 start = time.perf_counter(), time.process_time()
                 result = fn()
                 spent = time.perf_counter() - start[0], time.process_time() - start[1]
-                if turn:
-                    taken.setdefault(work, []).append(spent)
+                taken.setdefault(work, []).append(spent)
             shutil.rmtree(folder)
         medians = {
             work: [statistics.median(times) for times in zip(*both, strict=True)]

@@ -190,7 +190,8 @@ class HarvestFolder:
                 "_split": part,
             }  # fmt: skip
             self.write_json(f"{part}/state.json", state)
-            for path in self._names(self.path(part)):
+        for folder in (*(self.path(part) for part in parts), self.path("shards"), self.root):
+            for path in self._names(folder):
                 if path.endswith(_DRAFT):  # of a process that was killed
                     self.fs.rm_file(path)
         self.write_json(FINISHED, {"splits": parts})
