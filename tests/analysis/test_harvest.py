@@ -525,7 +525,6 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    print(said)
     assert said["kills"] == 10 and said["finished before"] > 0
     small_shards(bridge, tmp_path / "alone")
     assert files_of(out) == files_of(tmp_path / "alone")
