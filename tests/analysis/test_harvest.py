@@ -477,8 +477,8 @@ budget, corpus = 8 * 2**20, small.prompt_of(128, 32)
 def harvested(path, **options):
     return bd3lm.harvest(bridge, corpus, names, distribution="t-uniform", out=path, valid=0,
                          progress=False, max_bytes=budget, **options)
-harvested(out + "-first", max_windows=2)
 if not (child := os.fork()):  # whose peak begins at what is in memory now
+    harvested(out + "-first", max_windows=2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = harvested(out + "-wide", draws=2).bytes
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -531,7 +531,7 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     assert said["drafts"] > 0 and not [*out.glob(".*"), *out.glob("*/.*")]
     bd3lm.Harvest.load(out).check()
     assert said["bytes"] > 2.2 * said["budget"]
-    assert 0.2 * said["budget"] < said["grown"] < said["budget"]
+    assert 0.3 * said["budget"] < said["grown"] < said["budget"]
 
 
 SHARED = """
