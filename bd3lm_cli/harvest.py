@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from bd3lm_cli.app import app
 from bd3lm_cli.models import boot, shared_device
 from bd3lm_cli.options import (
     MOST,
@@ -14,14 +13,14 @@ from bd3lm_cli.options import (
     Field,
     Files,
     Json,
-    ModelArgument,
+    Model,
     Rows,
     Seed,
     Split,
-    typed_block_size,
+    Texts,
 )
 from bd3lm_cli.output import show
-from bd3lm_cli.typed import check_files
+from bd3lm_cli.typed import corpus
 
 
 class Distribution(str, Enum):
@@ -33,37 +32,48 @@ class Distribution(str, Enum):
     clean_stream = "clean-stream"
 
 
-@app.command()
 def harvest(
-    model: ModelArgument,
-    texts: Files,
-    name: Annotated[list[str], typer.Option(help="Hook point; repeat for several.")],
-    out: Annotated[str, typer.Option(help="New folder, or one to go on with; or an fsspec URL.")],
+    model: Model,
+    name: Annotated[list[str], typer.Option(help="Hook point; repeat.", metavar="NAME")],
     distribution: Annotated[
-        Distribution, typer.Option(help="Noise that the rows are taken under.")
+        Distribution, typer.Option(help="Noise that the activations are taken under.")
     ],
-    t: Annotated[tuple[float, float], typer.Option(help="Interval of times.")] = (0, 1),
+    out: Annotated[
+        str,
+        typer.Option(help="Folder, new or to go on with; or an fsspec URL.", metavar="FOLDER"),
+    ],
+    text: Texts = None,
+    file: Files = None,
+    t: Annotated[
+        tuple[float, float], typer.Option(help="Interval of times.", metavar="LOW HIGH")
+    ] = (0, 1),
     block_size: BlockSize = None,
     draws: Annotated[
-        int, typer.Option(help="Times that each window gets new masks.", min=1, max=MOST)
+        int,
+        typer.Option(help="Times that each window is masked anew.", min=1, max=MOST, metavar="N"),
     ] = 1,
     valid: Annotated[
-        float, typer.Option(help="Share of the documents for validation.", min=0, max=0.5)
+        float,
+        typer.Option(help="Share of the documents for validation.", min=0, max=0.5, metavar="X"),
     ] = 0.1,
     max_texts: Annotated[
-        int | None, typer.Option(help="Number of texts to read at most.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="Number of texts to read at most.", min=1, max=MOST, metavar="N"),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option(help="Number of windows to draw at most.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="Number of windows to draw at most.", min=1, max=MOST, metavar="N"),
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="On-policy: tokens of each prompt.", min=0, max=MOST)
+        int | None,
+        typer.Option(help="On-policy: tokens of a prompt.", min=0, max=MOST, metavar="N"),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="On-policy: tokens that a run writes.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="On-policy: tokens that a run writes.", min=1, max=MOST, metavar="N"),
     ] = None,
     max_mib: Annotated[
-        int, typer.Option("--max-mib", help="Most MiB of memory.", min=1, max=MOST)
+        int, typer.Option(help="Most MiB of memory.", min=1, max=MOST, metavar="N")
     ] = 1024,
     split: Split = None,
     field: Field = "text",
@@ -72,20 +82,21 @@ def harvest(
     json: Json = None,
     device: Device = None,
 ) -> None:
-    """Write activations to a folder of `datasets`; call it again to go on where it was stopped.
+    """Write activations to a folder of `datasets`; the same call goes on where it was stopped.
 
-    Under `accelerate launch` processes share the work.
+    Try: bd3lm harvest tiny --file a.txt --file b.txt --name blocks.2.hook_resid_post
+    --distribution t-uniform --out rows
     """
-    check_files(None, json)
+    texts = corpus(text, file)
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
     bridge = boot(model, shared_device(device))
     result = bd3lm.harvest(
-        bridge, texts, name, out=out, distribution=distribution.value, t=t,
-        block_size=typed_block_size(block_size), draws=draws, valid=valid, max_texts=max_texts,
-        max_windows=max_windows, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
-        max_bytes=max_mib * 2**20, split=split, field=field, seed=seed, rows=rows,
+        bridge, texts, name, out=out, distribution=distribution.value, t=t, block_size=block_size,
+        draws=draws, valid=valid, max_texts=max_texts, max_windows=max_windows,
+        prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, max_bytes=max_mib * 2**20,
+        split=split, field=field, seed=seed, rows=rows,
     )  # fmt: skip
     if processes().is_main_process:
         show(result, json, result.to_dict())

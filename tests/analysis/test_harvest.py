@@ -579,6 +579,7 @@ def test_two_processes_write_what_one_writes(bridge, folder, tmp_path):
         ({"block_size": 99}, BlockSizeError, "99"),
         ({"max_bytes": 100}, InputError, "more than a quarter of max_bytes"),
         ({"max_bytes": 4000}, InputError, "the rows of one window take up to"),
+        ({"max_bytes": 40_000}, InputError, "a pass over one window of 16 positions takes up to"),
         ({"valid": 0.9}, InputError, r"0..0.5"),
         ({"draws": 0}, InputError, "draws=0"),
         ({"corpus": []}, InputError, "the corpus has no tokens"),

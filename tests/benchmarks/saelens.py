@@ -3,7 +3,8 @@
 SAELens needs another TransformerLens than this package, so this runs in an environment of its own
 and imports nothing of the package. To make the harvest and the environment, and to run::
 
-    bd3lm harvest tiny TEXT.txt --name blocks.2.hook_resid_post --distribution t-uniform --out out
+    bd3lm harvest tiny --file a.txt --file b.txt --name blocks.2.hook_resid_post \\
+        --distribution t-uniform --out out
     python -m venv sae && sae/bin/pip install "sae-lens==6.54.*"
     sae/bin/python tests/benchmarks/saelens.py out blocks.2.hook_resid_post
 

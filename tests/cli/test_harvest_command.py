@@ -15,7 +15,7 @@ def run(*words):
 
 def test_files_become_a_folder_and_a_table_and_the_same_call_goes_on(tmp_path):
     words = (
-        "tiny", str(FIXTURES / "hamlet.txt"), "--split", r"\n\n", "--out", str(tmp_path / "out"),
+        "tiny", "--file", str(FIXTURES / "hamlet.txt"), "--split", r"\n\n", "--out", str(tmp_path / "out"),
         "--name", "blocks.1.hook_resid_mid", "--distribution", "nelbo-weighted", "--t",
         "0.2", "0.9", "--max-windows", "20", "--valid", "0.3", "--json", str(tmp_path / "h.json"),
     )  # fmt: skip
@@ -33,5 +33,7 @@ def test_files_become_a_folder_and_a_table_and_the_same_call_goes_on(tmp_path):
 
 
 def test_what_is_missing_is_a_usage_error(tmp_path):
-    result = run("tiny", str(FIXTURES / "hamlet.txt"), "--name", "hook_embed", "--out", "x")
+    result = run(
+        "tiny", "--file", str(FIXTURES / "hamlet.txt"), "--name", "hook_embed", "--out", "x"
+    )
     assert result.exit_code == 2 and "--distribution" in result.output

@@ -130,13 +130,12 @@ def harvest(
         "shards": len(shards),
         "trained_at": [] if settings.block_size in trained else list(trained),
     }
+    positions = _positions(bridge, windows, settings)
+    collector = Collector(bridge, windows, settings, sampler, positions)
     with _named(folder, len(shards)):
         folder.begin(identity, state)
         done = folder.finished()
         state.wait_for_everyone()
-        collector = Collector(
-            bridge, windows, settings, sampler, _positions(bridge, windows, settings)
-        )
         left = [shard for shard in shards if shard.number not in done]
         total = sum(len(shard.windows) for shard in shards)
         own = left[state.process_index :: state.num_processes]
