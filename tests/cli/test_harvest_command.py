@@ -14,10 +14,11 @@ def run(*words):
 
 
 def test_files_become_a_folder_and_a_table_and_the_same_call_goes_on(tmp_path):
+    file, out = str(FIXTURES / "hamlet.txt"), str(tmp_path / "out")
     words = (
-        "tiny", "--file", str(FIXTURES / "hamlet.txt"), "--split", r"\n\n", "--out", str(tmp_path / "out"),
-        "--name", "blocks.1.hook_resid_mid", "--distribution", "nelbo-weighted", "--t",
-        "0.2", "0.9", "--max-windows", "20", "--valid", "0.3", "--json", str(tmp_path / "h.json"),
+        "tiny", "--file", file, "--split", r"\n\n", "--out", out,
+        "--name", "blocks.1.hook_resid_mid", "--distribution", "nelbo-weighted", "--t", "0.2",
+        "0.9", "--max-windows", "20", "--valid", "0.3", "--json", str(tmp_path / "h.json"),
     )  # fmt: skip
     result = run(*words)
     assert result.exit_code == 0, result.output
