@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -357,29 +358,37 @@ def small_shards(bridge, out, **options):
     return bd3lm.harvest(bridge, texts, MANY, out=out, **settings | options)
 
 
-def test_a_folder_has_what_saelens_reads(bridge, tmp_path):
+@pytest.fixture(scope="module")
+def alone(bridge, tmp_path_factory):
+    """The folder of such a harvest that nothing disturbed."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    small_shards(bridge, out)
+    return out
+
+
+def test_a_folder_has_what_saelens_reads(alone):
     """The columns, types and shapes that its store of cached activations checks, one by one."""
-    result = small_shards(bridge, tmp_path / "out")
-    cached = datasets.load_from_disk(str(tmp_path / "out" / "train"))
+    result = bd3lm.Harvest.load(alone)
+    cached = datasets.load_from_disk(str(alone / "train"))
     assert cached.features[MANY[2]].shape == (1, 16) and isinstance(cached, datasets.Dataset)
     cached.set_format(
         type="torch", columns=[MANY[2], "token_ids"], device="cpu", dtype=torch.float32
     )
     part = cached[5:12]
     assert part[MANY[2]].shape == (7, 1, 16) and part["token_ids"].shape == (7, 1)
-    whole = datasets.load_from_disk(str(tmp_path / "out"))
+    whole = datasets.load_from_disk(str(alone))
     assert {k: len(v) for k, v in whole.items()} == {p.name: p.rows for p in result.parts}
 
 
-def test_another_file_system_gets_the_same_files(bridge, tmp_path):
-    local = small_shards(bridge, tmp_path / "out")
+def test_another_file_system_gets_the_same_files(bridge, alone):
+    local = bd3lm.Harvest.load(alone)
     remote = small_shards(bridge, "memory://harvests/one")
     store = fsspec.filesystem("memory")
     try:
         assert len(local.shards) > 4 and local.shards == remote.shards
         for shard in local.shards:
             bytes_there = store.cat_file(f"/harvests/one/{shard.file}")
-            assert bytes_there == (tmp_path / "out" / shard.file).read_bytes()
+            assert bytes_there == (alone / shard.file).read_bytes()
         remote.check()
         again = bd3lm.Harvest.load("memory://harvests/one")
         assert len(again.dataset("validation")) == local.parts[1].rows
@@ -389,8 +398,9 @@ def test_another_file_system_gets_the_same_files(bridge, tmp_path):
         store.rm("/harvests", recursive=True)
 
 
-def test_damage_is_seen_and_mended(bridge, tmp_path):
-    result = small_shards(bridge, tmp_path / "out")
+def test_damage_is_seen_and_mended(bridge, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "out")
+    result = bd3lm.Harvest.load(tmp_path / "out")
     whole = files_of(tmp_path / "out")
     first, second = (tmp_path / "out" / shard.file for shard in result.shards[:2])
     first.write_bytes(first.read_bytes()[:-8] + bytes(8 * [1]))
@@ -404,7 +414,7 @@ def test_damage_is_seen_and_mended(bridge, tmp_path):
     assert files_of(tmp_path / "out") == whole
 
 
-def test_a_full_disk_is_said_and_loses_no_finished_shard(bridge, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_loses_no_finished_shard(bridge, alone, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk, from the third shard on."""
     limits, keep = resource.getrlimit(resource.RLIMIT_FSIZE), HarvestFolder.keep
 
@@ -426,8 +436,7 @@ def test_a_full_disk_is_said_and_loses_no_finished_shard(bridge, tmp_path, monke
         bd3lm.Harvest.load(tmp_path / "out")
     small_shards(bridge, tmp_path / "out")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    small_shards(bridge, tmp_path / "whole")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(alone)
 
 
 def test_ctrl_c_says_how_to_go_on(bridge, tmp_path, monkeypatch):
@@ -440,8 +449,7 @@ def test_ctrl_c_says_how_to_go_on(bridge, tmp_path, monkeypatch):
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 
 
-def test_a_folder_goes_on_only_with_the_same_harvest(bridge, tmp_path):
-    small_shards(bridge, tmp_path / "out")
+def test_a_folder_goes_on_only_with_the_same_harvest(bridge, alone, tmp_path):
     for options, differs in (
         ({"seed": 1}, "seed=0 "),
         ({"t": (0, 0.5)}, "t="),
@@ -450,7 +458,7 @@ def test_a_folder_goes_on_only_with_the_same_harvest(bridge, tmp_path):
         ({"max_texts": 19}, "corpus="),
     ):
         with pytest.raises(InputError, match=f"was begun with .*{differs}"):
-            small_shards(bridge, tmp_path / "out", **options)
+            small_shards(bridge, alone, **options)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(InputError, match="holds no harvest"):
@@ -515,7 +523,7 @@ print(json.dumps(said))
 
 
 def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
-    bridge, folder, tmp_path_factory, tmp_path
+    alone, folder, tmp_path_factory, tmp_path
 ):
     wide = small.save(tmp_path_factory.mktemp("wide") / "model", hidden_dim=128, model_length=32)
     out = tmp_path / "out"
@@ -526,8 +534,7 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["kills"] == 10 and said["finished before"] > 0
-    small_shards(bridge, tmp_path / "alone")
-    assert files_of(out) == files_of(tmp_path / "alone")
+    assert files_of(out) == files_of(alone)
     assert said["drafts"] > 0 and not [*out.glob(".*"), *out.glob("*/.*")]
     bd3lm.Harvest.load(out).check()
     assert said["bytes"] > 2.2 * said["budget"]
@@ -542,7 +549,7 @@ small_shards(boot(sys.argv[1], torch.device("cpu"), torch.float64), sys.argv[2])
 """
 
 
-def test_two_processes_write_what_one_writes(bridge, folder, tmp_path):
+def test_two_processes_write_what_one_writes(alone, folder, tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     done = subprocess.run(
@@ -550,9 +557,8 @@ def test_two_processes_write_what_one_writes(bridge, folder, tmp_path):
         capture_output=True, timeout=300, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    small_shards(bridge, tmp_path / "alone")
     shared_files = files_of(tmp_path / "out")
-    assert len(shared_files) > 4 and shared_files == files_of(tmp_path / "alone")
+    assert len(shared_files) > 4 and shared_files == files_of(alone)
 
 
 # What is refused.
