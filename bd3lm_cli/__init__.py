@@ -18,6 +18,7 @@ from bd3lm_cli.demo import demo
 from bd3lm_cli.dependency import dependency
 from bd3lm_cli.diff import diff
 from bd3lm_cli.generate import generate
+from bd3lm_cli.harvest import harvest
 from bd3lm_cli.measure import exact, likelihood, sweep
 from bd3lm_cli.parallel import parallel
 from bd3lm_cli.report import report
@@ -29,7 +30,7 @@ from bd3lm_cli.verify import verify
 # The commands by what they are for, in the order of the help.
 COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Write": (demo, generate, report, commitment),
-    "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency),
+    "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency, harvest),
     "Explain predictions": (trace, circuit),
     "Checkpoints": (info, diff, verify, convert, train),
     "This machine": (bench,),

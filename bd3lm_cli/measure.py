@@ -1,6 +1,6 @@
 """``bd3lm exact``, ``likelihood`` and ``sweep``: likelihoods of texts."""
 
-from bd3lm_cli.models import boot
+from bd3lm_cli.models import boot, shared_device
 from bd3lm_cli.options import (
     BlockSize,
     BlockSizes,
@@ -79,18 +79,10 @@ def likelihood(
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
-    bridge = boot(model, _shared_device(device))
+    bridge = boot(model, shared_device(device))
     result = bd3lm.likelihood(bridge, texts, block_size, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict())
-
-
-def _shared_device(device: str | None) -> str | None:
-    """Return the device asked for, else this process's own where several share the work."""
-    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
-
-    state = processes()
-    return str(state.device) if device is None and state.num_processes > 1 else device
 
 
 def sweep(
@@ -123,7 +115,7 @@ def sweep(
     import transformer_lens_bd3lm as bd3lm
     from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
 
-    bridge = boot(model, _shared_device(device))
+    bridge = boot(model, shared_device(device))
     result = bd3lm.sweep_block_sizes(bridge, texts, block_sizes, **options)
     if processes().is_main_process:
         show(result, json, result.to_dict()["likelihoods"], plot)

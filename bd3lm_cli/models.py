@@ -198,6 +198,14 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def shared_device(device: str | None) -> str | None:
+    """Return the device asked for, else this process's own where several share the work."""
+    from transformer_lens_bd3lm.likelihoods.corpus_likelihood import processes
+
+    state = processes()
+    return str(state.device) if device is None and state.num_processes > 1 else device
+
+
 def _check_device(device: str | None) -> None:
     """Refuse a device that this machine does not have, before a model is loaded."""
     import torch

@@ -42,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: always, with the exit status.
     """
     words = list(sys.argv[1:] if args is None else args)
+    how_to_go_on = ""
     for stream in (sys.stdout, sys.stderr):
         _keep_letters(stream)
     try:
@@ -53,8 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough
         status = FAILURE
-    except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as error:
+        status, how_to_go_on = INTERRUPTED, str(error)
     except UsageError as error:
         status = USAGE
         _print_error("error:", "bold red", f"{_usage_message(error)}\n{_help_hint(words)}")
@@ -66,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
         status = FAILURE if shown == message else USAGE
         _print_error("error:", "bold red", shown)
     if status == INTERRUPTED:
-        _print_error("interrupted", "bold red", "")
+        _print_error("interrupted", "bold red", how_to_go_on)
     _discard_output()
     sys.exit(status or 0)
 

@@ -20,6 +20,7 @@ from transformer_lens_bd3lm.analysis.effect_grid import effect_grid
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.experiment import WordFrequency, experiment
 from transformer_lens_bd3lm.analysis.far_masks import far_masks
+from transformer_lens_bd3lm.analysis.harvest import Harvest, harvest
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
     RepeatedTokens,
@@ -135,6 +136,8 @@ __all__ = [
     "fork",
     "grammar",
     "GRAMMAR",
+    "Harvest",
+    "harvest",
     "HookNameError",
     "HookReturnError",
     "influence",

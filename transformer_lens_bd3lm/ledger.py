@@ -139,9 +139,27 @@ def _check_same_run(folder: Path, what: str, identity: dict[str, Any]) -> None:
     """
     try:
         theirs = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        flat = [dict(x, **x["settings"]) for x in (theirs, json.loads(json.dumps(identity)))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"out={folder} holds no {what}: {error}") from error
+    refuse_other_run(folder, what, theirs, identity)
+
+
+def refuse_other_run(out: Any, what: str, theirs: Any, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with other settings.
+
+    Args:
+        out: folder of the run, for the message.
+        what: what the folder holds, for the message.
+        theirs: identity that the run was begun with.
+        identity: identity of this run, as in :meth:`Ledger.open`.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    try:
+        flat = [dict(x, **x["settings"]) for x in (theirs, json.loads(json.dumps(identity)))]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"out={out} holds no {what}: {error}") from error
     names = [
         name
         for name in sorted(flat[0].keys() | flat[1].keys())
@@ -149,9 +167,7 @@ def _check_same_run(folder: Path, what: str, identity: dict[str, Any]) -> None:
     ]
     if names:
         differences = ", ".join(f"{n}={flat[0].get(n)!r} (now {flat[1].get(n)!r})" for n in names)
-        raise InputError(
-            f"out={folder} was begun with {differences}: give the same, or a new folder"
-        )
+        raise InputError(f"out={out} was begun with {differences}: give the same, or a new folder")
 
 
 def read_jobs(path: Path, job: type[JobType]) -> list[JobType]:

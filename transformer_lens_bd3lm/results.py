@@ -14,6 +14,7 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
+from transformer_lens_bd3lm.analysis.harvest import Harvest
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
@@ -56,6 +57,7 @@ __all__ = [
     "ExactEffect",
     "Experiment",
     "FarMasks",
+    "Harvest",
     "HeadScores",
     "Influence",
     "Likelihood",

@@ -19,6 +19,7 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
+from transformer_lens_bd3lm.analysis.harvest import Harvest
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
@@ -60,6 +61,7 @@ TABLES = {
     ExactEffect: "exact:exact_effect_table",
     Experiment: "experiment:experiment_table",
     FarMasks: "far_masks:far_masks_table",
+    Harvest: "harvest:harvest_table",
     HeadScores: "heads:head_table",
     Influence: "influence:influence_table",
     Likelihood: "likelihood:likelihood_table",
