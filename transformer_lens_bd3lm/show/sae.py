@@ -79,7 +79,7 @@ def scores_figure(result: SaeScores) -> Figure:
     right.set(xlabel="masks left in the block", ylabel="explained variance, masked rows")
     for axes in (left, middle):
         axes.axhline(1, color=QUIET, linewidth=0.8)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
@@ -142,7 +142,7 @@ def activity_figure(result: FeatureActivity) -> Figure:
     right.plot(rate[1].numpy(), rate[0].numpy(), "o", color=BLUE, markersize=3, alpha=0.5)
     right.set(xlabel="active at written tokens", ylabel="active at masks")
     for axis in (right.xaxis, right.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, middle):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
@@ -184,7 +184,10 @@ def _thinned(rows: int, most: int = 16) -> list[int]:
 
 
 def _curves(axes: Axes, shares: Effects, x: list[float] | list[int]) -> None:
-    """Draw the shares of both dictionaries with their intervals."""
+    """Draw the shares of both dictionaries; intervals that are far wider than they are cut."""
+    means = shares.mean[:2][shares.mean[:2].isfinite()].tolist() or [0.0]
+    low, high = min(*means, 1.0), max(*means, 1.0)
+    axes.set_ylim(low - 0.35 * (high - low) - 0.02, high + 0.35 * (high - low) + 0.02)
     for number, color in enumerate(_COLORS):
         mean = shares.mean[number].tolist()
         axes.plot(x, mean, _DASHES[number], marker="o", color=color, markersize=3.5)

@@ -198,8 +198,9 @@ class _Tally:
             if before is None:
                 hidden = step.masked
             left = step.masks_left
-            active = on.new_zeros(2, most, on.shape[-1]).double() if active is None else active
-            total = torch.zeros(x.shape[-1], dtype=torch.float64) if total is None else total
+            if active is None or total is None:
+                active = torch.zeros(2, most, on.shape[-1], dtype=torch.float64)
+                total = torch.zeros(x.shape[-1], dtype=torch.float64)
             for kind, here in enumerate((step.masked, hidden & ~step.masked & (left > 0)[:, None])):
                 row, _ = here.nonzero().unbind(-1)
                 self.rows[kind].index_add_(0, left[row] - 1, torch.ones(len(row)).double())

@@ -2,7 +2,8 @@
 
 A row is a counted position of a text under a mask pattern. Rows are weighted as under a uniform t,
 given that their block has a mask: each number m of masks left in a block, 1..k, is equally likely,
-and so is each pattern of m masks. Rows of blocks without a mask are not counted.
+and so is each pattern of m masks. Rows of blocks without a mask are not counted. A random pattern
+that is drawn twice for all texts of a pass runs once, and its rows count once.
 """
 
 from collections.abc import Callable
@@ -57,7 +58,8 @@ class RowReader:
         """Return hooks ``[(name, fn)]`` of passes over texts of one length, in blocks of a size."""
         counted = _blocks(torch.arange(length) > 0, size).sum(-1)
         self._size, (self._k, self._of) = size, counted.unique(return_inverse=True)
-        self._patterns, self._sums = torch.zeros(len(self._k), size + 1), {}
+        self._patterns = torch.zeros(len(self._k), size + 1, dtype=torch.float64)
+        self._sums = {}
         return [("embed.hook_in", self._see_ids), (self.name, self._see)]
 
     def _see_ids(self, ids: Tensor, hook: Any) -> None:
@@ -68,7 +70,7 @@ class RowReader:
             return
         left = _blocks(masked, size).sum(-1)
         block = self._of * (size + 1) + left
-        self._patterns.view(-1).index_add_(0, block.flatten(), torch.ones(block.numel()))
+        self._patterns.view(-1).index_add_(0, block.flatten(), torch.ones(block.numel()).double())
         self._cell = 2 * block.repeat_interleave(size, 1)[:, : ids.shape[1]] + masked
 
     def _see(self, activation: Tensor, hook: Any) -> Tensor | None:
@@ -91,10 +93,10 @@ class RowReader:
 
     def close(self, batch: int) -> None:
         """Weight the sums of these texts, ``batch`` of them, and add them to the totals."""
-        blocks = torch.bincount(self._of, minlength=len(self._k))
+        blocks = torch.bincount(self._of, minlength=len(self._k)).double()
         weight = (batch * blocks / self._k)[:, None] / self._patterns
         fits = (self._patterns > 0) & (torch.arange(self._size + 1) > 0) & (self._k > 0)[:, None]
-        weight = weight.double().masked_fill(~fits, 0.0)[..., None, None]
+        weight = weight.masked_fill(~fits, 0.0)[..., None, None]
         for name, sums in self._sums.items():
             cells = sums.view(len(self._k), self._size + 1, 2, -1)
             total = (weight * cells).sum(0)[1:]

@@ -160,10 +160,11 @@ class SavedSae:
         dtype = torch.promote_types(x.dtype, self.weights["W_enc"].dtype)
         key = torch.promote_types(dtype, torch.float32), x.device
         if key not in self._copies:
-            self._copies[key] = {
-                name: tensor.to(dtype=key[0], device=key[1])
-                for name, tensor in self.weights.items()
-            }
+            with torch.inference_mode(False):  # so that copies can take part in a gradient later
+                self._copies[key] = {
+                    name: tensor.to(dtype=key[0], device=key[1])
+                    for name, tensor in self.weights.items()
+                }
         return self._copies[key]
 
 

@@ -48,7 +48,7 @@ class SparseAutoencoder(Protocol):
 Edit = Callable[[Tensor], Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Splice:
     """Hook that writes an activation as the features of a sparse autoencoder, edits them, and back.
 
@@ -87,7 +87,7 @@ class Splice:
             _check_values(argument, getattr(self, argument))
 
     @property
-    def hooks(self) -> list[tuple[str, "Splice"]]:
+    def hooks(self) -> list[Any]:
         """TransformerLens's ``[(name, fn)]``, for a forward, ``exact``, ``nelbo`` and others."""
         return [(self.name, self)]
 
