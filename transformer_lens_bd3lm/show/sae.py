@@ -10,8 +10,18 @@ from torch import Tensor
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores
 from transformer_lens_bd3lm.analysis.sae.activity import MOVES
-from transformer_lens_bd3lm.show.style import BLUE, INK, QUIET, plain
-from transformer_lens_bd3lm.show.tables import count, new_table, off_distribution
+from transformer_lens_bd3lm.result import count
+from transformer_lens_bd3lm.show.style import (
+    BLUE,
+    INK,
+    ORANGE,
+    QUIET,
+    WIDTH,
+    legend_below,
+    plain,
+    write_title,
+)
+from transformer_lens_bd3lm.show.tables import new_table, off_distribution
 
 NAMES = ("SAE", "random dictionary")
 _COLORS, _DASHES = (BLUE, QUIET), ("-", "--")
@@ -62,7 +72,7 @@ def _split(result: SaeScores, by: str, labels: list[str]) -> Table:
 
 def scores_figure(result: SaeScores) -> Figure:
     """Draw the share of the NELBO recovered by masks left and by t, and explained variance."""
-    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     masks = range(1, result.nelbo.shape[-1] + 1)
     _curves(left, result.recovered(by="masks"), list(masks))
@@ -76,7 +86,7 @@ def scores_figure(result: SaeScores) -> Figure:
             color=color, markersize=3.5,
         )  # fmt: skip
     right.axhline(0, color=QUIET, linewidth=0.8)
-    right.set(xlabel="masks left in the block", ylabel="explained variance, masked rows")
+    right.set(xlabel="masks left in the block", ylabel="explained variance, masks")
     for axes in (left, middle):
         axes.axhline(1, color=QUIET, linewidth=0.8)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -88,11 +98,8 @@ def scores_figure(result: SaeScores) -> Figure:
         mean = float(result.recovered().mean[number])
         left.plot([], [], _DASHES[number], marker="o", markersize=3.5, color=_COLORS[number],
                   label=f"{label}: {mean:.1%} in all")  # fmt: skip
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
-    figure.suptitle(
-        f"{_title(result)}; bar: 95% over {count(len(result.tokens), 'text')}",
-        x=0.01, ha="left", color=INK, fontsize=10,
-    )  # fmt: skip
+    legend_below(figure, left)
+    write_title(figure, f"{_title(result)}; bar: 95% over {count(len(result.tokens), 'text')}")
     return figure
 
 
@@ -120,15 +127,21 @@ def activity_table(result: FeatureActivity, n: int = 10) -> Group:
 
 def activity_figure(result: FeatureActivity) -> Figure:
     """Draw active features and overlap with the next step by masks left, and rates by feature."""
-    figure = Figure(figsize=(9.6, 3.7), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     masks = range(1, result.rows.shape[-1] + 1)
-    kinds = (("masked", BLUE), ("written", "#d55e00"))
+    kinds = (("masked", BLUE), ("written", ORANGE))
     for kind, (label, color) in enumerate(kinds):
-        left.plot(masks, result.l0[0, kind].numpy(), "o-", color=color, markersize=3, label=label)
+        left.plot(
+            masks,
+            result.l0[0, kind].numpy(),
+            "o-",
+            color=color,
+            markersize=3,
+            label=f"{label} (left)",
+        )
     left.set(xlabel="masks left in the block", ylabel="active features", ylim=(0, None))
-    left.legend(frameon=False, fontsize=8, labelcolor=INK)
-    for move, color in enumerate((BLUE, INK, "#d55e00")):
+    for move, color in enumerate((BLUE, INK, ORANGE)):
         for number in (0, 1):
             middle.plot(
                 masks, result.overlap_by_masks[number, move].numpy(), _DASHES[number],
@@ -136,7 +149,6 @@ def activity_figure(result: FeatureActivity) -> Figure:
             )  # fmt: skip
     middle.plot([], [], "--", color=QUIET, label="random dictionary")
     middle.set(xlabel="masks left in the block", ylabel="overlap with the next step", ylim=(0, 1))
-    middle.legend(frameon=False, fontsize=7, labelcolor=INK)
     rate = result.mean_rate
     right.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8)
     right.plot(rate[1].numpy(), rate[0].numpy(), "o", color=BLUE, markersize=3, alpha=0.5)
@@ -147,10 +159,12 @@ def activity_figure(result: FeatureActivity) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, middle, right):
         plain(axes)
-    figure.suptitle(
+    legend_below(figure, middle, 3, further=left.get_lines())
+    write_title(
+        figure,
         f"{result.name} of {result.model}, block size {result.block_size}: {result.sae}, "
-        f"{result.d_sae} features (right: a dot each)", x=0.01, ha="left", color=INK, fontsize=10,
-    )  # fmt: skip
+        f"{result.d_sae} features (right: a dot each)",
+    )
     return figure
 
 

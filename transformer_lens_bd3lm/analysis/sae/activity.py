@@ -91,13 +91,9 @@ class FeatureActivity(Result):
         above = (self.mean_rate[own] - self.mean_rate[1 - own]).nan_to_num(-1.0)
         return above.argsort(descending=True, stable=True)[:n]
 
-    def __repr__(self) -> str:
-        cells = ", ".join(
-            f"{move} {float(self.overlap.mean[0, i]):.2f} (random "
-            f"{float(self.overlap.mean[1, i]):.2f})"
-            for i, move in enumerate(MOVES)
-        )
-        return f"FeatureActivity({self.name}, {self.d_sae} features, overlap of steps: {cells})"
+    def _figures(self) -> str:
+        sae, random = (float(x[0]) for x in self.overlap.mean[:2])
+        return f"{self.name}: overlap of successive steps at masks {sae:.2f}, random {random:.2f}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return rates, numbers and overlaps as plain values for JSON."""

@@ -131,12 +131,11 @@ class SaeScores(Result):
             raise InputError(f'by={by!r}: only the NELBO is a sum over masks; leave loss="nelbo"')
         return self.nll
 
-    def __repr__(self) -> str:
+    def _figures(self) -> str:
         (sae, random), explained = self.recovered().mean.tolist(), float(self.explained[0, 0])
         return (
-            f"SaeScores({self.name}, block_size={self.block_size}: {self.kind} NELBO recovered "
-            f"{sae:.1%}, random {random:.1%}, explained variance {explained:.3f}, "
-            f"L0 {float(self.l0[0, 0]):.1f} of {self.d_sae}, {len(self.tokens)} texts)"
+            f"{self.name}: {self.kind} NELBO recovered {sae:.1%}, random {random:.1%}, explained "
+            f"variance {explained:.3f}, L0 {float(self.l0[0, 0]):.1f}"
         )
 
     def to_dict(self) -> dict[str, Any]:
