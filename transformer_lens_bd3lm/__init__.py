@@ -32,6 +32,12 @@ from transformer_lens_bd3lm.analysis.lens import logit_lens
 from transformer_lens_bd3lm.analysis.order_cost import order_cost
 from transformer_lens_bd3lm.analysis.over_run import calibration, commitment, probe
 from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
+from transformer_lens_bd3lm.analysis.sae import (
+    Splice,
+    feature_activity,
+    load_sae,
+    sae_scores,
+)
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
 from transformer_lens_bd3lm.analysis.steering import Direction, direction, steer
@@ -131,6 +137,7 @@ __all__ = [
     "exact_effect",
     "experiment",
     "far_masks",
+    "feature_activity",
     "FirstHitting",
     "ForcedReveals",
     "fork",
@@ -143,6 +150,7 @@ __all__ = [
     "influence",
     "InputError",
     "likelihood",
+    "load_sae",
     "log_probs",
     "logit_lens",
     "LossError",
@@ -169,11 +177,13 @@ __all__ = [
     "replay",
     "results",
     "Run",
+    "sae_scores",
     "Sampler",
     "save",
     "set_block_size",
     "sigma_of",
     "sinks",
+    "Splice",
     "steer",
     "Step",
     "StepHooks",

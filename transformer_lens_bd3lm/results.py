@@ -20,6 +20,7 @@ from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
+from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -58,6 +59,7 @@ __all__ = [
     "Experiment",
     "FarMasks",
     "Harvest",
+    "FeatureActivity",
     "HeadScores",
     "Influence",
     "Likelihood",
@@ -76,6 +78,7 @@ __all__ = [
     "RunComparison",
     "RunLens",
     "Runs",
+    "SaeScores",
     "Sinks",
     "Speed",
     "Steering",

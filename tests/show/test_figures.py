@@ -58,6 +58,16 @@ def without_head(z, hook):
 HOOKS = [("blocks.2.attn.hook_z", without_head)]
 
 
+class AsItIs:
+    """The dictionary of every axis."""
+
+    def encode(self, x):
+        return x
+
+    def decode(self, features):
+        return features
+
+
 @pytest.fixture(scope="module")
 def results(grammar, texts, run, device, tmp_path_factory) -> dict[str, Any]:
     """One result of each type that has a figure, by the name of its type."""
@@ -94,6 +104,8 @@ def results(grammar, texts, run, device, tmp_path_factory) -> dict[str, Any]:
         bd3lm.replay(run, HOOKS),
         run,
         run.logit_lens(),
+        bd3lm.feature_activity(run, AsItIs(), "blocks.1.hook_resid_post"),
+        bd3lm.sae_scores(grammar, AsItIs(), "blocks.1.hook_resid_post", texts[:4], 4),
         bd3lm.sinks(grammar, texts[:4], block_size=4),
         bd3lm.steer(grammar, texts[:4, :4], direction, [1], target="a", max_new_tokens=4, seeds=1),
         bd3lm.sweep_block_sizes(bridge, ["w1 w2 w3 w4 w5", "w6 w7 w8"], [1, 4], max_states=16),

@@ -25,6 +25,7 @@ from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
+from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -62,6 +63,7 @@ TABLES = {
     Experiment: "experiment:experiment_table",
     FarMasks: "far_masks:far_masks_table",
     Harvest: "harvest:harvest_table",
+    FeatureActivity: "sae:activity_table",
     HeadScores: "heads:head_table",
     Influence: "influence:influence_table",
     Likelihood: "likelihood:likelihood_table",
@@ -78,6 +80,7 @@ TABLES = {
     RunComparison: "run_tables:comparison_table",
     RunLens: "over_run:run_lens_table",
     Runs: "run_tables:runs_table",
+    SaeScores: "sae:scores_table",
     Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
     Steering: "steering:steering_table",
@@ -101,6 +104,7 @@ FIGURES = {
     Exact: "exact:exact_figure",
     Experiment: "experiment:experiment_figure",
     FarMasks: "far_masks:far_masks_figure",
+    FeatureActivity: "sae:activity_figure",
     HeadScores: "heads:head_figure",
     Influence: "influence:influence_figure",
     ModelComparison: "compare_models:models_figure",
@@ -110,6 +114,7 @@ FIGURES = {
     Replay: "run:replay_figure",
     Run: "run:run_figure",
     RunLens: "over_run:run_lens_figure",
+    SaeScores: "sae:scores_figure",
     Sinks: "sinks:sinks_figure",
     Steering: "steering:steering_figure",
     Sweep: "sweep:sweep_figure",
