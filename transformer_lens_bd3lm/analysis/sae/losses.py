@@ -82,8 +82,8 @@ def mask_losses(
             bridge, ids, block_size, hooks, scope=scope, max_states=max_states, rows=rows
         )
         size, counted = result.block_size, result.counted
-        by_rank = _blocks(result.nelbo_by_rank.transpose(1, 2), size).sum(-1).transpose(1, 2)
-        maskable = _blocks(counted[0], size).sum(-1)
+        by_rank = cut_blocks(result.nelbo_by_rank.transpose(1, 2), size).sum(-1).transpose(1, 2)
+        maskable = cut_blocks(counted[0], size).sum(-1)
         rank = maskable[:, None] - torch.arange(1, size + 1)
         by_masks = by_rank.gather(-1, rank.clamp(min=0).expand_as(by_rank))
         by_masks = by_masks.masked_fill(rank < 0, 0.0)
@@ -92,13 +92,13 @@ def mask_losses(
     generator = torch.Generator().manual_seed(seed)
     draws = [stratified(passes, generator) for _ in range(replicates)]
     masked, weight = (torch.cat([getattr(x, n) for x in draws]) for n in ("masked", "weight"))
-    loss = _blocks(-weight * passes.log_probs(masked), passes.block_size).sum(-1)
+    loss = cut_blocks(-weight * passes.log_probs(masked), passes.block_size).sum(-1)
     by_masks = loss.unflatten(0, (replicates, -1)).mean(0).permute(1, 2, 0)
     by_masks = F.pad(by_masks, (0, passes.block_size - by_masks.shape[-1]))
     maskable = passes.by_block(passes.counted[0]).sum(-1)
     return MaskLosses(by_masks, None, maskable, passes.trained_at)
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
+def cut_blocks(x: Tensor, size: int) -> Tensor:
     """Cut the last axis into blocks; the last one is filled up with zeros."""
     return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))

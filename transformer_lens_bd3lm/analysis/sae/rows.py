@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.analysis.sae.losses import cut_blocks
+
 Values = dict[str, Tensor]
 Seen = Callable[[Tensor, Any], tuple[Tensor | None, Values]]
 
@@ -56,7 +58,7 @@ class RowReader:
 
     def hooks(self, size: int, length: int) -> list[tuple[str, Any]]:
         """Return hooks ``[(name, fn)]`` of passes over texts of one length, in blocks of a size."""
-        counted = _blocks(torch.arange(length) > 0, size).sum(-1)
+        counted = cut_blocks(torch.arange(length) > 0, size).sum(-1)
         self._size, (self._k, self._of) = size, counted.unique(return_inverse=True)
         self._patterns = torch.zeros(len(self._k), size + 1, dtype=torch.float64)
         self._sums = {}
@@ -68,7 +70,7 @@ class RowReader:
         self._masked = masked if bool(masked.any()) else None
         if self._masked is None:
             return
-        left = _blocks(masked, size).sum(-1)
+        left = cut_blocks(masked, size).sum(-1)
         block = self._of * (size + 1) + left
         self._patterns.view(-1).index_add_(0, block.flatten(), torch.ones(block.numel()).double())
         self._cell = 2 * block.repeat_interleave(size, 1)[:, : ids.shape[1]] + masked
@@ -124,8 +126,3 @@ def moments(x: Float[Tensor, "batch pos *head d"]) -> Values:
 
 
 _MOMENTS = ("weight", "x", "square")
-
-
-def _blocks(x: Tensor, size: int) -> Tensor:
-    """Cut the last axis into blocks; the last one is filled up with zeros."""
-    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
