@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers.forked import exit_status, forked
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
-from transformer_lens_bd3lm.training import precision
+from transformer_lens_bd3lm.training import precision, training_run
 from transformer_lens_bd3lm.training.baselines import bigram_nats, unigram_nats
 from transformer_lens_bd3lm.training.budget import steps_in, threads_of
 from transformer_lens_bd3lm.training.data import even_windows, text_windows
+from transformer_lens_bd3lm.training.folder import LOCK, held_alone
 from transformer_lens_bd3lm.training.own_text import read_text, split_text
 from transformer_lens_bd3lm.training.recipe import Recipe
 
@@ -168,6 +170,32 @@ def test_other_arguments_in_the_same_folder_are_refused(trained, change, told):
 
 
 # Time.
+
+
+def test_one_process_at_a_time_trains_in_a_folder(trained, tmp_path):
+    out = tmp_path / "model"
+    with held_alone(out), pytest.raises(InputError, match="another training is running in"):
+        bd3lm.train(TEXT, out, steps=60, **SMALL)
+    assert [path.name for path in out.iterdir()] in ([], [LOCK])
+    with threads_of(1):
+        bd3lm.train(TEXT, out, steps=60, **SMALL)
+    assert same(weights(out), weights(trained[0]))
+
+
+def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
+    out = tmp_path / "model"
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    def stop(report):
+        monkeypatch.setattr(training_run, "save_file", full)
+
+    with pytest.raises(OSError, match="could not be written: I/O error: No space"):
+        bd3lm.train(TEXT, out, steps=40, report=stop, **SMALL)
+    monkeypatch.undo()
+    assert not (out / "model.safetensors").exists() and not list(out.glob("*.partial"))
+    assert bd3lm.train(TEXT, out, steps=40, **SMALL).reports[-1]["step"] == 40
 
 
 def test_minutes_become_steps_that_a_second_call_keeps(tmp_path):
@@ -317,6 +345,10 @@ def test_the_tables_of_tokens_are_distributions():
         ({"dtype": "float16"}, InputError, "dtype='float16'"),
         ({"out": "/proc/model"}, InputError, "cannot be written"),
         ({"out": "/dev/null"}, InputError, "cannot be written"),
+        ({"out": "x" * 300}, InputError, "cannot be written: File name too long"),
+        ({"out": "a\0b"}, InputError, "cannot be written"),
+        ({"text": Path("x" * 300)}, InputError, "cannot be read: File name too long"),
+        ({"text": f"{TEXT}\ud83d"}, InputError, r"'\\ud83d' at character .*half of a surrogate"),
     ],
 )
 def test_it_is_refused_and_no_folder_is_made(tmp_path, change, error, told):

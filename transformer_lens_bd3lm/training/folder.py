@@ -2,7 +2,7 @@
 
 ``begun.json`` holds the recipe, and the SHA-256 of the texts and of the tokenizer's files. It is
 written last: a folder that has it has the other files whole, and one without it is begun anew. A
-run resumes only with what it was begun with.
+run resumes only with what it was begun with, and one process at a time trains in a folder.
 """
 
 import json
@@ -14,13 +14,38 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerFast
 
 from transformer_lens_bd3lm.errors import InputError
 
 BEGUN = "begun.json"
 STATE = "state.safetensors"
+LOCK = ".lock"
 RESULTS = (STATE, "config.json", "model.safetensors")
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is created, for one training; the system frees it if the process dies.
+
+    Raises:
+        InputError: if another process trains in it, or it cannot be written.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another training is running in {folder}: wait for its end, or give another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def read_text(name: str, text: str | Path) -> str:
 
     Raises:
         InputError: if a file cannot be read, is empty or not UTF-8, if a string names a file, or if
-            the text spells BOS or the mask.
+            the text spells BOS or the mask, or holds half of a surrogate pair.
     """
     if isinstance(text, Path):
         shown, content = str(text), _content_of(text)
@@ -61,6 +61,14 @@ def read_text(name: str, text: str | Path) -> str:
         raise InputError(f"{name} is {type(text).__name__}: give a string, or the Path of a file")
     if not content.strip():
         raise InputError(f"{shown} is empty: give a text, the longer the better")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{shown} has {content[error.start]!r} at character {error.start:,}, half of a "
+            "surrogate pair, which is no character: remove it, as "
+            "text.encode('utf-8', 'ignore').decode() does"
+        ) from error
     for token in (MASK, BOS):
         if token in content:
             raise InputError(
@@ -71,9 +79,10 @@ def read_text(name: str, text: str | Path) -> str:
 
 
 def _content_of(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"{path} is {'no file' if path.exists() else 'missing'}: give a text file")
     try:
+        if not path.is_file():
+            kind = "no file" if path.exists() else "missing"
+            raise InputError(f"{path} is {kind}: give a text file")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(

@@ -21,6 +21,7 @@ from transformer_lens_bd3lm.training.data import even_windows, text_windows, tra
 from transformer_lens_bd3lm.training.folder import (
     begin_folder,
     begun_values,
+    held_alone,
     read_begun,
     sha256_of,
 )
@@ -90,8 +91,9 @@ def train(
         report: function called with each point of the learning curve, as in ``result.reports``.
 
     Raises:
-        InputError: for a value outside its range, a text that is too short or cannot be read, or a
-            folder that was begun with something else. No folder is made then.
+        InputError: for a value outside its range, a text that is too short or cannot be read, a
+            folder that was begun with something else, or one in which another process trains. No
+            folder is made then.
         KeyboardInterrupt: after a stop by Ctrl-C or SIGTERM; the state is saved.
     """
     out = Path(out)
@@ -113,11 +115,10 @@ def train(
     }  # fmt: skip
     settings |= _budget(steps, minutes, begun)
     hashes = {
-        f"{kind} text": sha256_of(part.encode("utf-8", "surrogatepass"))
+        f"{kind} text": sha256_of(part.encode())
         for kind, part in zip(("training", "validation"), parts, strict=True)
     }
     tokenizer = read_begun(out, settings | hashes)
-    new = tokenizer is None
     tokenizer = train_tokenizer(parts[0], vocab_size) if tokenizer is None else tokenizer
     training, valid = tokenize(tokenizer, parts, context)
     draw = text_windows(training.ids, context)
@@ -126,12 +127,9 @@ def train(
             with progress_bar("timing a few steps", None, progress):
                 fitting = steps_in(settings["minutes"], _recipe(settings, 1), draw, chosen)
             settings["steps"], settings["threads"] = fitting
-        if new:
-            try:
+        with held_alone(out), threads_of(settings["threads"]):
+            if read_begun(out, settings | hashes) is None:  # another may have begun it meanwhile
                 begin_folder(out, settings | hashes, tokenizer)
-            except OSError as error:
-                raise InputError(f"out={str(out)!r} cannot be written: {error.strerror}") from error
-        with threads_of(settings["threads"]):
             run = TrainingRun(_recipe(settings, settings["steps"]), chosen)
             _continue(run, training, valid, out, progress, report)
     return _result(out, run, settings, training, valid)
@@ -250,8 +248,12 @@ def _check_numbers(
 
 def _check_folder(out: Path) -> None:
     """Refuse a folder that cannot be made or written, before the work."""
-    above = next((path for path in (out, *out.absolute().parents) if path.exists()), None)
-    if above is None or not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    try:
+        above = next((path for path in (out, *out.absolute().parents) if path.exists()), None)
+    except OSError as error:  # a name that is too long, for example
+        raise InputError(f"out={str(out)!r} cannot be written: {error.strerror}") from error
+    open_ = above is not None and above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    if not open_ or "\0" in str(out):
         raise InputError(f"out={str(out)!r} cannot be written: give a folder, new or begun before")
 
 

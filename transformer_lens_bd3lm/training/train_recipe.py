@@ -21,7 +21,13 @@ from transformer_lens_bd3lm.training.data import (
     train_tokenizer,
     word_tokenizer,
 )
-from transformer_lens_bd3lm.training.folder import STATE, begin_folder, read_begun, sha256_of
+from transformer_lens_bd3lm.training.folder import (
+    STATE,
+    begin_folder,
+    held_alone,
+    read_begun,
+    sha256_of,
+)
 from transformer_lens_bd3lm.training.interrupt import TrainingStopped, stop_requests
 from transformer_lens_bd3lm.training.recipe import GRAMMAR_RECIPE, Recipe
 from transformer_lens_bd3lm.training.training_run import TrainingRun
@@ -41,7 +47,8 @@ def train_recipe(
         out: folder of the run and of the checkpoint.
 
     Raises:
-        InputError: if a text is too short, or ``out`` was begun with another recipe or other texts.
+        InputError: if a text is too short, ``out`` was begun with another recipe or other texts, or
+            another process trains in it.
     """
     texts = {"training text": train_text, "validation text": valid_text}
     made_of: dict[str, Any] = {"recipe": asdict(recipe)}
@@ -50,9 +57,10 @@ def train_recipe(
     tokenizer = train_tokenizer(train_text, recipe.vocab_size) if begun is None else begun
     ids = (torch.tensor(tokenizer(text)["input_ids"]) for text in texts.values())
     train, valid = (text_windows(each, recipe.context) for each in ids)
-    if begun is None:
-        begin_folder(out, made_of, tokenizer)
-    yield from continue_run(TrainingRun(recipe), train, valid, out)
+    with held_alone(out):
+        if read_begun(out, made_of) is None:
+            begin_folder(out, made_of, tokenizer)
+        yield from continue_run(TrainingRun(recipe), train, valid, out)
 
 
 def train_grammar(out: Path, recipe: Recipe = GRAMMAR_RECIPE) -> Iterator[dict[str, float]]:
@@ -63,12 +71,13 @@ def train_grammar(out: Path, recipe: Recipe = GRAMMAR_RECIPE) -> Iterator[dict[s
         recipe: recipe of the run.
 
     Raises:
-        InputError: if ``out`` was begun with something else.
+        InputError: if ``out`` was begun with something else, or another process trains in it.
     """
     made_of = {"recipe": asdict(recipe), "grammar": list(grammar.WORDS)}
-    if read_begun(out, made_of) is None:
-        begin_folder(out, made_of, word_tokenizer(grammar.WORDS))
-    yield from continue_run(TrainingRun(recipe), grammar.sample, grammar.sample, out)
+    with held_alone(out):
+        if read_begun(out, made_of) is None:
+            begin_folder(out, made_of, word_tokenizer(grammar.WORDS))
+        yield from continue_run(TrainingRun(recipe), grammar.sample, grammar.sample, out)
 
 
 def continue_run(

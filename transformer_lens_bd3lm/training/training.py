@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_bd3lm.result import Result, plain_values
+from transformer_lens_bd3lm.result import Result, count, plain_values
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -38,7 +38,8 @@ class Training(Result):
     def _figures(self) -> str:
         size, bits = next(iter(self.bits_per_character.items()))
         return (
-            f"{self.path.name}: {self.parameters:,} parameters, {self.settings['steps']:,} steps, "
+            f"{self.path.name}: {self.parameters:,} parameters, "
+            f"{count(self.settings['steps'], 'step')}, "
             f"{bits:.2f} bits/char at block size {size}, bigram {self.bigram:.2f}"
         )
 

@@ -62,11 +62,15 @@ class TrainingRun:
         return state
 
     def save(self, path: Path) -> None:
-        """Write the state to a file, whole or not at all."""
+        """Write the state to a file, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written (a full disk, say); the file is as before then.
+        """
         partial = path.with_suffix(".partial")
         metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
         metadata |= {"losses": json.dumps(self.losses), "reports": json.dumps(self.reports)}
-        save_file({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
+        _write({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
@@ -155,4 +159,13 @@ class TrainingRun:
         }
         with whole_files(folder) as draft:
             model.config.save_pretrained(draft)
-            save_file(state, draft / "model.safetensors", {"format": "pt"})
+            _write(state, draft / "model.safetensors", {"format": "pt"})
+
+
+def _write(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors to a file; what could be written of it is removed after an error."""
+    try:
+        save_file(state, path, metadata)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
