@@ -329,6 +329,12 @@ def test_attention_of_a_step_has_the_blocks_queries(grammar, texts):
         ({"clean": None}, "Give clean= for a dual pass"),
         ({"cache": torch.ones(3)}, r"pattern of \[3\]"),
         ({"cache": {}}, "is not in it"),
+        ({"cache": None}, "is not in it"),
+        ({"cache": {"blocks.2.attn.hook_pattern": 3}}, "pattern of int"),
+        ({"cache": torch.ones(2, 0, 4, 4)}, r"pattern of \[2, 0, 4, 4\]"),
+        ({"cache": torch.full((2, 2, 4, 4), torch.nan)}, "negative weights, NaN"),
+        ({"cache": -torch.ones(2, 2, 4, 4)}, "negative weights, NaN"),
+        ({"clean": torch.zeros(1, 4, dtype=torch.long)}, "clean has 1 row, x_t has 2"),
     ],
 )
 def test_attention_that_does_not_fit_is_refused(grammar, passes, changes, says):
@@ -336,6 +342,13 @@ def test_attention_that_does_not_fit_is_refused(grammar, passes, changes, says):
     options = {"cache": dual, "x_t": x_t, "layer": 2, "head": 1, "clean": x_0, "block_size": 4}
     with pytest.raises(InputError, match=says):
         bd3lm.plot_attention(grammar, **(options | changes))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_attention_of_a_text_without_masks_is_laid_out(grammar, length):
+    x_0 = bd3lm.grammar.sample(1, torch.Generator().manual_seed(0))[:, :length]
+    _, cache = grammar.run_with_cache(x_0)
+    assert_inside(bd3lm.plot_attention(grammar, cache, x_0, 1))
 
 
 # Any map.
@@ -353,6 +366,18 @@ def test_a_map_shows_its_values_around_0_where_they_have_both_signs():
     assert above.get_clim() == (0, 2) and above.cmap.name == "Blues"
 
 
+def test_labels_of_a_map_are_plain_text_and_its_values_may_be_sparse():
+    options = {"unit": "<b>$u", "row_axis": "$r$$", "column_axis": "%{z}", "title": "<i>t"}
+    figure = bd3lm.plot_heat_map(torch.eye(2).to_sparse(), rows=range(3, 5), **options)
+    assert_inside(figure)
+    axes = next(axes for axes in figure.axes if axes.images)
+    assert torch.equal(drawn(axes), torch.eye(2, dtype=torch.float64))
+    assert [x.get_text() for x in shown(axes.yaxis)] == ["3", "4"]
+    page = bd3lm.plot_heat_map(torch.eye(2), interactive=True, **options)
+    assert page.layout.title.text == "&lt;i>t" and page.layout.xaxis.title.text == "% {z}"
+    assert "<br>&lt;b>$u: %{z:.4g}" in page.data[0].hovertemplate
+
+
 def test_a_map_of_128_tokens_and_12_layers_in_panels_fits_its_page():
     values = torch.rand(3, 12, 128, generator=torch.Generator().manual_seed(0))
     words = ["extraordinarily long token"] * 128
@@ -367,6 +392,7 @@ def test_a_map_of_128_tokens_and_12_layers_in_panels_fits_its_page():
         (torch.ones(2), {}, r"values of \[2\]"),
         (torch.ones(2, 2, 2, 2), {}, "choose a head or a step"),
         ([[1.0]], {}, "values of list"),
+        (torch.ones(2, 2) * 1j, {}, "values are complex"),
         (torch.full((2, 2), torch.nan), {}, "none is finite"),
         (torch.ones(2, 3), {"columns": ["a"]}, "columns: 1 labels for 3"),
         (torch.ones(2, 3), {"rows": ["a"]}, "rows: 1 labels for 2"),

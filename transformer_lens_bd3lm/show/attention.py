@@ -14,6 +14,7 @@ from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.masks import dual_mask, sampling_mask
+from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.style import (
     INK,
     LIGHT_TO_DARK,
@@ -46,7 +47,13 @@ def attention_view(
     check_int("layer", layer, 0, bridge.cfg.n_layers - 1)
     ids = read_ids(bridge, x_t, "x_t")
     check_int("row", row, 0, len(ids) - 1)
-    both = ids if clean is None else torch.cat([ids, read_ids(bridge, clean, "clean")], 1)
+    both = ids
+    if clean is not None:
+        beside = read_ids(bridge, clean, "clean")
+        if len(beside) != len(ids):
+            rows = count(len(beside), "row")
+            raise InputError(f"clean has {rows}, x_t has {len(ids)}: give as many")
+        both = torch.cat([ids, beside], 1)
     pattern = _pattern_of(cache, layer, row, len(ids))
     size = block_size_of(bridge, block_size)
     length = ids.shape[1]
@@ -93,15 +100,22 @@ def _pattern_of(cache: Any, layer: int, row: int, rows: int) -> Float[Tensor, "h
     name = f"blocks.{layer}.attn.hook_pattern"
     pattern = cache
     if not isinstance(cache, Tensor):
-        if name not in cache:
-            raise InputError(f"cache: {name} is not in it: run with it in names_filter")
-        pattern = cache[name]
-    if pattern.dim() == 3 and rows == 1:  # a cache without the batch's axis
+        try:
+            pattern = cache[name]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"cache: {name} is not in it: run with it in names_filter") from error
+    shape = list(pattern.shape) if isinstance(pattern, Tensor) else type(pattern).__name__
+    if isinstance(pattern, Tensor) and pattern.dim() == 3 and rows == 1:  # without the batch's axis
         pattern = pattern[None]
-    if pattern.dim() != 4 or len(pattern) != rows:
+    fits = isinstance(pattern, Tensor) and pattern.dim() == 4 and len(pattern) == rows
+    if not fits or not pattern.numel():
         raise InputError(
-            f"pattern of {list(pattern.shape)}: give [batch, head, query, key] with {rows} rows, "
-            "as x_t has"
+            f"pattern of {shape}: give [batch, head, query, key] with {rows} rows, as x_t has"
+        )
+    if pattern.is_complex() or not bool(((pattern >= 0) & (pattern < torch.inf)).all()):
+        raise InputError(
+            "the pattern has negative weights, NaN or infinity: attention weights are shares; "
+            "plot_heat_map draws other values"
         )
     return pattern[row].detach().cpu().to(torch.float64)
 
@@ -152,9 +166,11 @@ def _mark(axes: Axes, first: int, keys: int, length: int, size: int, masked: lis
             axes.axhline(border - 0.5, **line)
     top, left = axes.get_xaxis_transform(), axes.get_yaxis_transform()
     marks = {"color": ORANGE, "markersize": 3.5, "clip_on": False, "linestyle": "none"}
-    axes.plot(masked, [1.015] * len(masked), marker="v", transform=top, **marks)
     asked = [i for i in masked if i >= first]
-    axes.plot([1.015] * len(asked), asked, marker="<", transform=left, **marks)
+    if masked:  # a line without points would stand at the figure's corner in the layout
+        axes.plot(masked, [1.015] * len(masked), marker="v", transform=top, **marks)
+    if asked:
+        axes.plot([1.015] * len(asked), asked, marker="<", transform=left, **marks)
     if keys == length:
         return
     for draw in (axes.axvline, axes.axhline):

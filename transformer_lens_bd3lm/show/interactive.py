@@ -60,7 +60,7 @@ def interactive_figure(figure: Figure) -> Any:
     _scales(grid, panels, rows, columns)
     width, height = figure.get_size_inches() * _DOTS_AN_INCH
     grid.update_layout(
-        title={"text": figure.get_suptitle(), "font": {"size": 14}},
+        title={"text": _plain(figure.get_suptitle()), "font": {"size": 14}},
         font={"color": lettering},
         paper_bgcolor=background,
         plot_bgcolor=to_hex(panels[0].get_facecolor()),
@@ -104,7 +104,12 @@ def _name(axes: Axes | None) -> str:
     """Return the name of a panel: its label or title, or what its values are."""
     if axes is None:
         return ""
-    return str(axes.get_label() or axes.get_title("left") or axes.images[0].get_label())
+    return _plain(axes.get_label() or axes.get_title("left") or _what(axes))
+
+
+def _what(axes: Axes) -> str:
+    """Return what the values of a panel are."""
+    return _plain(axes.images[0].get_label())
 
 
 def _heat_map(plotly: Any, axes: Axes, panels: list[Axes]) -> Any:
@@ -116,7 +121,8 @@ def _heat_map(plotly: Any, axes: Axes, panels: list[Axes]) -> Any:
     x, y = (next(filter(None, [own, *all_]), "") for own, all_ in (
         (axes.get_xlabel(), across), (axes.get_ylabel(), down),
     ))  # fmt: skip
-    parts = [_name(axes)] if len(panels) > 1 and _name(axes) != image.get_label() else []
+    x, y = _plain(x), _plain(y)
+    parts = [_name(axes)] if len(panels) > 1 and _name(axes) != _what(axes) else []
     texts = [
         [
             "<br>".join([*parts, f"{y}: {row}", f"{x}: {column}"])
@@ -131,7 +137,7 @@ def _heat_map(plotly: Any, axes: Axes, panels: list[Axes]) -> Any:
         x=list(columns),
         y=list(rows),
         text=texts,
-        hovertemplate=f"%{{text}}<br>{image.get_label()}: %{{z:.4g}}<extra></extra>",
+        hovertemplate=f"%{{text}}<br>{_what(axes)}: %{{z:.4g}}<extra></extra>",
         hoverongaps=False,
         zmin=low,
         zmax=high,
@@ -151,15 +157,19 @@ def _places(axis: Axis, image: AxesImage) -> dict[int, str]:
     return {i: _plain((named and formatter(i).replace("\n", " ")) or str(i)) for i in places}
 
 
-def _plain(text: str) -> str:
+def _plain(text: Any) -> str:
     """Return a text in which plotly reads no markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")
+    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace("%{", "% {")
 
 
 def _axis(axis: Axis, image: AxesImage) -> dict[str, Any]:
     """Return what plotly is told of an axis: its label, its ticks, the first row on top."""
     formatter, label = axis.get_major_formatter(), axis.get_label_text()
-    options: dict[str, Any] = {"title": {"text": label}, "showgrid": False, "zeroline": False}
+    options: dict[str, Any] = {
+        "title": {"text": _plain(label)},
+        "showgrid": False,
+        "zeroline": False,
+    }
     places = _places(axis, image)
     if isinstance(formatter, Words) and len(formatter.words) <= SHORT:
         words = [_plain(token_label(formatter.words[i])) for i in places]

@@ -37,7 +37,9 @@ def heat_map_figure(
             f"values of {shape}: give a tensor [row, column] or [panel, row, column]; choose a "
             "head or a step first, or take a mean"
         )
-    stack = values.detach().cpu().to(torch.float64)
+    if values.is_complex():
+        raise InputError("values are complex: draw values.abs() or values.angle()")
+    stack = values.detach().cpu().to_dense().to(torch.float64)
     stack = stack if stack.dim() == 3 else stack[None]
     finite = stack[stack.isfinite()]
     if not len(finite):
@@ -62,13 +64,15 @@ def heat_map_figure(
         axes = figure.add_subplot(grid[i + 1])
         heat_map(axes, None if i else scale, part, 0, limits, colors, unit)
         axes.set(ylabel=row_axis, xlabel=column_axis if i == number - 1 else "")
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_parse_math(False)
         if panels is not None:
-            axes.set_title(panels[i], loc="left", fontsize=9, color=INK, parse_math=False)
+            axes.set_title(str(panels[i]), loc="left", fontsize=9, color=INK, parse_math=False)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if rows is not None:
-            label_tokens(axes.yaxis, rows)
+            label_tokens(axes.yaxis, list(map(str, rows)))
         if columns is not None:
-            label_tokens(axes.xaxis, columns)
+            label_tokens(axes.xaxis, list(map(str, columns)))
         axes.tick_params(labelbottom=i == number - 1)
     return figure
