@@ -117,3 +117,19 @@ def test_ragged_prompts_in_a_batch_give_what_each_gives_alone(bridge, run, whole
     assert_same(whole, values(list(runs)))
     written = int((run.commit_step >= 0).sum())
     assert written == 7 * len(PROMPTS) * 2 >= len(whole["row"]) > 20
+
+
+def test_a_run_that_wrote_no_token_of_its_text_is_refused(bridge):
+    """A fork at a step behind which only masks are filled in that lie behind the end of its row."""
+    force = bd3lm.ForcedReveals(
+        tokens=torch.tensor([[-1, 3, -1, -1]]), order=torch.tensor([[-1, 0, 1, 2]])
+    )
+    run = bd3lm.denoise(
+        bridge, [[0]], max_new_tokens=3, block_size=4, force=force, stop=bd3lm.EndOfText(token=3)
+    )
+    assert run.ends.tolist() == [2]
+    fork = bd3lm.fork(run, step=1)
+    assert len(fork.steps) == 2 and not bool((fork.commit_step >= 0).any())
+    for read in (bd3lm.calibration, bd3lm.commitment, lambda run: run.logit_lens()):
+        with pytest.raises(bd3lm.InputError, match="wrote no token of its text"):
+            read(fork)

@@ -117,6 +117,9 @@ def test_an_interval_needs_two_rows_with_written_tokens(run):
     assert one.rows == 1 and "[" not in one.sentence
     with pytest.raises(bd3lm.InputError, match="1 row with written tokens"):
         one.interval()
+    for level in (0.0, 1.0, float("nan")):
+        with pytest.raises(bd3lm.InputError, match="level=.*between 0 and 1"):
+            one.interval(level)
     none = compared(run, torch.zeros(2, 2).bool(), torch.zeros(2, 2).bool())
     assert none.sentence == "0 of 0 written tokens agree"
 

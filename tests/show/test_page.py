@@ -222,11 +222,19 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(bridge, run, tmp_p
         run.to_html(page, top=0)
     with pytest.raises(InputError, match="lens='yes'"):
         write_page(run, page, lens="yes")  # pyright: ignore
+    with pytest.raises(InputError, match="attention=0: give True, False"):
+        write_page(run, page, attention=0)  # pyright: ignore
+    with pytest.raises(InputError, match="path=5: give a file name"):
+        write_page(run, 5)  # pyright: ignore
+    with pytest.raises(InputError, match="could not be written: File name too long"):
+        run.to_html(tmp_path / ("x" * 300))
+    with pytest.raises(InputError, match="give a file name"):
+        run.to_html(tmp_path / "a\0.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_file_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
-    page = tmp_path / "page.html"
+    page = tmp_path / f"{'x' * 250}.html"  # as long as a name may be
     page.write_text("before")
 
     def full(*_: Any, **__: Any) -> None:
@@ -235,8 +243,10 @@ def test_the_file_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match="could not be written: no space left"):
         run.to_html(page, lens=False, attention=False)
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    assert page.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [page] and page.read_text() == "before"
+    monkeypatch.undo()
+    run.to_html(page, lens=False, attention=False)
+    assert list(tmp_path.iterdir()) == [page] and page.read_text() != "before"
 
 
 def test_hooks_of_a_run_act_on_its_page_or_it_is_refused(bridge, tmp_path):

@@ -82,7 +82,8 @@ def test_the_result_is_what_the_run_reported(trained):
     folder, result, seen = trained
     assert result.reports == seen and seen[-1]["step"] == 60
     assert result.bits_per_character == {size: seen[-1][f"valid_{size}"] for size in (1, 4)}
-    assert repr(result).startswith(f"Training('{folder}': ") and "60 steps" in repr(result)
+    assert re.match(r"Training\([\d,]+ parameters, 60 steps, \d\.\d\d bits/char", repr(result))
+    assert len(repr(result)) <= 120
     assert result.to_dict()["settings"]["dtype"] == result.settings["dtype"]
     assert result.table().row_count == 4
     assert len(result.plot().axes[0].lines) == 1 + 2 + 2

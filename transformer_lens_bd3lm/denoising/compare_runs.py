@@ -23,6 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from transformer_lens_bd3lm.checks import is_real
 from transformer_lens_bd3lm.denoising.run import Run
 from transformer_lens_bd3lm.denoising.runs import Runs
 from transformer_lens_bd3lm.errors import InputError
@@ -79,8 +80,8 @@ class RunComparison(Result):
         Raises:
             InputError: for fewer than two rows with a written token, or a level outside (0, 1).
         """
-        if not 0 < level < 1:
-            raise InputError(f"level={level}: give a share between 0 and 1, as 0.95")
+        if not is_real(level) or not 0 < level < 1:
+            raise InputError(f"level={level!r}: give a share between 0 and 1, as 0.95")
         if self.rows < 2:
             raise InputError(
                 f"{count(self.rows, 'row')} with written tokens: an interval is over rows, give "

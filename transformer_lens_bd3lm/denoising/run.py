@@ -320,7 +320,7 @@ class Run(Result):
         sampler = brief(self.sampler) if known else type(self.sampler).__name__
         return (
             f"{count(len(self.ends), 'row')}, {count(written, 'token')} written in "
-            f"{count(len(self.timeline.t), 'step')}, {self.passes} passes, "
+            f"{count(len(self.timeline.t), 'step')}, {count(self.passes, 'pass')}, "
             f"block_size={self.block_size}, {sampler}, seed {self.noise.seed}"
             f"{'' if self.kv_cache else ', no cache'}{', slid' * self.slid}"
         )

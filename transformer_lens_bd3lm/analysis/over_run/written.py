@@ -153,7 +153,8 @@ def read_written(run: Any, texts: Any = None) -> Written:
         texts: number of each row's text ``[row]``; rows of one prompt by default.
 
     Raises:
-        InputError: for anything else, and numbers that do not fit.
+        InputError: for anything else, numbers that do not fit, and runs that wrote no token of
+            their texts.
         NotExactError: where a bridge is no longer what its run was made with.
     """
     if isinstance(run, Runs):
@@ -173,6 +174,11 @@ def read_written(run: Any, texts: Any = None) -> Written:
         require_run(each)
         if each.bridge is not runs[0][0].bridge:
             raise InputError("run: the runs are of several bridges: give those of one")
+    if not any(bool((each.commit_step >= 0).any()) for each, _ in runs):
+        raise InputError(
+            "run: it wrote no token of its text (a fork of a row that had ended, for example): "
+            "give one that did"
+        )
     rows = sum(len(numbers) for _, numbers in runs)
     if texts is None:
         return Written(runs, _texts_of(runs, rows))

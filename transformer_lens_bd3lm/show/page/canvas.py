@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.denoising.replay import Replay
 from transformer_lens_bd3lm.denoising.run import Run
+from transformer_lens_bd3lm.result import count
 
 GIVEN, WRITTEN, BEFORE, LEFT = range(4)  # kinds of positions, as the page's script has them
 
@@ -55,11 +56,12 @@ def _hooks(run: Run) -> list[Any]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Return what a run was made with, as names and values for the reader."""
-    written = int((run.commit_step >= 0).sum())
+    written = count(int((run.commit_step >= 0).sum()), "token")
+    steps, passes = count(len(run.timeline.t), "step"), count(run.passes, "pass")
     facts = [
         ("model", model_name(run)),
         ("block size", str(run.block_size)),
-        ("written", f"{written} tokens in {len(run.timeline.t)} steps, {run.passes} passes"),
+        ("written", f"{written} in {steps}, {passes}"),
         ("sampler", repr(run.sampler)),
         ("noise", repr(run.noise)),
         ("weights", str(run.bridge.embed.weight.dtype).removeprefix("torch.")),

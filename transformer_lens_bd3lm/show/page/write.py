@@ -45,20 +45,28 @@ def write_page(
     progress: bool | None = None,
 ) -> Path:
     """Write the page of a run; see ``Run.to_html``."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path={path!r}: give a file name, as 'page.html'")
     path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    try:
+        fits = "\0" not in str(path) and path.absolute().parent.is_dir() and not path.is_dir()
+    except OSError as error:  # a name that is too long, for example
+        raise InputError(f"path={str(path)!r} could not be written: {error.strerror}") from error
+    if not fits:
         raise InputError(f"path={str(path)!r}: give a file name in a folder that exists")
     for name, value in (("lens", lens), ("attention", attention)):
-        if value not in (None, True, False):
+        if not (value is None or isinstance(value, bool)):
             raise InputError(f"{name}={value!r}: give True, False, or None for what fits")
     check_int("top", top, 1, 20)
     text = page_of(run, _beside(run, other), lens, attention, top, progress)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    draft = path.with_name(f".{secrets.token_hex(8)}")  # as short as can be: names have a limit
     try:
         draft.write_text(text, encoding="utf-8", newline="\n")
         os.replace(draft, path)
     except OSError as error:
-        raise InputError(f"path={str(path)!r} could not be written: {error}") from error
+        raise InputError(
+            f"path={str(path)!r} could not be written: {error.strerror or error}"
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
     return path
