@@ -82,7 +82,9 @@ def test_the_result_is_what_the_run_reported(trained):
     folder, result, seen = trained
     assert result.reports == seen and seen[-1]["step"] == 60
     assert result.bits_per_character == {size: seen[-1][f"valid_{size}"] for size in (1, 4)}
-    assert re.match(r"Training\([\d,]+ parameters, 60 steps, \d\.\d\d bits/char", repr(result))
+    assert re.match(
+        r"Training\(model: [\d,]+ parameters, 60 steps, \d\.\d\d bits/char", repr(result)
+    )
     assert len(repr(result)) <= 120
     assert result.to_dict()["settings"]["dtype"] == result.settings["dtype"]
     assert result.table().row_count == 4
