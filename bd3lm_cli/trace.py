@@ -174,7 +174,10 @@ def _windows(
     ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0]
     count = len(ids) // (length - 1)
     if count < texts:
-        raise typer.BadParameter(f"the text has {count} windows of {length} tokens, of {texts}")
+        raise typer.BadParameter(
+            f"the text has {count} whole windows of {length} tokens, fewer than --texts {texts}: give "
+            "a longer text, or smaller --length or --texts"
+        )
     rows = ids[: count * (length - 1)].view(count, -1)
     rows = torch.cat([bridge.to_tokens("")[:, :1].expand(count, -1), rows], dim=1)
     first = torch.arange(texts) * count // texts
