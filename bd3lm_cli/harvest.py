@@ -56,7 +56,9 @@ def harvest(
     ] = 1,
     valid: Annotated[
         float,
-        typer.Option(help="Share of the documents for validation.", min=0, max=0.5, metavar="X"),
+        typer.Option(
+            help="Share of the documents for validation.", parser=typed.number(0, 0.5), metavar="X"
+        ),
     ] = 0.1,
     max_texts: Annotated[
         int | None,

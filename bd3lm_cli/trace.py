@@ -175,8 +175,8 @@ def _windows(
     count = len(ids) // (length - 1)
     if count < texts:
         raise typer.BadParameter(
-            f"the text has {count} whole windows of {length} tokens, fewer than --texts {texts}: give "
-            "a longer text, or smaller --length or --texts"
+            f"the text has {count} whole windows of {length} tokens, fewer than --texts {texts}: "
+            "give a longer text, or smaller --length or --texts"
         )
     rows = ids[: count * (length - 1)].view(count, -1)
     rows = torch.cat([bridge.to_tokens("")[:, :1].expand(count, -1), rows], dim=1)

@@ -220,6 +220,7 @@ def test_what_is_typed_wrongly_is_one_message_and_loads_no_model(files, line, wh
         ("likelihood grammar --text a --json /dev/full", 1, "/dev/full could not be written"),
         ("generate grammar a --save /proc/x/y", 1, "/proc/x/y could not be written"),
         ("train a.txt out", 1, "not vocab_size=512"),
+        ("circuit grammar --text a", 2, "fewer than --texts 24: give a longer text"),
         ("train a.txt out --steps 1 --minutes 1", 2, "give one of the two"),
     ],
 )

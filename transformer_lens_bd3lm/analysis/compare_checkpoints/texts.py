@@ -99,7 +99,7 @@ def read_rows(
     batches = tuple(_batches([window.ids for window in kept], seed))
     if not any(bool(batch.masked.any()) for batch in batches):
         raise InputError(
-            f"seed={seed} masks nothing of so short a text: give another seed, a longer text, or x_t"
+            f"seed={seed} masks nothing of so short a text: give a longer text, another seed or x_t"
         )
     return NoisedRows(batches, texts, len(windows) - len(kept))
 
