@@ -5,6 +5,8 @@ computes nothing. The library and PyTorch take seconds to import, so no module i
 command's work begins: they are imported inside functions, and ``bd3lm --help`` answers at once.
 """
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,4 +39,6 @@ COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 for panel, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        # Lines of a paragraph are joined, so that they are broken where the terminal ends.
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
+        app.command(rich_help_panel=panel, help=text)(command)

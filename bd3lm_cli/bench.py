@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
-from bd3lm_cli.options import MOST, DefaultModel, Device, Json
+from bd3lm_cli.options import DefaultModel, Device, Json
 from bd3lm_cli.output import show
 
 
@@ -14,11 +15,16 @@ def bench(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens that each run writes, to the block's end.", min=8, max=MOST, metavar="N"
+            help="Tokens that each run writes, to the block's end.",
+            parser=typed.whole(8),
+            metavar="N",
         ),
     ] = 32,
     rounds: Annotated[
-        int, typer.Option(help="Runs of each way; the fastest counts.", min=1, metavar="N")
+        int,
+        typer.Option(
+            help="Runs of each way; the fastest counts.", parser=typed.whole(1), metavar="N"
+        ),
     ] = 2,
     json: Json = None,
     device: Device = None,

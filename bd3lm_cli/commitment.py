@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     Device,
     Json,
@@ -29,7 +29,8 @@ def commitment(
     file: PromptsFile = None,
     max_new_tokens: MaxNewTokens = 48,
     samples: Annotated[
-        int, typer.Option(help="Texts to write from each prompt.", min=1, max=MOST, metavar="N")
+        int,
+        typer.Option(help="Texts to write from each prompt.", parser=typed.whole(1), metavar="N"),
     ] = 16,
     block_size: BlockSize = None,
     sampler: Sampler = SamplerName.first_hitting,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import DefaultModel, Device, MaxNewTokens, Seed
 from bd3lm_cli.terminal import LiveCanvas, console
@@ -26,7 +27,9 @@ def demo(
     max_new_tokens: MaxNewTokens = 32,
     layer: Annotated[
         int | None,
-        typer.Option(help="Layer of the edit; by default the middle one.", min=0, metavar="N"),
+        typer.Option(
+            help="Layer of the edit; by default the middle one.", parser=typed.whole(0), metavar="N"
+        ),
     ] = None,
     toward: Annotated[
         str, typer.Option(help="Token that the edit pushes toward.", callback=check_text)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot, short_names
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     Device,
     File,
@@ -38,12 +38,14 @@ def dependency(
     block_size: BlockSize = None,
     deepest: Annotated[
         int,
-        typer.Option(help="Depths from here on are counted as one.", min=1, max=MOST, metavar="N"),
+        typer.Option(
+            help="Depths from here on are counted as one.", parser=typed.whole(1), metavar="N"
+        ),
     ] = 8,
     shuffles: Annotated[
         int,
         typer.Option(
-            help="Shuffled depths, as a control; 0: no probe.", min=0, max=MOST, metavar="N"
+            help="Shuffled depths, as a control; 0: no probe.", parser=typed.whole(0), metavar="N"
         ),
     ] = 5,
     max_states: MaxStates = 256,

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     Device,
     Dtype,
@@ -36,7 +36,9 @@ def diff(
     block_size: BlockSize = None,
     windows: Annotated[
         int,
-        typer.Option(help="Number of windows of the text to read.", min=1, max=MOST, metavar="N"),
+        typer.Option(
+            help="Number of windows of the text to read.", parser=typed.whole(1), metavar="N"
+        ),
     ] = 8,
     split: Split = None,
     method: MethodOption = None,

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     Device,
     MaxNewTokens,
@@ -34,15 +34,22 @@ def generate(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Of ancestral: steps a block, by default 64.", min=1, max=MOST, metavar="N"
+            help="Of ancestral: steps a block, by default 64.", parser=typed.whole(1), metavar="N"
         ),
     ] = None,
     temperature: Annotated[
         float,
-        typer.Option(help="1 is the model's own, 0 the most likely token.", min=0, metavar="N"),
+        typer.Option(
+            help="1 is the model's own, 0 the most likely token.",
+            parser=typed.number(0),
+            metavar="N",
+        ),
     ] = 1.0,
     nucleus_p: Annotated[
-        float, typer.Option(help="Probability mass of the nucleus.", min=0, max=1, metavar="N")
+        float,
+        typer.Option(
+            help="Probability mass of the nucleus.", parser=typed.number(0, 1), metavar="N"
+        ),
     ] = 1.0,
     seed: Seed = 0,
     stop: Annotated[

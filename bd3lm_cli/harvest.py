@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot, shared_device
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     Device,
     Field,
@@ -50,30 +50,36 @@ def harvest(
     block_size: BlockSize = None,
     draws: Annotated[
         int,
-        typer.Option(help="Times that each window is masked anew.", min=1, max=MOST, metavar="N"),
+        typer.Option(
+            help="Times that each window is masked anew.", parser=typed.whole(1), metavar="N"
+        ),
     ] = 1,
     valid: Annotated[
         float,
-        typer.Option(help="Share of the documents for validation.", min=0, max=0.5, metavar="X"),
+        typer.Option(
+            help="Share of the documents for validation.", parser=typed.number(0, 0.5), metavar="X"
+        ),
     ] = 0.1,
     max_texts: Annotated[
         int | None,
-        typer.Option(help="Number of texts to read at most.", min=1, max=MOST, metavar="N"),
+        typer.Option(help="Number of texts to read at most.", parser=typed.whole(1), metavar="N"),
     ] = None,
     max_windows: Annotated[
         int | None,
-        typer.Option(help="Number of windows to draw at most.", min=1, max=MOST, metavar="N"),
+        typer.Option(help="Number of windows to draw at most.", parser=typed.whole(1), metavar="N"),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
-        typer.Option(help="On-policy: tokens of a prompt.", min=0, max=MOST, metavar="N"),
+        typer.Option(help="On-policy: tokens of a prompt.", parser=typed.whole(0), metavar="N"),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="On-policy: tokens that a run writes.", min=1, max=MOST, metavar="N"),
+        typer.Option(
+            help="On-policy: tokens that a run writes.", parser=typed.whole(1), metavar="N"
+        ),
     ] = None,
     max_mib: Annotated[
-        int, typer.Option(help="Most MiB of memory.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Most MiB of memory.", parser=typed.whole(1), metavar="N")
     ] = 1024,
     split: Split = None,
     field: Field = "text",

@@ -80,8 +80,8 @@ def resolve(name: str) -> ModelName:
     near = difflib.get_close_matches(repository, models, n=1)
     raise typer.BadParameter(
         f"{name!r} is no model: "
-        + (f"did you mean {near[0]}? " if near else "")
-        + f"Give an embedded model ({', '.join(sorted(models))}), a folder, a .ckpt file, or a Hub "
+        + (f"did you mean {near[0]}? Give" if near else "give")
+        + f" an embedded model ({', '.join(sorted(models))}), a folder, a .ckpt file, or a Hub "
         "id OWNER/NAME"
     )
 

@@ -12,8 +12,6 @@ import typer
 from bd3lm_cli import typed
 from bd3lm_cli.models import check_model, check_models
 
-MOST = 2**31 - 1  # largest number that is counted; a tensor takes no larger one
-
 
 class Method(str, Enum):
     """Methods of a likelihood."""
@@ -109,8 +107,7 @@ Stride = Annotated[
     int | None,
     typer.Option(
         help="Tokens by which windows move on; by default they do not overlap.",
-        min=1,
-        max=MOST,
+        parser=typed.whole(1),
         metavar="N",
     ),
 ]
@@ -123,27 +120,34 @@ BlockSizes = Annotated[
     Any, typer.Option(help='Tokens, or "full".', parser=typed.block_sizes, metavar="N,N,...")
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(help="Number of tokens to write.", min=1, max=MOST, metavar="N")
+    int, typer.Option(help="Number of tokens to write.", parser=typed.whole(1), metavar="N")
 ]
 Sampler = Annotated[SamplerName, typer.Option(help="Which positions a step reveals.")]
 MethodOption = Annotated[
     Method | None, typer.Option(help="By default exact where possible, else monte-carlo.")
 ]
 Replicates = Annotated[
-    int, typer.Option(help="Number of independent estimates.", min=1, max=MOST, metavar="N")
+    int, typer.Option(help="Number of independent estimates.", parser=typed.whole(1), metavar="N")
 ]
 MaxStates = Annotated[
     int,
     typer.Option(
-        help="Largest number of mask patterns a block to sum exactly.", min=1, metavar="N"
+        help="Largest number of mask patterns a block to sum exactly.",
+        parser=typed.whole(1),
+        metavar="N",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed.", min=0, max=2**63 - 1, metavar="N")]
+Seed = Annotated[
+    int, typer.Option(help="Random seed.", parser=typed.whole(0, 2**63 - 1), metavar="N")
+]
 Rows = Annotated[
-    int, typer.Option(help="Largest number of positions in one pass.", min=1, max=MOST, metavar="N")
+    int,
+    typer.Option(
+        help="Largest number of positions in one pass.", parser=typed.whole(1), metavar="N"
+    ),
 ]
 Top = Annotated[
-    int, typer.Option(help="Largest number of rows shown.", min=0, max=MOST, metavar="N")
+    int, typer.Option(help="Largest number of rows shown.", parser=typed.whole(0), metavar="N")
 ]
 
 # What is written.

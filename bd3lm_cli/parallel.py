@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
-from bd3lm_cli.options import MOST, BlockSizes, Device, File, Json, Model, Plot, Seed, Text
+from bd3lm_cli.options import BlockSizes, Device, File, Json, Model, Plot, Seed, Text
 from bd3lm_cli.output import show
 from bd3lm_cli.typed import one_of, read_file, tokens_at_once
 
@@ -26,13 +27,13 @@ def parallel(
         ),
     ] = "2,4,block",
     texts: Annotated[
-        int, typer.Option(help="Number of windows.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Number of windows.", parser=typed.whole(1), metavar="N")
     ] = 12,
     length: Annotated[
-        int, typer.Option(help="Tokens of a window.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Tokens of a window.", parser=typed.whole(1), metavar="N")
     ] = 48,
     draws: Annotated[
-        int, typer.Option(help="Times that each is drawn.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Times that each is drawn.", parser=typed.whole(1), metavar="N")
     ] = 2,
     seed: Seed = 0,
     plot: Plot = None,

@@ -5,21 +5,21 @@ from typing import Annotated
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot, check_model
 from bd3lm_cli.options import Device
 from bd3lm_cli.terminal import errors
-from bd3lm_cli.typed import new_file
 
 
 def report(
     run: Annotated[
         Path,
-        typer.Argument(help="Folder of a saved run.", exists=True, file_okay=False, metavar="RUN"),
+        typer.Argument(help="Folder of a saved run.", callback=typed.saved_run, metavar="RUN"),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File of the page, by default RUN.html.", callback=new_file, metavar="FILE"
+            help="File of the page, by default RUN.html.", callback=typed.new_file, metavar="FILE"
         ),
     ] = None,
     model: Annotated[
@@ -32,20 +32,20 @@ def report(
     ] = None,
     other: Annotated[
         Path | None,
-        typer.Option(
-            help="Saved run to show beside it.", exists=True, file_okay=False, metavar="RUN"
-        ),
+        typer.Option(help="Saved run to show beside it.", callback=typed.saved_run, metavar="RUN"),
     ] = None,
     lens: Annotated[
-        bool | None, typer.Option(help="Keep each layer's predictions; by default as they fit.")
+        bool | None, typer.Option(help="Keep each layer's predictions; by default where they fit.")
     ] = None,
     attention: Annotated[
-        bool | None, typer.Option(help="Keep attention; by default as it fits.")
+        bool | None, typer.Option(help="Keep attention; by default where it fits.")
     ] = None,
     top: Annotated[
         int,
         typer.Option(
-            help="Number of likeliest tokens of each prediction.", min=1, max=20, metavar="N"
+            help="Number of likeliest tokens of each prediction, up to 20.",
+            parser=typed.whole(1, 20),
+            metavar="N",
         ),
     ] = 5,
     device: Device = None,
@@ -55,7 +55,7 @@ def report(
     Try: bd3lm report romeo
     """
     path = run.absolute().with_name(f"{run.absolute().name}.html") if out is None else out
-    new_file(path)
+    typed.new_file(path)
     import torch
 
     from transformer_lens_bd3lm.denoising.run import Run

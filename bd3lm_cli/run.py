@@ -87,6 +87,11 @@ def _keep_letters(stream: Any) -> None:
 def _usage_message(error: Any) -> str:
     """Return the message of a usage error, which names the option first."""
     message = re.sub("^Invalid value(?: for )?", "", error.format_message())
+    message = message.replace("Value error, ", "")
+    if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message, re.S):
+        options = [option for each in error.ctx.command.params for option in each.opts]
+        hint = "; a text is --text TEXT" if "--text" in options else ""
+        return f"{extra[1]!r} is not expected{hint}"
     return re.sub(r"^(?:'(.*?)')?: ", lambda found: f"{found[1]}: " if found[1] else "", message)
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bd3lm_cli import typed
 from bd3lm_cli.models import boot
 from bd3lm_cli.options import (
-    MOST,
     BlockSize,
     BlockSizes,
     Device,
@@ -62,10 +62,12 @@ def trace(
     site: Annotated[Site, typer.Option(help="Activations to restore.")] = Site.residual,
     steps: Annotated[
         int,
-        typer.Option(help="Largest number of steps that are shown.", min=1, max=MOST, metavar="N"),
+        typer.Option(
+            help="Largest number of steps that are shown.", parser=typed.whole(1), metavar="N"
+        ),
     ] = 4,
     seeds: Annotated[
-        int, typer.Option(help="Number of reveal orders.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Number of reveal orders.", parser=typed.whole(1), metavar="N")
     ] = 1,
     seed: Seed = 0,
     rows: Rows = 2048,
@@ -108,17 +110,17 @@ def circuit(
     block_sizes: BlockSizes = "4,full",
     top: Top = 50,
     texts: Annotated[
-        int, typer.Option(help="Of a text: number of windows.", min=2, max=MOST, metavar="N")
+        int, typer.Option(help="Of a text: number of windows.", parser=typed.whole(2), metavar="N")
     ] = 24,
     length: Annotated[
-        int, typer.Option(help="Of a text: tokens a window.", min=8, max=MOST, metavar="N")
+        int, typer.Option(help="Of a text: tokens a window.", parser=typed.whole(8), metavar="N")
     ] = 32,
     last_block: Annotated[
         bool,
         typer.Option("--last-block", help="Of a text: mask the last 4 tokens, not a quarter."),
     ] = False,
     steps: Annotated[
-        int, typer.Option(help="Points of the gradients.", min=1, max=MOST, metavar="N")
+        int, typer.Option(help="Points of the gradients.", parser=typed.whole(1), metavar="N")
     ] = 5,
     seed: Seed = 0,
     plot: Plot = None,
@@ -172,7 +174,10 @@ def _windows(
     ids = bridge.to_tokens(text, prepend_bos=False, truncate=False)[0]
     count = len(ids) // (length - 1)
     if count < texts:
-        raise typer.BadParameter(f"the text has {count} windows of {length} tokens, of {texts}")
+        raise typer.BadParameter(
+            f"the text has {count} whole windows of {length} tokens, fewer than --texts {texts}: "
+            "give a longer text, or smaller --length or --texts"
+        )
     rows = ids[: count * (length - 1)].view(count, -1)
     rows = torch.cat([bridge.to_tokens("")[:, :1].expand(count, -1), rows], dim=1)
     first = torch.arange(texts) * count // texts

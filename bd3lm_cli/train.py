@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bd3lm_cli import typed
-from bd3lm_cli.options import MOST, Device, Json, Plot, Seed
+from bd3lm_cli.options import Device, Json, Plot, Seed
 from bd3lm_cli.output import show
 from bd3lm_cli.terminal import errors
 
@@ -25,39 +25,66 @@ class Precision(str, Enum):
 
 def train(
     text: Annotated[
-        Path, typer.Argument(help="Text file in UTF-8, to train on.", exists=True, dir_okay=False)
+        Path,
+        typer.Argument(
+            help="Text file in UTF-8, to train on.", callback=typed.file, metavar="TEXT"
+        ),
     ],
     out: Annotated[
-        Path, typer.Argument(help="Folder of the checkpoint; a stopped training goes on in it.")
+        Path,
+        typer.Argument(
+            help="Folder of the checkpoint; a stopped training goes on in it.", metavar="OUT"
+        ),
     ],
     validation: Annotated[
         Path | None,
         typer.Option(
             help="Text file to validate on; by default the last tenth of TEXT.",
-            exists=True,
-            dir_okay=False,
+            callback=typed.file,
+            metavar="FILE",
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Time to train; 5 if neither it nor --steps is given.")
+        float | None,
+        typer.Option(
+            help="Time to train; 5 if neither it nor --steps is given.",
+            parser=typed.number(0),
+            metavar="N",
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Number of optimizer steps.", min=1, max=MOST)
+        int | None,
+        typer.Option(help="Number of optimizer steps.", parser=typed.whole(1), metavar="N"),
     ] = None,
-    d_model: Annotated[int, typer.Option(help="Width of the residual stream.")] = 64,
-    n_layers: Annotated[int, typer.Option(help="Layers.")] = 3,
-    n_heads: Annotated[int, typer.Option(help="Heads.")] = 4,
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, at least 258.")] = 512,
-    context: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
+    d_model: Annotated[
+        int, typer.Option(help="Width of the residual stream.", parser=typed.whole(1), metavar="N")
+    ] = 64,
+    n_layers: Annotated[int, typer.Option(help="Layers.", parser=typed.whole(1), metavar="N")] = 3,
+    n_heads: Annotated[int, typer.Option(help="Heads.", parser=typed.whole(1), metavar="N")] = 4,
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of the vocabulary, at least 258.", parser=typed.whole(1), metavar="N"
+        ),
+    ] = 512,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a row.", parser=typed.whole(1), metavar="N")
+    ] = 128,
     block_sizes: Annotated[
         Any,
         typer.Option(
             help='Block sizes to train at, or "full".', parser=typed.block_sizes, metavar="N,N,..."
         ),
     ] = "1,2,4,8,16",
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 4e-3,
-    dropout: Annotated[float, typer.Option(help="Dropout of residual writes.")] = 0.1,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows of a step.", parser=typed.whole(1), metavar="N")
+    ] = 8,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak of the learning rate.", parser=typed.number(0), metavar="N")
+    ] = 4e-3,
+    dropout: Annotated[
+        float, typer.Option(help="Dropout of residual writes.", parser=typed.number(0), metavar="N")
+    ] = 0.1,
     seed: Seed = 0,
     dtype: Annotated[
         Precision | None,

@@ -4,15 +4,45 @@ Each function is the parser or callback of an option (``options.py``), or is cal
 refuses a value with ``typer.BadParameter``, which ends the command with exit status 2.
 """
 
+import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
 FIGURES = (".html", ".png", ".svg", ".pdf")
+MOST = 2**31 - 1  # largest number that is counted; a tensor takes no larger one
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[Any], int]:
+    """Return the parser of a whole number between two bounds."""
+
+    def parse(value: Any) -> int:
+        if re.fullmatch("[0-9]{1,19}", str(value)) and least <= int(value) <= most:
+            return int(value)
+        to = "on" if str(value).isdigit() and int(value) < least and most >= MOST else f"to {most}"
+        raise typer.BadParameter(f"{str(value)!r}: give a whole number from {least} {to}")
+
+    return parse
+
+
+def number(least: float, most: float = math.inf) -> Callable[[Any], float]:
+    """Return the parser of a number between two bounds."""
+
+    def parse(value: Any) -> float:
+        try:
+            if math.isfinite(float(value)) and least <= float(value) <= most:
+                return float(value)
+        except ValueError:
+            pass
+        to = "on" if most == math.inf else f"to {most}"
+        raise typer.BadParameter(f"{str(value)!r}: give a number from {least} {to}")
+
+    return parse
 
 
 def block_size(value: str) -> Any:
@@ -112,6 +142,16 @@ def files(paths: list[Path] | None) -> list[Path] | None:
     return paths
 
 
+def saved_run(path: Path | None) -> Path | None:
+    """Return the folder of a saved run."""
+    if path is None or (path / "run.json").is_file():
+        return path
+    missing = "there is no such folder" if not path.is_dir() else "it has no run.json"
+    raise typer.BadParameter(
+        f"{path} is no saved run: {missing}; bd3lm generate ... --save FOLDER saves one"
+    )
+
+
 def read_file(path: Path) -> str:
     """Return the text of a file in UTF-8."""
     try:
@@ -135,7 +175,7 @@ def corpus(text: list[str] | None, file: list[Path] | None) -> list[str | Path]:
 
 def one_of(**given: Any) -> None:
     """Refuse anything but exactly one of several options, which are None where not typed."""
-    if sum(bool(value) for value in given.values()) != 1:
+    if sum(value is not None for value in given.values()) != 1:
         names = [f"--{name}" for name in given]
         raise typer.BadParameter(f"give one of {', '.join(names[:-1])} and {names[-1]}")
 

@@ -37,12 +37,12 @@ def test_the_page_of_a_saved_run_lies_beside_its_folder(saved):
 
 def test_a_page_is_refused_before_the_model_is_loaded(saved, tmp_path):
     for words, told in (
-        ((tmp_path / "none",), "does not exist"),
+        ((tmp_path / "none",), "there is no such folder"),
         ((saved[0], "--out", tmp_path / "none" / "page.html"), "cannot be written"),
     ):
         result = run("report", *words)
         assert result.exit_code == 2 and told in " ".join(result.output.split())
     result = run("report", tmp_path)
-    assert "is no saved run" in str(result.exception)
+    assert result.exit_code == 2 and "it has no run.json" in " ".join(result.output.split())
     result = run("report", saved[0], "--model", "tiny")
     assert "whose weights differ" in str(result.exception)

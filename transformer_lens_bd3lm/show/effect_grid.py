@@ -177,7 +177,8 @@ def _caption(result: EffectGrid) -> str:
     gaps = result.gap[result.gap.isfinite()]
     texts = len(result.by_text)
     sure = "; filled dots: p ≤ 0.05, max-T over all cells" if texts > 1 else ""
+    both = "; X/Y: clean token/corrupted token" if texts == 1 else ""
     return (
-        f"{count(texts, 'pair')} of texts; clean minus corrupted log p: {float(gaps.min()):.2f} to "
-        f"{float(gaps.max()):.2f} nats over steps{sure}"
+        f"{count(texts, 'pair')} of texts; gap, clean minus corrupted log p: "
+        f"{float(gaps.min()):.2f} to {float(gaps.max()):.2f} nats over steps{sure}{both}"
     )

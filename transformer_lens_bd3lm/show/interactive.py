@@ -163,7 +163,7 @@ def _plain(text: Any) -> str:
 
 
 def _axis(axis: Axis, image: AxesImage) -> dict[str, Any]:
-    """Return what plotly is told of an axis: its label, its ticks, the first row on top."""
+    """Return plotly's settings of an axis: its label, its ticks, the first row on top."""
     formatter, label = axis.get_major_formatter(), axis.get_label_text()
     options: dict[str, Any] = {
         "title": {"text": _plain(label)},

@@ -98,7 +98,9 @@ def read_rows(
     texts = torch.tensor([window.text for window in kept])
     batches = tuple(_batches([window.ids for window in kept], seed))
     if not any(bool(batch.masked.any()) for batch in batches):
-        raise InputError(f"seed={seed} masks nothing of so short a text: give another, or x_t")
+        raise InputError(
+            f"seed={seed} masks nothing of so short a text: give a longer text, another seed or x_t"
+        )
     return NoisedRows(batches, texts, len(windows) - len(kept))
 
 

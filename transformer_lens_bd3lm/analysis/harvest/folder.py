@@ -128,7 +128,7 @@ class HarvestFolder:
         refuse_other_run(self.out, "harvest", self.read_json(SETTINGS), identity)
 
     def finished(self) -> dict[int, FinishedShard]:
-        """Return the finished shards by number; one whose file has another size is none."""
+        """Return the finished shards by number; one whose file has another size is left out."""
         shards = {}
         for path in self._names(self.path("shards")):
             if path.endswith(".json"):

@@ -42,7 +42,7 @@ class Panel {
       const reveal = row.reveal[position], logP = row.logP[position], lead = row.lead[position];
       add("revealed", `at step ${side.steps.index[reveal]} `, this.goTo(reveal));
       if (logP !== null) add("probability", `${percent(Math.exp(number(logP)))}, log p = ${nats(number(logP), 4)} nats`);
-      add("lead", lead === null ? "none: it was given to the run, not drawn" : `${nats(number(lead), 4)} nats over the runner-up's score`);
+      add("lead", lead === null ? "none: it was given to the run, not drawn" : `${nats(number(lead), 4)} nats over the runner-up's score, which is log p plus the noise of the draw`);
       if (position >= row.end) add("note", "behind the end: it completes the block, and predictions are not kept");
     }
     canvases.filter((canvas) => canvas.side !== side).forEach(({ side: its }) => {
