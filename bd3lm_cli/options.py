@@ -62,7 +62,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype to compute in.")]
 
 # Texts.
 Text = Annotated[
-    str | None, typer.Option(help="Text to read.", callback=typed.text, metavar="TEXT")
+    str | None, typer.Option(help="Text to read.", callback=typed.text_to_read, metavar="TEXT")
 ]
 File = Annotated[
     Path | None,

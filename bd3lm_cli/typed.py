@@ -105,6 +105,13 @@ def text(value: str | None) -> str | None:
     return value
 
 
+def text_to_read(value: str | None) -> str | None:
+    """Return a text, checked by :func:`text`, with a character in it."""
+    if value == "":
+        raise typer.BadParameter("the text is empty: give one with a word in it")
+    return text(value)
+
+
 def texts(values: list[str] | None) -> list[str] | None:
     """Return several texts, each checked by :func:`text`."""
     return None if values is None else [str(text(value)) for value in values]

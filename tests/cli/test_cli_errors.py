@@ -127,6 +127,7 @@ TYPED = [
     ("compare tiny tiny --text a", "a checkpoint is named twice"),
     # Texts and files.
     ("exact grammar", "give one of --text and --file"),
+    ("exact grammar --text ", "--text: the text is empty"),
     ("exact grammar --text a --file a.txt", "give one of --text and --file"),
     ("exact grammar --text a.txt", "--text: a.txt names a file"),
     ("exact grammar --text missing.txt", "missing.txt names a file"),
