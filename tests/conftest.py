@@ -44,8 +44,10 @@ annotated = [
 ]
 install_import_hook(annotated, "beartype.beartype")
 
-# Passes as small as the tests' take several times as long on two threads as on one.
+# Passes as small as the tests' take several times as long on two threads as on one; so do those of
+# the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 GOLDENS = FIXTURES / "goldens"
 
