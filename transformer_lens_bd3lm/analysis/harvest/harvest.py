@@ -161,8 +161,9 @@ def _write(
     rows, shown = Rows(points, capacity), Shown(settings.names)
     collector.collect(shard.windows, rows, shown, update)
     tables = rows.tables(
-        [settings.seed, _ORDER, shard.number], settings.stream, settings.block_size
-    )
+        [settings.seed, _ORDER, shard.number], settings.stream, settings.block_size,
+        settings.max_bytes,
+    )  # fmt: skip
     schema = features_of(rows.activations).arrow_schema
     checksum, size = folder.write_tables(shard.name, tables, schema)
     return FinishedShard(

@@ -29,7 +29,7 @@ from datasets import Array2D, Features, List, Value
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BATCH_BYTES = 4 * 2**20  # of rows that are put in order and written at once
+BATCH_BYTES = 4 * 2**20  # most bytes of rows that are put in order and written at once
 
 _COLUMNS: dict[str, torch.dtype] = {
     "token": torch.int32,
@@ -70,12 +70,13 @@ class Rows:
             self.columns[name][start : self.number] = x
         return torch.arange(start, self.number)
 
-    def tables(self, seed: list[int], stream: str, block_size: int) -> Any:
-        """Yield the rows in a random order, as Arrow tables of a few MiB."""
+    def tables(self, seed: list[int], stream: str, block_size: int, max_bytes: float) -> Any:
+        """Yield the rows in a random order, as Arrow tables of at most 1/32 of ``max_bytes``."""
         order = torch.from_numpy(np.random.default_rng(seed).permutation(self.number))
         features = features_of(self.activations)
         schema, size = features.arrow_schema, bytes_a_row(self.activations)
-        for numbers in order.split(max(BATCH_BYTES // size, 1)):
+        at_once = int(min(BATCH_BYTES, max_bytes / 32) // size)
+        for numbers in order.split(max(at_once, 1)):
             rows = len(numbers)
             values = {name: x[numbers].numpy() for name, x in self.columns.items()}
             arrays = {name: pa.array(x) for name, x in values.items()}
