@@ -451,7 +451,7 @@ def test_figures_without_a_heat_map_have_no_interactive_form(results):
 def test_a_missing_plotly_is_named_with_its_extra(results, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(InputError, match=r"pip install 'transformer-lens-bd3lm\[interactive\]'"):
+    with pytest.raises(InputError, match=r"pip install 'plotly>=6' \(the extra \[interactive\]\)"):
         results["HeadScores"].plot(interactive=True)
 
 

@@ -83,7 +83,7 @@ def _import(name: str) -> Any:
     except ImportError as error:
         raise InputError(
             "interactive=True: plotly is not installed: "
-            "pip install 'transformer-lens-bd3lm[interactive]'"
+            "pip install 'plotly>=6' (the extra [interactive])"
         ) from error
 
 
