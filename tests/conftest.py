@@ -31,11 +31,15 @@ import torch  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from tests.helpers.shapes import check_once_per_kind  # noqa: E402
+from tests.helpers.shapes import (  # noqa: E402
+    check_once_per_kind,
+    keep_the_bytecode_of_other_modules,
+)
 
 if "transformer_lens_bd3lm" in sys.modules:
     raise RuntimeError("the package was imported before the hook that checks its shapes")
 check_once_per_kind()
+keep_the_bytecode_of_other_modules()
 # Only where shapes are annotated.
 annotated = [
     ".".join(file.relative_to(TOP).with_suffix("").parts)

@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import math
-import subprocess
 import sys
 
 import lm_eval
@@ -312,13 +311,3 @@ def test_the_absence_of_the_harness_is_explained(monkeypatch):
         ImportError, match=r"pip install 'lm_eval>=0.4.13,<0.5' \(the extra \[lm-eval\]\)"
     ):
         spec.loader.exec_module(module)
-
-
-def test_the_package_imports_it_when_it_is_first_asked_for():
-    code = (
-        "import sys, transformer_lens_bd3lm as bd3lm\n"
-        "assert 'lm_eval' not in sys.modules\n"
-        "assert bd3lm.lm_eval.BD3LM.__name__ == 'BD3LM'\n"
-        "assert not hasattr(bd3lm, 'lm_evil')"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=TOP)

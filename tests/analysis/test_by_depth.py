@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -543,17 +541,6 @@ def test_its_values_are_plain_and_what_is_not_finite_is_none(measured):
     assert told["probe"]["r2"] == measured.probe.r2.tolist()
     lost = replace(measured.probe, shuffled=torch.full_like(measured.probe.shuffled, math.nan))
     assert replace(measured, probe=lost).to_dict()["probe"]["shuffled_mean"] == [[None] * 3] * 2
-
-
-def test_what_only_some_need_is_imported_when_it_is_needed():
-    code = (
-        "import sys, transformer_lens_bd3lm\n"
-        "assert not {'conllu', 'matplotlib'} & set(sys.modules)\n"
-        "from transformer_lens_bd3lm.analysis.by_depth import read_conllu\n"
-        f"read_conllu({TEXT!r})\n"
-        "assert 'conllu' in sys.modules and 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_asks_for_one_source(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
+from tests.helpers.forked import forked_together
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm import InputError, WordFrequency, experiment
 from transformer_lens_bd3lm.analysis.effects import mean_effects
@@ -249,20 +250,6 @@ def test_it_is_known_again_in_another_process():
     assert other == described(eval(values)) and "hook" in other
 
 
-SCRIPT = """
-import sys, torch
-from transformer_lens.model_bridge import TransformerBridge
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens_bd3lm.analysis.experiment import run
-run.JOB = 4
-bridge = TransformerBridge.boot_transformers(sys.argv[1], dtype=torch.float64)
-arms = {"base": None, "cold": {"temperature": 0.5}}
-result = bd3lm.experiment(bridge, [[0, 3, 5], [0], [0, 7]], arms, seeds=6, max_new_tokens=4,
-                          out=sys.argv[2])
-torch.save((result.values["nats"], result.processes), sys.argv[3])
-"""
-
-
 def test_a_resumed_experiment_keeps_the_block_size_of_the_bridge(bridge, tmp_path):
     arms = {"base": None, "cold": {"temperature": 0.5}}
     experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
@@ -273,23 +260,27 @@ def test_a_resumed_experiment_keeps_the_block_size_of_the_bridge(bridge, tmp_pat
         experiment(bridge, PROMPTS, arms, seeds=1, max_new_tokens=4, out=tmp_path / "out")
 
 
-def test_two_processes_share_the_jobs(folder, bridge, tmp_path):
-    script, saved = tmp_path / "shared.py", tmp_path / "result.pt"
-    script.write_text(SCRIPT)
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", str(script), str(folder), str(tmp_path / "out"), str(saved),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
-    done = subprocess.run(launch, env=environment, capture_output=True, timeout=300, text=True)
-    assert done.returncode == 0, done.stderr
-    values, processes = torch.load(saved)
-    lines = [(tmp_path / "out" / f"jobs-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-    assert processes == 2 and sorted(map(len, lines)) == [2, 3]
+def test_two_processes_share_the_jobs(bridge, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment_module, "JOB", 4)
     arms = {"base": None, "cold": {"temperature": 0.5}}
-    alone = experiment(bridge, [[0, 3, 5], [0], [0, 7]], arms, seeds=6, max_new_tokens=4)
-    torch.testing.assert_close(values, alone.values["nats"], atol=1e-10, rtol=0)
+
+    def measure(out):
+        prompts = [[0, 3, 5], [0], [0, 7]]
+        return experiment(bridge, prompts, arms, seeds=6, max_new_tokens=4, out=out)
+
+    def work():
+        result = measure(tmp_path / "out")
+        torch.save((result.values["nats"], result.processes), tmp_path / os.environ["RANK"])
+
+    for status, printed in forked_together(work):
+        assert status == 0, printed
+    lines = [(tmp_path / "out" / f"jobs-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    assert sorted(map(len, lines)) == [2, 3]
+    alone = measure(None).values["nats"]
+    for rank in "01":
+        values, processes = torch.load(tmp_path / rank)
+        assert processes == 2
+        torch.testing.assert_close(values, alone, atol=1e-10, rtol=0)
 
 
 TWO = {"base": None, "edit": EDIT}

@@ -16,8 +16,9 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
+from tests.helpers.forked import forked_together
 from tests.helpers.passes import boot, shared
-from tests.likelihoods.test_corpus_likelihood import ENVIRONMENT, LAUNCH, text_of
+from tests.likelihoods.test_corpus_likelihood import text_of
 from transformer_lens_bd3lm.analysis.harvest.distributions import draw_masks
 from transformer_lens_bd3lm.analysis.harvest.folder import HarvestFolder
 from transformer_lens_bd3lm.analysis.harvest.same_rows import before_attention, text_is_read
@@ -528,7 +529,7 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     wide = small.save(tmp_path_factory.mktemp("wide") / "model", hidden_dim=128, model_length=32)
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder), str(wide), str(out)], env=ENVIRONMENT,
+        [sys.executable, "-c", DRIVER, str(folder), str(wide), str(out)],
         capture_output=True, text=True, timeout=200, cwd=TOP,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -541,22 +542,9 @@ def test_ten_kills_change_nothing_and_memory_stays_within_the_budget(
     assert 0.3 * said["budget"] < said["grown"] < said["budget"]
 
 
-SHARED = """
-import sys, torch
-from tests.analysis.test_harvest import small_shards
-from tests.helpers.passes import boot
-small_shards(boot(sys.argv[1], torch.device("cpu"), torch.float64), sys.argv[2])
-"""
-
-
-def test_two_processes_write_what_one_writes(alone, folder, tmp_path):
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED)
-    done = subprocess.run(
-        [*LAUNCH, str(script), str(folder), str(tmp_path / "out")], env=ENVIRONMENT,
-        capture_output=True, timeout=300, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_write_what_one_writes(bridge, alone, tmp_path):
+    for status, printed in forked_together(lambda: small_shards(bridge, tmp_path / "out")):
+        assert status == 0, printed
     shared_files = files_of(tmp_path / "out")
     assert len(shared_files) > 4 and shared_files == files_of(alone)
 

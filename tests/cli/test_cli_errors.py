@@ -16,7 +16,9 @@ import pytest
 from huggingface_hub import constants
 
 import transformer_lens_bd3lm as bd3lm
+from bd3lm_cli import main
 from tests.helpers.command import run
+from tests.helpers.forked import exit_status, forked
 
 COMMAND = [sys.executable, "-m", "bd3lm_cli"]
 
@@ -311,11 +313,12 @@ def test_a_reader_that_ends_early_is_no_error():
 
 def test_an_interrupt_is_one_word_and_exit_status_130():
     words = ["generate", "tiny", "O Romeo", "--max-new-tokens", "250", "--stream"]
-    with subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None and "denoising" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in said
+    process, printed = forked(lambda: main(words))
+    with printed:
+        assert "denoising" in printed.readline()
+        os.kill(process, signal.SIGINT)
+        said = printed.read()
+    assert exit_status(process) == 130 and "Traceback" not in said
     assert said.splitlines()[-1].strip() == "interrupted"
 
 

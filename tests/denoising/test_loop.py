@@ -4,7 +4,6 @@ import gc
 import os
 import pty
 import select
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
+from tests.helpers.forked import exit_status, forked
 from tests.helpers.passes import boot, relative, shared
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.denoising.canvas import read_canvas
@@ -966,28 +966,24 @@ def test_on_step_is_called_with_what_denoise_steps_yields(bridge):
     assert same_tokens(seen, wanted) and apart(seen, wanted) == 0.0
 
 
-WITH_A_BAR = """
-import sys
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens.model_bridge import TransformerBridge
-
-bridge = TransformerBridge.boot_transformers(sys.argv[1])
-bd3lm.denoise(bridge, None, max_new_tokens=int(sys.argv[2]), block_size=1)
-"""
-
-
 @pytest.mark.parametrize(
     "terminal, tokens, bar", [(True, 40, True), (True, 9, False), (False, 40, False)]
 )
 def test_a_long_run_shows_a_bar_where_somebody_sees_it(tmp_path, terminal, tokens, bar):
     """In a process of its own whose standard error is a real terminal, or a file."""
-    folder = small.save(tmp_path / "small", model_length=64)
+    bridge = boot(small.save(tmp_path / "small", model_length=64), torch.device("cpu"))
     near, far = pty.openpty()
-    command = [sys.executable, "-c", WITH_A_BAR, str(folder), str(tokens)]
-    with open(tmp_path / "stderr", "wb") as file:
-        error = far if terminal else file
-        assert subprocess.run(command, stderr=error, timeout=120).returncode == 0
+    file = os.open(tmp_path / "stderr", os.O_CREAT | os.O_WRONLY)
+
+    def denoise():
+        sys.stderr = os.fdopen(far if terminal else file, "w")
+        bd3lm.denoise(bridge, None, max_new_tokens=tokens, block_size=1)
+
+    process, printed = forked(denoise)
     os.close(far)
+    os.close(file)
+    with printed:
+        assert exit_status(process) == 0, printed.read()
     told = (tmp_path / "stderr").read_bytes()
     while terminal and select.select([near], [], [], 0.2)[0]:
         try:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
+from tests.helpers.forked import exit_status, forked
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.denoising.made_with import weights_hash
 from transformer_lens_bd3lm.denoising.noise import Noise
@@ -201,38 +202,25 @@ def test_nothing_is_overwritten(bridge, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-FULL_DISK = """
-import resource, signal, sys
-import torch
-import transformer_lens_bd3lm as bd3lm
-from transformer_lens.model_bridge import TransformerBridge
-
-bridge = TransformerBridge.boot_transformers(sys.argv[1])
-record = bd3lm.Record(["blocks.0.hook_resid_post"])
-run = bd3lm.denoise(bridge, "w3 w4", max_new_tokens=8, record=record)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-try:
-    run.save(sys.argv[2])
-except OSError as error:
-    print("refused:", type(error).__name__)
-"""
-
-
-@pytest.mark.parametrize("limit, ends", [(2000, "refused: OSError"), (10**6, "")])
-def test_a_full_disk_leaves_no_half_file(folder, tmp_path, limit, ends):
+@pytest.mark.parametrize("limit, status", [(2000, 3), (10**6, 0)])
+def test_a_full_disk_leaves_no_half_file(bridge, tmp_path, limit, status):
     """A real process that may not write files beyond a size: the tensors do not fit."""
     out = tmp_path / "runs" / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder), str(out), str(limit)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == ends
+    run = bd3lm.denoise(bridge, "w3 w4", max_new_tokens=8, record=Record([RESID]))
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            run.save(out)
+        except OSError as error:
+            raise SystemExit(3) from error
+
+    process, printed = forked(save)
+    with printed:
+        assert exit_status(process) == status, printed.read()
     left = [path.name for path in (tmp_path / "runs").iterdir()]
-    assert left == ([] if ends else ["run"])
+    assert left == ([] if status else ["run"])
 
 
 def test_an_interrupt_leaves_no_half_file(bridge, tmp_path):

@@ -8,9 +8,12 @@ and shapes of what is passed and returned. So calls are checked when these are n
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import jaxtyping
+from jaxtyping import _import_hook
 from torch import Tensor
 
 _check = jaxtyping.jaxtyped
@@ -20,6 +23,23 @@ _seen: dict[tuple[Any, ...], dict[Any, set[Any]]] = {}
 def check_once_per_kind() -> None:
     """Put the decorator below in place of jaxtyping's, which its import hook uses."""
     jaxtyping.jaxtyped = _jaxtyped
+
+
+def keep_the_bytecode_of_other_modules() -> None:
+    """Have jaxtyping's import hook look for its own bytecode of the decorated modules alone.
+
+    As it is, every library that such a module imports is compiled again: seconds a process.
+    """
+    _import_hook._JaxtypingLoader.exec_module = _exec_module
+
+
+def _exec_module(loader: Any, module: ModuleType) -> None:
+    marked = functools.partial(
+        _import_hook._optimized_cache_from_source, loader._typechecker.get_hash()
+    )
+    with mock.patch("importlib._bootstrap_external.cache_from_source", marked):
+        code = loader.get_code(module.__name__)
+    exec(code, vars(module))
 
 
 def kind(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
+from tests.helpers.forked import exit_status, forked, forked_together
 from tests.helpers.passes import boot
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.ledger import Ledger, read_jobs
@@ -230,46 +231,52 @@ def test_the_gap_has_an_interval_of_its_own(bridge):
 LONG = [text_of(40 + 30 * i, i) for i in range(24)]
 """About 180 windows: 6 jobs."""
 
+# Run by accelerate's launcher once; elsewhere forked processes, which import nothing, stand for it.
 SCRIPT = """
-import sys, time, torch
+import sys, torch
 from tests.helpers.passes import boot
-from tests.likelihoods.test_corpus_likelihood import LONG
-from transformer_lens_bd3lm.likelihoods.corpus_likelihood import likelihood
-model, out, slow, result = sys.argv[1:5]
-bridge = boot(model, torch.device("cpu"), torch.float64)
-if slow == "slow":
-    exact_pass = bridge.original_model.backbone.vocab_embed.register_forward_hook(
-        lambda *_: time.sleep(0.05))
-found = likelihood(bridge, LONG, 3, method=sys.argv[5], out=out or None, progress=False)
-torch.save([found.nelbo.replicates, found.nelbo.token_counts, found.processes,
-            None if found.nll is None else found.nll.replicates], result)
+from tests.likelihoods.test_corpus_likelihood import measure
+model, out, result = sys.argv[1:]
+measure(boot(model, torch.device("cpu"), torch.float64), out, result, "exact")
 """
 
 
-def command(folder, out, slow, result, method="exact") -> list[str]:
-    return ["-c", SCRIPT, str(folder), str(out), slow, str(result), method]
+def measure(bridge, out, result, method="exact"):
+    found = likelihood(bridge, LONG, 3, method=method, out=out, progress=False)
+    nll = None if found.nll is None else found.nll.replicates
+    torch.save([found.nelbo.replicates, found.nelbo.token_counts, found.processes, nll], result)
 
 
-LAUNCH = [
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-    "--main_process_port", "0",
-]  # fmt: skip
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+def launched(folder, out, result):
+    script = out.parent / "shared.py"
+    script.write_text(SCRIPT)
+    words = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", str(script), str(folder), str(out), str(result),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+    done = subprocess.run(words, env=environment, capture_output=True, timeout=300, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_run_goes_on_with_nothing_lost_or_counted_twice(bridge, folder, tmp_path):
+def test_a_killed_run_goes_on_with_nothing_lost_or_counted_twice(bridge, tmp_path):
     out, result = tmp_path / "out", tmp_path / "result.pt"
-    process = subprocess.Popen(
-        [sys.executable, *command(folder, out, "slow", result)], env=ENVIRONMENT
-    )
+
+    def measure_slowly():
+        embed = bridge.original_model.backbone.vocab_embed
+        embed.register_forward_hook(lambda *_: time.sleep(0.05))
+        torch.save(likelihood(bridge, LONG, 3, out=out, progress=False), result)
+
+    process, printed = forked(measure_slowly)
     ledger = out / "jobs-0.jsonl"
     deadline = time.monotonic() + 120
     while not ledger.exists() or ledger.read_bytes().count(b"\n") < 2:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and os.waitpid(process, os.WNOHANG) == (0, 0)
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert exit_status(process) == -signal.SIGKILL
+    printed.close()
     before = ledger.read_bytes()
     assert not result.exists() and 2 <= before.count(b"\n") < 5
     with ledger.open("ab") as file:
@@ -291,18 +298,15 @@ def relative(found, wanted) -> float:
 
 @pytest.mark.parametrize("method", ["exact", "monte_carlo"])
 def test_two_processes_give_what_one_gives(bridge, folder, tmp_path, method):
-    script = tmp_path / "shared.py"
-    script.write_text(SCRIPT)
-    words = command(folder, tmp_path / "out", "fast", tmp_path / "result.pt", method)[2:]
-    done = subprocess.run(
-        [*LAUNCH, str(script), *words], env=ENVIRONMENT, capture_output=True, timeout=300, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    nelbo, counts, processes, nll = torch.load(tmp_path / "result.pt")
+    out, result = tmp_path / "out", tmp_path / "result.pt"
+    if method == "exact":
+        launched(folder, out, result)
+    else:
+        for status, printed in forked_together(lambda: measure(bridge, out, result, method)):
+            assert status == 0, printed
+    nelbo, counts, processes, nll = torch.load(result)
     assert processes == 2
-    lines = [
-        len((tmp_path / "out" / f"jobs-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)
-    ]
+    lines = [len((out / f"jobs-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert min(lines) >= 2 and abs(lines[0] - lines[1]) <= 1
     alone = likelihood(bridge, LONG, 3, method=method)
     assert alone.processes == 1 and torch.equal(counts, alone.nelbo.token_counts)
@@ -311,15 +315,13 @@ def test_two_processes_give_what_one_gives(bridge, folder, tmp_path, method):
         assert relative(nll, alone.nll.replicates) < 1e-12
 
 
-def test_processes_that_read_different_corpora_are_refused(folder, tmp_path):
-    script = tmp_path / "shared.py"
-    script.write_text(SCRIPT.replace("bridge, LONG,", "bridge, LONG[:: 1 - 2 * int(RANK)],"))
-    script.write_text("import os\nRANK = os.environ['RANK']\n" + script.read_text())
-    words = command(folder, "", "fast", tmp_path / "result.pt")[2:]
-    launch = [*LAUNCH, str(script), *words]
-    done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, timeout=300, text=True)
-    assert done.returncode != 0 and "read different corpora" in done.stderr
-    assert not (tmp_path / "result.pt").exists()
+def test_processes_that_read_different_corpora_are_refused(bridge):
+    def work():
+        likelihood(bridge, LONG[:: 1 - 2 * int(os.environ["RANK"])], 3, progress=False)
+
+    ended = forked_together(work)
+    assert all(status == 1 for status, _ in ended)
+    assert any("InputError" in said and "read different corpora" in said for _, said in ended)
 
 
 def test_hooks_on_the_bridge_and_another_mask_are_told_apart(bridge, tmp_path):
