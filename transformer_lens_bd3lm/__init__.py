@@ -91,6 +91,8 @@ from transformer_lens_bd3lm.show.pictures import plot_attention, plot_heat_map
 from transformer_lens_bd3lm.training.loss import diffusion_loss
 from transformer_lens_bd3lm.training.train import train
 
+__version__ = "0.1.0"
+
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 """Path of the embedded default: a BD3LM of 3.3 M parameters, trained at eight block sizes."""
 
