@@ -20,7 +20,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from transformer_lens_bd3lm.errors import InputError
@@ -46,7 +51,12 @@ def watched(*modules: nn.Module) -> bool:
 
 def watched_everywhere() -> bool:
     """Whether a hook is set on all modules of the process (``register_module_forward_hook``)."""
-    return bool(_has_any_global_hook())
+    return bool(
+        _global_forward_hooks
+        or _global_backward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_pre_hooks
+    )
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
