@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import boot
-from transformer_lens_bd3lm.bridge.boot import require_bridge
+from transformer_lens_bd3lm.bridge.host import require_bridge
 from transformer_lens_bd3lm.denoising.noise import Noise
 from transformer_lens_bd3lm.denoising.record import Record
 from transformer_lens_bd3lm.denoising.samplers import Ancestral, Confidence, FirstHitting

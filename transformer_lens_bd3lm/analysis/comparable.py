@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.block import require_eval
-from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.hook_points import FLAGS
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
 from transformer_lens_bd3lm.errors import InputError
 
 SHAPE = ("vocab_size", "model_length", "hidden_dim", "n_blocks", "n_heads", "adaln", "cross_attn")

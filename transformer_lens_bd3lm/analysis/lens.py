@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.boot import require_bridge
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import is_int
 from transformer_lens_bd3lm.errors import InputError

@@ -10,6 +10,7 @@ What weight processing needs beyond TransformerLens's own is in ``folding``.
 import difflib
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformer_lens.config import TransformerBridgeConfig
@@ -19,7 +20,6 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
 )
 
-from transformer_lens_bd3lm.bridge.ar_baseline import WithNextToken
 from transformer_lens_bd3lm.bridge.attention import BD3LMAttentionBridge
 from transformer_lens_bd3lm.bridge.block import BD3LMBlockBridge
 from transformer_lens_bd3lm.bridge.casts import FollowsCasts
@@ -33,12 +33,8 @@ from transformer_lens_bd3lm.bridge.conditioning import (
 )
 from transformer_lens_bd3lm.bridge.folding import finish, fold_modulation, require_foldable
 from transformer_lens_bd3lm.bridge.forward import install
-from transformer_lens_bd3lm.bridge.forward_keywords import WithForwardKeywords
 from transformer_lens_bd3lm.bridge.host import Bridge, Config
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
-from transformer_lens_bd3lm.bridge.no_causal_loss import WithoutShiftedLoss
-from transformer_lens_bd3lm.bridge.run_with_cache import WithCache
-from transformer_lens_bd3lm.bridge.texts import WithTexts
 from transformer_lens_bd3lm.bridge.watched import own_hook_points
 from transformer_lens_bd3lm.bridge.weight_processing import WithWeightProcessing
 from transformer_lens_bd3lm.checkpoint.placement import align, check_placement, check_range
@@ -73,7 +69,6 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
 
     applicable_phases: list[int] = [1, 2, 3]
     supports_generation: bool = False
-    native_sampler: str | None = "diffusion_generate"
     supports_kv_cache: bool = False
     supports_causal_loss: bool = False
     supports_hf_output_attentions: bool = False
@@ -81,8 +76,8 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
     # block and needs its routing, adaLN reads the conditioning vector.
     component_test_skip_suffixes: tuple[str, ...] = (".attn", ".adaln")
     cfg: Config
-    denoising: ClassVar[tuple[type, ...]] = ()
-    """Mixins for bridges that denoise; the denoising package, a floor above, puts its own here."""
+    extensions: ClassVar[list[Callable[[Bridge], None]]] = []
+    """Functions that add methods to a new bridge; modules above this one put theirs here."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -167,23 +162,16 @@ class BD3LMArchitectureAdapter(ArchitectureAdapter):
         self.cfg.dropout = hf_model.config.dropout
         if hf_model.config.causal:
             self.cfg.attention_dir = "causal"
-            self.native_sampler = None
-            self.supports_causal_loss = self.supports_generation = True
 
     def setup_hook_compatibility(self, bridge: Bridge) -> None:
         """Mount the conditioning, put this package's forward in front, and add the mask token."""
         model = bridge.original_model
         install(model, bridge.cfg)
         _mount_frequencies(bridge, model.backbone)
-        for methods in (WithNextToken,) if self.cfg.causal else self.denoising:
-            put_in_front(bridge, methods)
         put_in_front(bridge, WithWeightProcessing)
-        put_in_front(bridge, WithCache)
-        put_in_front(bridge, WithTexts)
-        put_in_front(bridge, WithForwardKeywords)
         put_in_front(bridge, FollowsCasts)
-        if not self.cfg.causal:
-            put_in_front(bridge, WithoutShiftedLoss)
+        for extend in self.extensions:
+            extend(bridge)
         if self.cfg.adaln and "timestep_embed" not in bridge._modules:
             _mount_conditioning(bridge, model.backbone)
         own_hook_points(bridge)

@@ -34,11 +34,12 @@ class BD3LMAttentionBridge(JointQKVAttentionBridge):
 
     def __init__(self, config: Any, submodules: dict[str, Any]):
         super().__init__(
-            name=cast(Any, None),  # containerless: the projections lie on the block itself
+            name="",
             config=config,
             split_qkv_matrix=_split_joint_projection,
             submodules=submodules,
         )
+        self.name = None  # containerless: the projections lie on the block itself
         del self.hook_hidden_states
         self._hook_registry.pop("hook_hidden_states")
 

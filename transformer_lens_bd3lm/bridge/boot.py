@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.devices import get_device
 
 from transformer_lens_bd3lm import checkpoint
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.host import require_bridge
 from transformer_lens_bd3lm.checkpoint.lightning import (
     find_checkpoint_file,
     read_lightning,
@@ -22,7 +22,6 @@ from transformer_lens_bd3lm.checkpoint.lightning import (
 )
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
-from transformer_lens_bd3lm.model.rules import ARCHITECTURES
 
 _EMBEDDED = ("tiny", "grammar")
 _CHECKPOINTS = Path(checkpoint.__file__).parent
@@ -72,27 +71,6 @@ def read_bridge(model: Any, **kwargs: Any) -> Any:
     path = path_of(str(model))
     with loading(path):
         return require_bridge(boot_checkpoint(path, **kwargs))
-
-
-def require_bridge(bridge: Any) -> Bridge:
-    """Return the bridge that was given, where a checkpoint's name will not do.
-
-    Raises:
-        InputError: for a name, another model, or a bridge of another architecture.
-    """
-    if isinstance(bridge, str | Path):
-        raise InputError(
-            f"bridge is the name {str(bridge)!r}: boot it first, with "
-            "TransformerBridge.boot_transformers, and give the bridge"
-        )
-    architecture = getattr(getattr(bridge, "cfg", None), "architecture", None)
-    if architecture not in ARCHITECTURES:
-        of = f" of {architecture}" if architecture else ""
-        raise InputError(
-            f"model is {type(bridge).__name__}{of}: give a bridge of a BD3LM checkpoint, or the "
-            "checkpoint's name"
-        )
-    return bridge
 
 
 def boot_lightning(

@@ -19,9 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.conditioning import autocasts
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
 from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.routing import Routing, Tile
 from transformer_lens_bd3lm.errors import InputError

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.block_size import ConfigAtBlockSize
 from transformer_lens_bd3lm.bridge.casts import FollowsCasts, frequencies, keep_frequencies
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.bridge.distribution import warn_once
-from transformer_lens_bd3lm.bridge.linear import Linear
+from transformer_lens_bd3lm.bridge.host import Config
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.padding import complete_block
 from transformer_lens_bd3lm.bridge.routing import Routing
-from transformer_lens_bd3lm.bridge.save import SavesAsCheckpoint
 from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
@@ -140,7 +139,7 @@ def _scalar(value: Any) -> Float[Tensor, ""]:
     return value
 
 
-class HookedForward(SavesAsCheckpoint, FollowsCasts):
+class HookedForward(FollowsCasts):
     """Mixed in front of the wrapped model's class: the forward of every pass of a bridge.
 
     Attributes:
@@ -153,6 +152,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
 
     backbone: Backbone
     config: BD3LMConfig
+    tl_cfg: Config
 
     def forward(
         self,
@@ -234,10 +234,7 @@ class HookedForward(SavesAsCheckpoint, FollowsCasts):
 
 
 def install(model: Any, cfg: Any) -> None:
-    """Put ``HookedForward`` in front of the model's own class, and ``Linear`` of each linear's."""
+    """Put ``HookedForward`` in front of the model's own class."""
     model.tl_cfg = cfg
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
     keep_frequencies(model.backbone.rotary_emb)
     put_in_front(model, HookedForward)

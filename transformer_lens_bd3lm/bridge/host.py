@@ -3,10 +3,14 @@
 A bridge is TransformerLens's own object, with methods of this package in front of its class
 (:mod:`.mixin`) and BD3LM's components inside. TransformerLens types neither, so both are spelled
 out here for the type checker. At run time ``Bridge`` is ``Any``: what is no bridge is refused by
-name, in :func:`.boot.require_bridge`.
+name, in :func:`require_bridge`.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.model.rules import ARCHITECTURES
 
 if TYPE_CHECKING:
     import torch
@@ -51,3 +55,24 @@ if TYPE_CHECKING:
 else:
     Bridge = Config = Any
     Methods = object
+
+
+def require_bridge(bridge: Any) -> Bridge:
+    """Return the bridge that was given, where a checkpoint's name will not do.
+
+    Raises:
+        InputError: for a name, another model, or a bridge of another architecture.
+    """
+    if isinstance(bridge, str | Path):
+        raise InputError(
+            f"bridge is the name {str(bridge)!r}: boot it first, with "
+            "TransformerBridge.boot_transformers, and give the bridge"
+        )
+    architecture = getattr(getattr(bridge, "cfg", None), "architecture", None)
+    if architecture not in ARCHITECTURES:
+        of = f" of {architecture}" if architecture else ""
+        raise InputError(
+            f"model is {type(bridge).__name__}{of}: give a bridge of a BD3LM checkpoint, or the "
+            "checkpoint's name"
+        )
+    return bridge

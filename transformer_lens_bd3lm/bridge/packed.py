@@ -24,7 +24,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
-from transformer_lens_bd3lm.bridge.boot import require_bridge
 from transformer_lens_bd3lm.bridge.few_rows import (
     HALVES,
     KERNELS,
@@ -35,6 +34,7 @@ from transformer_lens_bd3lm.bridge.few_rows import (
     choose,
     onednn,
 )
+from transformer_lens_bd3lm.bridge.host import require_bridge
 from transformer_lens_bd3lm.bridge.linear import Linear, packs
 from transformer_lens_bd3lm.checks import check_choice, check_int
 from transformer_lens_bd3lm.errors import InputError, NotExactError

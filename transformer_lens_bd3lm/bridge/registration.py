@@ -14,12 +14,10 @@ from transformer_lens.model_bridge import supported_architectures
 from transformer_lens.tools import model_registry
 from transformer_lens.tools.model_registry import generate_report
 from transformer_lens.utilities.architectures import MASKED_LM_ARCHITECTURES
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
+from transformer_lens_bd3lm.bridge import extension as _extension  # noqa: F401  (on the bridge)
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.checkpoint.pretrained import BAMDLM, BD3LM, MDLM
-from transformer_lens_bd3lm.checkpoint.tokenizer import BD3LMTokenizer
-from transformer_lens_bd3lm.model.config import BAMDLMConfig, BD3LMConfig, MDLMConfig
+from transformer_lens_bd3lm.checkpoint.auto_classes import register_auto_classes
 
 _AUTHOR = "kuleshov-group"
 DESCRIPTIONS = {
@@ -40,11 +38,7 @@ def register() -> None:
     place of TransformerLens's own, and transformers' auto classes load their configs, models and
     tokenizers without running a repository's code.
     """
-    for config, model in ((BD3LMConfig, BD3LM), (BAMDLMConfig, BAMDLM), (MDLMConfig, MDLM)):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModelForMaskedLM.register(config, model, exist_ok=True)
-        AutoTokenizer.register(config, fast_tokenizer_class=BD3LMTokenizer, exist_ok=True)
-
+    register_auto_classes()
     supported_architectures.BD3LMArchitectureAdapter = BD3LMArchitectureAdapter
     for name, description in DESCRIPTIONS.items():
         architecture_adapter_factory.SUPPORTED_ARCHITECTURES[name] = BD3LMArchitectureAdapter

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from transformer_lens_bd3lm.bridge.fused import attend, is_transformed
-from transformer_lens_bd3lm.bridge.kv_cache import KVCache
 from transformer_lens_bd3lm.bridge.watched import modules_of, watched
 from transformer_lens_bd3lm.model.inputs import View
 from transformer_lens_bd3lm.model.masks import branching_mask, dual_mask, sampling_mask
@@ -202,7 +201,7 @@ class Routing:
         start: int,
         end: int,
         block_size: int,
-        cache: KVCache,
+        cache: Store,
         inv_freq: Tensor,
         like: Tensor,
         reach: int | None = None,

@@ -18,8 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.boot import require_bridge
-from transformer_lens_bd3lm.bridge.host import Bridge, Config
+from transformer_lens_bd3lm.bridge.host import Bridge, Config, require_bridge
 from transformer_lens_bd3lm.checkpoint.new_folder import new_folder
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import CheckpointError, NotExactError

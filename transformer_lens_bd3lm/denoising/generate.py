@@ -11,7 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.bridge.adapter import BD3LMArchitectureAdapter
-from transformer_lens_bd3lm.bridge.host import Methods
+from transformer_lens_bd3lm.bridge.host import Bridge, Methods
+from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.denoising.denoise import denoise
 
 
@@ -55,4 +56,11 @@ class WithDenoising(Methods):
         return self.tokenizer.decode(run.final[0, : int(run.ends[0])], skip_special_tokens=True)
 
 
-BD3LMArchitectureAdapter.denoising = (WithDenoising,)
+def _let_denoise(bridge: Bridge) -> None:
+    """Give a bridge ``diffusion_generate``, unless it is autoregressive."""
+    if not bridge.cfg.causal:
+        bridge.adapter.native_sampler = "diffusion_generate"
+        put_in_front(bridge, WithDenoising)
+
+
+BD3LMArchitectureAdapter.extensions.append(_let_denoise)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.boot import read_bridge, require_bridge
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.boot import read_bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
 from transformer_lens_bd3lm.denoising.pass_hooks import read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.likelihoods.exact import Exact, exact, sum_patterns

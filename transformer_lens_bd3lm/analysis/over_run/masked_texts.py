@@ -15,8 +15,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.over_run.written import quarter_of
 from transformer_lens_bd3lm.bridge.block_size import block_size_of
-from transformer_lens_bd3lm.bridge.boot import require_bridge
-from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
 from transformer_lens_bd3lm.bridge.texts import is_ids, read_ids, tokens_of
 from transformer_lens_bd3lm.checks import check_finished, is_real
 from transformer_lens_bd3lm.denoising.noise import Noise
