@@ -27,13 +27,15 @@ from bd3lm_cli.report import report
 from bd3lm_cli.run import main as main
 from bd3lm_cli.trace import circuit, trace
 from bd3lm_cli.train import train
+from bd3lm_cli.train_sae import train_sae
 from bd3lm_cli.verify import verify
 
 # The commands by what they are for, in the order of the help.
 COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Write": (demo, generate, report, commitment),
-    "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency, harvest),
+    "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency),
     "Explain predictions": (trace, circuit),
+    "Sparse autoencoders": (harvest, train_sae),
     "Checkpoints": (info, diff, verify, convert, train),
     "This machine": (bench,),
 }

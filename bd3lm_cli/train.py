@@ -1,7 +1,9 @@
 """``bd3lm train``: a small model from scratch, on a text of one's own."""
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,9 +101,8 @@ def train(
     Try: bd3lm train my-text.txt my-model
     """
     import transformer_lens_bd3lm as bd3lm
-    from transformer_lens_bd3lm.training.interrupt import TrainingStopped
 
-    try:
+    with stopped_by_signal():
         result = bd3lm.train(
             text, out, validation=validation, minutes=minutes, steps=steps, d_model=d_model,
             n_layers=n_layers, n_heads=n_heads, vocab_size=vocab_size, context=context,
@@ -109,6 +110,16 @@ def train(
             dropout=dropout, seed=seed, dtype=None if dtype is None else dtype.value,
             device=device, report=_print_report,
         )  # fmt: skip
+    show(result, json, result.to_dict(), plot)
+
+
+@contextlib.contextmanager
+def stopped_by_signal() -> Iterator[None]:
+    """Say how a training that a signal stopped goes on, and end with a shell's exit status."""
+    from transformer_lens_bd3lm.training.interrupt import TrainingStopped
+
+    try:
+        yield
     except TrainingStopped as stopped:
         same = shlex.join(["bd3lm", *sys.argv[1:]])
         errors.print(f"{stopped}. To go on:\n  {same}", soft_wrap=True)
@@ -116,7 +127,6 @@ def train(
     except KeyboardInterrupt:
         errors.print("stopped before the first step: nothing was saved")
         raise typer.Exit(_INTERRUPTED) from None
-    show(result, json, result.to_dict(), plot)
 
 
 def _print_report(report: dict[str, Any]) -> None:

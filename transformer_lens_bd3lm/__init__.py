@@ -37,6 +37,7 @@ from transformer_lens_bd3lm.analysis.sae import (
     feature_activity,
     load_sae,
     sae_scores,
+    train_sae,
 )
 from transformer_lens_bd3lm.analysis.sinks import sinks
 from transformer_lens_bd3lm.analysis.speed import measure_speed
@@ -95,6 +96,9 @@ __version__ = "0.1.0"
 
 TINY = str(Path(__file__).parent / "checkpoint" / "tiny")
 """Path of the embedded default: a BD3LM of 3.3 M parameters, trained at eight block sizes."""
+
+TINY_SAE = str(Path(__file__).parent / "checkpoint" / "tiny_sae")
+"""Path of the embedded sparse autoencoder of :data:`TINY`, which :func:`load_sae` reads."""
 
 GRAMMAR = str(Path(__file__).parent / "checkpoint" / "grammar")
 """Path of the embedded model of ``bd3lm.grammar``, a language whose probabilities are known."""
@@ -191,8 +195,10 @@ __all__ = [
     "StepHooks",
     "sweep_block_sizes",
     "TINY",
+    "TINY_SAE",
     "TokenizerError",
     "train",
+    "train_sae",
     "verify",
     "WordFrequency",
 ]

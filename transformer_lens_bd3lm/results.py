@@ -20,7 +20,7 @@ from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
-from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores
+from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores, SaeTraining
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -79,6 +79,7 @@ __all__ = [
     "RunLens",
     "Runs",
     "SaeScores",
+    "SaeTraining",
     "Sinks",
     "Speed",
     "Steering",

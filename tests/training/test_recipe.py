@@ -16,6 +16,7 @@ from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.subs import masked_log_probs
 from transformer_lens_bd3lm.training import closed_form_loss, training_run
+from transformer_lens_bd3lm.training import folder as training_folder
 from transformer_lens_bd3lm.training import train_recipe as train_module
 from transformer_lens_bd3lm.training.closed_form_loss import draw_masks, nelbo_loss
 from transformer_lens_bd3lm.training.data import text_windows, train_tokenizer
@@ -376,7 +377,7 @@ def test_a_killed_save_leaves_the_old_state_whole(tmp_path, monkeypatch, killed_
 
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         if killed_in == "writing":
-            killed.setattr(training_run, "save_file", half)
+            killed.setattr(training_folder, "save_file", half)
         else:
             killed.setattr(training_run.os, "replace", never)
         run.save(path)

@@ -19,7 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers.forked import exit_status, forked
 from transformer_lens_bd3lm.errors import BlockSizeError, InputError
-from transformer_lens_bd3lm.training import precision, training_run
+from transformer_lens_bd3lm.training import folder as training_folder
+from transformer_lens_bd3lm.training import precision
 from transformer_lens_bd3lm.training.baselines import bigram_nats, unigram_nats
 from transformer_lens_bd3lm.training.budget import steps_in, threads_of
 from transformer_lens_bd3lm.training.data import even_windows, text_windows
@@ -192,7 +193,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device")
 
     def stop(report):
-        monkeypatch.setattr(training_run, "save_file", full)
+        monkeypatch.setattr(training_folder, "save_file", full)
 
     with pytest.raises(OSError, match="could not be written: I/O error: No space"):
         bd3lm.train(TEXT, out, steps=40, report=stop, **SMALL)

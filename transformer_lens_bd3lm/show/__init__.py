@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.analysis.influence import Influence
 from transformer_lens_bd3lm.analysis.order_cost import OrderCost
 from transformer_lens_bd3lm.analysis.over_run import Calibration, Commitment, ProbeScores, RunLens
 from transformer_lens_bd3lm.analysis.parallel_cost import ParallelCost
-from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores
+from transformer_lens_bd3lm.analysis.sae import FeatureActivity, SaeScores, SaeTraining
 from transformer_lens_bd3lm.analysis.sinks import Sinks
 from transformer_lens_bd3lm.analysis.speed import Speed
 from transformer_lens_bd3lm.analysis.steering import Direction, Steering
@@ -81,6 +81,7 @@ TABLES = {
     RunLens: "over_run:run_lens_table",
     Runs: "run_tables:runs_table",
     SaeScores: "sae:scores_table",
+    SaeTraining: "sae_training:sae_training_table",
     Sinks: "sinks:sinks_table",
     Speed: "speed:speed_tables",
     Steering: "steering:steering_table",
@@ -115,6 +116,7 @@ FIGURES = {
     Run: "run:run_figure",
     RunLens: "over_run:run_lens_figure",
     SaeScores: "sae:scores_figure",
+    SaeTraining: "sae_training:sae_training_figure",
     Sinks: "sinks:sinks_figure",
     Steering: "steering:steering_figure",
     Sweep: "sweep:sweep_figure",

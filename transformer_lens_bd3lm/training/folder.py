@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from transformer_lens_bd3lm.errors import InputError
@@ -134,3 +137,16 @@ def _another(name: str, before: Any, now: Any) -> str:
 def sha256_of(content: bytes) -> str:
     """Return the SHA-256 of bytes, in hexadecimal digits."""
     return sha256(content).hexdigest()
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors to a file; what could be written of it is removed after an error.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error

@@ -103,9 +103,9 @@ def train(
     parts = split_text(whole)
     if validation is not None:
         parts = whole, read_text("validation", validation)
-    _check_folder(out)
+    check_folder(out)
     begun = begun_values(out)
-    chosen = _read_device(begun.get("device") if device is None else device)
+    chosen = read_device(begun.get("device") if device is None else device)
     dtype = training_dtype(begun.get("dtype") if dtype is None else dtype, chosen)
     settings: dict[str, Any] = {
         "d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "vocab_size": vocab_size,
@@ -246,7 +246,7 @@ def _check_numbers(
         check_number("minutes", minutes, 1e-3, 1e6, "give a number of minutes > 0")
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Refuse a folder that cannot be made or written, before the work."""
     try:
         above = next((path for path in (out, *out.absolute().parents) if path.exists()), None)
@@ -257,7 +257,7 @@ def _check_folder(out: Path) -> None:
         raise InputError(f"out={str(out)!r} cannot be written: give a folder, new or begun before")
 
 
-def _read_device(device: Any) -> torch.device:
+def read_device(device: Any) -> torch.device:
     """Return the device that trains, after making a number on it."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.training.closed_form_loss import nelbo_loss
 from transformer_lens_bd3lm.training.data import Rows
-from transformer_lens_bd3lm.training.folder import whole_files
+from transformer_lens_bd3lm.training.folder import whole_files, write_tensors
 from transformer_lens_bd3lm.training.recipe import Recipe, learning_rate
 
 
@@ -70,7 +69,7 @@ class TrainingRun:
         partial = path.with_suffix(".partial")
         metadata = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
         metadata |= {"losses": json.dumps(self.losses), "reports": json.dumps(self.reports)}
-        _write({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
+        write_tensors({k: v.contiguous() for k, v in self.tensors().items()}, partial, metadata)
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
@@ -159,13 +158,4 @@ class TrainingRun:
         }
         with whole_files(folder) as draft:
             model.config.save_pretrained(draft)
-            _write(state, draft / "model.safetensors", {"format": "pt"})
-
-
-def _write(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors to a file; what could be written of it is removed after an error."""
-    try:
-        save_file(state, path, metadata)
-    except SafetensorError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written: {error}") from error
+            write_tensors(state, draft / "model.safetensors", {"format": "pt"})

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from xxhash import xxh3_128
 
 from transformer_lens_bd3lm.analysis.harvest.folder import (
     FINISHED,
@@ -139,6 +140,10 @@ class Harvest(Result):
         """
         check_choice("part", part, [each.name for each in self.parts])
         return Dataset.load_from_disk(f"{self.out.rstrip('/')}/{part}").with_format("torch")
+
+    def digest(self) -> str:
+        """Return a hash of the rows: of the checksums of all files."""
+        return xxh3_128("".join(shard.xxh3_128 for shard in self.shards).encode()).hexdigest()
 
     def check(self) -> None:
         """Compare every file with its checksum.
