@@ -33,6 +33,7 @@ from transformer_lens_bd3lm.analysis.order_cost import order_cost
 from transformer_lens_bd3lm.analysis.over_run import calibration, commitment, probe
 from transformer_lens_bd3lm.analysis.parallel_cost import parallel_cost
 from transformer_lens_bd3lm.analysis.sae import (
+    SavedSae,
     Splice,
     feature_activity,
     load_sae,
@@ -186,6 +187,7 @@ __all__ = [
     "sae_scores",
     "Sampler",
     "save",
+    "SavedSae",
     "set_block_size",
     "sigma_of",
     "sinks",

@@ -53,14 +53,17 @@ def sae_training_figure(result: SaeTraining) -> Figure:
         return [report[key] for report in result.reports]
 
     left.plot(steps, curve("loss"), color=QUIET, linewidth=1.2, label="loss (left)")
-    left.set(ylabel="loss, share of the variance", yscale="log")
+    left.set(ylabel="loss, share of the variance", ylim=(0, None))
     middle.plot(steps, curve("explained"), color=BLUE, linewidth=1.2, label="batches")
     if "valid_explained" in result.reports[-1]:
         middle.plot(steps, curve("valid_explained"), "--", color=ORANGE, linewidth=1.2,
                     label="validation rows")  # fmt: skip
     middle.set(ylabel="explained variance")
     right.plot(steps, curve("dead"), color=BLUE, linewidth=1.2)
-    right.set(ylabel=f"dead of {result.settings['d_sae']:,} features", ylim=(0, None))
+    right.set(
+        ylabel=f"dead of {result.settings['d_sae']:,} features",
+        ylim=(0, max(0.05, *curve("dead")) * 1.05),
+    )
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for axes in (left, middle, right):
         axes.set_xlabel("step")

@@ -29,11 +29,15 @@ RESULTS = (STATE, "config.json", "model.safetensors")
 
 
 @contextmanager
-def held_alone(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is created, for one training; the system frees it if the process dies.
+def held_alone(folder: Path, work: str = "training") -> Iterator[None]:
+    """Hold a folder, which is created, for one piece of work, until its end or its process's.
+
+    Args:
+        folder: the folder.
+        work: what is done in it, for the message.
 
     Raises:
-        InputError: if another process trains in it, or it cannot be written.
+        InputError: if another process works in it, or it cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -41,7 +45,7 @@ def held_alone(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"another training is running in {folder}: wait for its end, or give another folder"
+            f"another {work} is running in {folder}: wait for its end, or give another folder"
         ) from error
     except OSError as error:
         raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from error

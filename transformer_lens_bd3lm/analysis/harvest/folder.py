@@ -11,13 +11,17 @@
 On a local disk a file is written under another name, and renamed when it is whole. Other file
 systems show a file once it is closed. The shard's own line comes after its data, so that a harvest
 that was killed in between writes the same file again.
+
+A local folder is locked against a second harvest that is started by hand. A URL is not, because
+object stores have no locks: two harvests there do the same work and write the same files.
 """
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -28,6 +32,7 @@ from xxhash import xxh3_128
 
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.ledger import refuse_other_run
+from transformer_lens_bd3lm.training.folder import LOCK, held_alone
 
 SETTINGS, FINISHED = "settings.json", "dataset_dict.json"
 _DRAFT = ".draft"
@@ -103,6 +108,19 @@ class HarvestFolder:
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
+    def held(self, state: Any) -> AbstractContextManager[None]:
+        """Hold a local folder for one harvest: the first of the processes launched together does.
+
+        Args:
+            state: this process among those that were launched together (accelerate).
+
+        Raises:
+            InputError: if another harvest is running in it.
+        """
+        if self.local and state.is_main_process:
+            return held_alone(Path(self.root), "harvest")
+        return nullcontext()
+
     def path(self, name: str) -> str:
         """Return the path of a file of the folder, for its file system."""
         return f"{self.root}/{name}"
@@ -119,7 +137,7 @@ class HarvestFolder:
         """
         if state.is_main_process and not self.fs.exists(self.path(SETTINGS)):
             names = [each.rsplit("/", 1)[-1] for each in self._names(self.root)]
-            if any(not name.endswith(_DRAFT) for name in names):
+            if any(name != LOCK and not name.endswith(_DRAFT) for name in names):
                 raise InputError(
                     f"out={self.out} is not empty and holds no harvest: give a new folder"
                 )

@@ -88,7 +88,8 @@ def harvest(
         valid: share of the documents whose rows are the validation part; 0 makes none.
         seed: random seed of masks, runs, split and order.
         max_texts: number of texts to read at most; all by default.
-        max_windows: number of windows to draw from the corpus at most; all by default.
+        max_windows: number of windows to draw from the corpus at most, from both parts in
+            proportion; all by default.
         prompt_tokens: on-policy: tokens of each window that are the prompt, behind BOS; by default
             they fill half the context.
         max_new_tokens: on-policy: tokens that each run writes; by default the rest of the context.
@@ -105,8 +106,8 @@ def harvest(
 
     Raises:
         InputError: for arguments that do not fit, a distribution that the checkpoint does not have,
-            a budget that is too small, a folder of another harvest, a corpus that changed, and a
-            disk that is full; finished shards stay.
+            a budget that is too small, a folder of another harvest or in which one is running, a
+            corpus that changed, and a disk that is full; finished shards stay.
         CheckpointError: for a name whose checkpoint cannot be loaded.
         HookNameError: for a hook name that the bridge does not have, or that would never fire.
         NotExactError: in training mode with dropout; with time conditioning, unless on-policy.
@@ -132,7 +133,7 @@ def harvest(
     }
     positions = _positions(bridge, windows, settings)
     collector = Collector(bridge, windows, settings, sampler, positions)
-    with _named(folder, len(shards)):
+    with _named(folder, len(shards)), folder.held(state):
         folder.begin(identity, state)
         done = folder.finished()
         state.wait_for_everyone()

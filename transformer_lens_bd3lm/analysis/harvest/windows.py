@@ -142,21 +142,44 @@ def cut_shards(
         windows: the corpus.
         valid: share of the documents that is for validation.
         seed: random seed of the split and the order.
-        max_windows: number of windows to draw; None takes all.
+        max_windows: number of windows to draw, from both parts in proportion, and at least one
+            from each; None takes all.
         windows_a_shard: number of windows of a shard; the last of a part may have fewer.
 
     Raises:
-        InputError: as :func:`split_documents`.
+        InputError: as :func:`split_documents`, and for one window of two parts.
     """
     validation = split_documents(windows, valid, seed)
-    order = np.random.default_rng([seed, _ORDER]).permutation(len(windows))[:max_windows]
+    order = np.random.default_rng([seed, _ORDER]).permutation(len(windows))
+    parts = [order[chosen[order]].tolist() for chosen in (~validation, validation)]
     shards: list[Shard] = []
-    for part, chosen in (("train", ~validation), ("validation", validation)):
-        numbers = order[chosen[order]].tolist()
+    most = _most_windows([len(numbers) for numbers in parts], max_windows)
+    for part, whole, number in zip(("train", "validation"), parts, most, strict=True):
+        numbers = whole[:number]
         for index, start in enumerate(range(0, len(numbers), windows_a_shard)):
             cut = numbers[start : start + windows_a_shard]
             shards.append(Shard(len(shards), part, index, cut))
     return shards
+
+
+def _most_windows(sizes: list[int], most: int | None) -> list[int]:
+    """Return how many windows to take of the training and of the validation part.
+
+    Raises:
+        InputError: for one window of two parts.
+    """
+    train, validation = sizes
+    if most is None or most >= train + validation:
+        return sizes
+    if not validation:
+        return [most, 0]
+    if most < 2:
+        raise InputError(
+            f"max_windows={most}: training and validation need a window each; give 2 or more, or "
+            "valid=0"
+        )
+    share = min(max(round(most * validation / (train + validation)), 1), most - 1)
+    return [most - share, share]
 
 
 def passes_of(windows: Windows, numbers: list[int], positions: int) -> list[list[int]]:

@@ -68,7 +68,7 @@ class TopKRun:
         self.idle = torch.zeros(d_sae, dtype=torch.long, device=device)
         self.step = 0
         self.sums: list[float] = [0.0, 0.0, 0.0, 0.0]  # since the last report
-        self.reports: list[dict[str, float]] = []
+        self.reports: list[dict[str, Any]] = []
 
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
@@ -124,7 +124,7 @@ class TopKRun:
         share = min(1.0, (self.step + 1) / rise, (steps - self.step) / fall)
         return self.settings["learning_rate"] * share
 
-    def report(self, more: dict[str, float]) -> dict[str, float]:
+    def report(self, more: dict[str, float]) -> dict[str, Any]:
         """Close a stretch of steps: note its loss, explained variance, L0 and dead share."""
         steps = self.step - (self.reports[-1]["step"] if self.reports else 0)
         loss, squares, spread, l0 = self.sums

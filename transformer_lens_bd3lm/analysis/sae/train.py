@@ -32,6 +32,7 @@ from transformer_lens_bd3lm.training.folder import STATE, held_alone, whole_file
 from transformer_lens_bd3lm.training.interrupt import TrainingStopped, stop_requests
 from transformer_lens_bd3lm.training.train import check_folder, read_device
 
+_LAYOUT = "6.54.12"  # version of SAELens whose layout this is; without one it reads an older one
 _MOST, _REPORTS, _SAMPLE, _SAVE_SECONDS = 2**31 - 1, 40, 2**15, 30.0
 
 
@@ -185,6 +186,7 @@ def _export(run: TopKRun, out: Path, harvest: Harvest) -> None:
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
         "metadata": {
+            "sae_lens_version": _LAYOUT,
             "model_name": harvest.model,
             "hook_name": settings["name"],
             "distribution": harvest.distribution,
