@@ -1,11 +1,14 @@
-"""Execute a notebook in a kernel of this very Python, and write what it shows as a page.
+"""Execute a notebook in a kernel of this very Python, with its outputs, and write it again.
 
-``python -m tests.helpers.notebooks NOTEBOOK PAGE.html`` writes a page to look at.
+``python -m tests.helpers.notebooks NAME`` executes ``docs/notebooks/NAME.ipynb`` and stores its
+outputs in it. ``python -m tests.helpers.notebooks NOTEBOOK PAGE.html`` writes a page to look at.
 """
 
 import html
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from traitlets.config import Config
 
 from tests.helpers import TOP
 
+NOTEBOOKS = TOP / "docs" / "notebooks"
 STYLE = """:root {color-scheme: light dark} pre {background: #8881; padding: .6em; overflow: auto}
 body {font: 14px system-ui, sans-serif; max-width: 62em; margin: 2em auto}"""
+DONE = re.compile(r".+: [^:]+ in [\d.:]+ s")  # what a bar leaves: how fast this machine is
 
 
 class ThisPython(AsyncKernelManager):
@@ -41,23 +46,57 @@ def execute(path: Path, *further: str) -> Any:
         config=Config(ThisPython={"transport": "ipc"}),  # over TCP the kernel warns
         timeout=600,
         startup_timeout=300,
+        record_timing=False,
     )
     path = os.pathsep.join(filter(None, (str(TOP), os.environ.get("PYTHONPATH"))))
     client.execute(cwd=str(TOP), env=os.environ | {"PYTHONPATH": path})
     return notebook
 
 
+def without_bars(notebook: Any) -> Any:
+    """The notebook without the lines that progress bars leave behind."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [x for x in cell.outputs if not DONE.fullmatch(_plain(x).strip())]
+    return notebook
+
+
+def texts_of(notebook: Any) -> list[list[str]]:
+    """What each code cell shows, as plain text; a picture is its size."""
+    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
+    return [[_plain(output) for output in cell.outputs] for cell in cells]
+
+
+def _plain(output: Any) -> str:
+    return output.get("text") or output.get("data", {}).get("text/plain", "")
+
+
 def as_page(notebook: Any) -> str:
     """The sources and outputs of a notebook as one HTML page."""
-    parts = []
+    return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{''.join(_parts(notebook))}"
+
+
+def _parts(notebook: Any) -> Iterator[str]:
     for cell in notebook.cells:
-        parts.append(f"<pre>{html.escape(cell.source)}</pre>")
+        yield f"<pre>{html.escape(cell.source)}</pre>"
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
-            plain = output.get("text") or data.get("text/plain", "")
-            parts.append(data.get("text/html") or f"<div><code>{html.escape(plain)}</code></div>")
-    return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{''.join(parts)}"
+            if "image/png" in data:
+                yield f'<img src="data:image/png;base64,{data["image/png"]}">'
+            else:
+                plain = f"<div><code>{html.escape(_plain(output))}</code></div>"
+                yield data.get("text/html") or plain
+
+
+def store(name: str) -> None:
+    """Execute a notebook of the docs, and store its outputs in it."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    nbformat.write(without_bars(execute(path)), path)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(as_page(execute(Path(sys.argv[1]))), encoding="utf-8")
+    if len(sys.argv) == 2:
+        store(sys.argv[1])
+    else:
+        page = as_page(execute(Path(sys.argv[1])))
+        Path(sys.argv[2]).write_text(page, encoding="utf-8")
