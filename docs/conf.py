@@ -63,6 +63,8 @@ html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 html_static_path = ["_site/static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_use_index = html_domain_indices = False  # the list of names is an index
+html_copy_source = html_show_sourcelink = False  # llms.py copies the Markdown
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
