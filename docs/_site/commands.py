@@ -1,19 +1,20 @@
-"""The page of the command line, made by typer from the commands' own help; PyTorch is not needed."""
+"""The page of the command line, which typer makes from the help; PyTorch is not needed."""
 
 import re
 from pathlib import Path
 
-import bd3lm_cli
 import typer
 from sphinx.application import Sphinx
 from typer.cli import get_docs_for_click
 
+import bd3lm_cli
 from _site.links import write
 
 HEAD = """# Command line
 
-After this page you know every command of `bd3lm`, its arguments and their defaults. `bd3lm COMMAND --help` prints the same. A command
-calls the public function of its name and prints the result's table; `--json FILE` writes the result's values.
+After this page you know every command of `bd3lm`, its arguments and their defaults.
+`bd3lm COMMAND --help` prints the same. A command calls public functions of the package and prints
+a table.
 
 """
 

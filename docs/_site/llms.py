@@ -14,11 +14,12 @@ from _site.names import pages, public
 
 SUMMARY = """# transformer_lens_bd3lm
 
-> Interpretability of block-diffusion language models (BD3LM) in TransformerLens: every activation can be read and edited, at
-> every block size and at every step of the denoising loop.
+> Interpretability of block-diffusion language models (BD3LM) in TransformerLens: every activation
+> can be read and edited, at every block size and at every step of the denoising loop.
 
-Python, version {release}. The import is `import transformer_lens_bd3lm as bd3lm`. A mask at position q predicts the token at q, not the one after
-it. Pages whose links end in `.md` are Markdown; `llms-full.txt` holds all of them, and every docstring, in one file.
+Python, version {release}. The import is `import transformer_lens_bd3lm as bd3lm`. A mask at
+position q predicts the token at q, not the one after it. Pages whose links end in `.md` are
+Markdown; `llms-full.txt` holds all of them, and every docstring, in one file.
 """
 
 

@@ -1,6 +1,6 @@
-"""The reference: a page for each public function or class, beside the results that it alone returns.
+"""The reference: a page for each public function or class, with the result that it alone returns.
 
-The sections, their order and the first lines are those of ``docs/api.md``, whose names become links.
+The sections and the first lines are those of ``docs/api.md``, whose names become links.
 """
 
 import inspect
@@ -11,15 +11,15 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, get_args
 
-import transformer_lens_bd3lm as bd3lm
 from docutils.nodes import Element
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import GoogleDocstring
 
+import transformer_lens_bd3lm as bd3lm
 from _site.links import write
-from tests.helpers.api import RETURNED, SECTIONS, _first_line, _section
+from tests.helpers.api import RETURNED, SECTIONS, first_line, section_of
 from transformer_lens_bd3lm import results
 from transformer_lens_bd3lm.result import Result
 
@@ -56,7 +56,7 @@ def pages() -> dict[str, dict[str, list[str]]]:
         names.sort(key=lambda name: (isinstance(public()[name], type), name.lower()))
         value = public()[names[0]]
         top = names[0] in bd3lm.__all__ and not issubclass_of(value, Result)
-        sections[_section(value) if top else "results"][names[0].lower()] = names
+        sections[section_of(value) if top else "results"][names[0].lower()] = names
     sections[""]["lm_eval"] = ["lm_eval"]
     sections[""]["bd3lm-grammar"] = ["grammar"]
     return sections
@@ -100,7 +100,7 @@ def section_pages() -> Iterator[tuple[str, str]]:
             for name in names:
                 value = MODULES.get(name) or public().get(name) or bd3lm.lm_eval
                 kind = "mod" if name in ("grammar", "lm_eval") else "obj"
-                first = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", _first_line(name, value))
+                first = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", first_line(name, value))
                 rows.append(f"   * - :py:{kind}:`~{home(name)}.{name}`\n     - {first}")
         rows.append("\n.. toctree::\n   :hidden:\n")
         rows += [f"   {page}" for page in of_page]
@@ -187,10 +187,10 @@ def mend_docstring(
 ) -> None:
     """Mend what napoleon makes of a docstring.
 
-    It takes what stands before the first colon of a property or constant for a type, and does not
+    It takes what stands before the first colon of an attribute for a type, and does not
     escape the axes of a tensor.
     """
-    if what in ("property", "data"):
+    if what in ("property", "attribute", "data"):
         google = GoogleDocstring(_KEPT[name], app.config, app, "method", name, value, options)
         lines[:] = google.lines()
     for i, line in enumerate(lines):

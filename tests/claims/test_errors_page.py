@@ -8,13 +8,8 @@ import pytest
 from tests.helpers.errors_page import PAGE, messages
 from transformer_lens_bd3lm import errors
 
-NAMES = [
-    name
-    for name, value in vars(errors).items()
-    if inspect.isclass(value)
-    and issubclass(value, Exception)
-    and value.__module__ == errors.__name__
-]
+CLASSES = [value for value in vars(errors).values() if inspect.isclass(value)]
+NAMES = [each.__name__ for each in CLASSES if each.__module__ == errors.__name__]
 
 
 def section_of(name: str, page: str) -> str:

@@ -1,4 +1,4 @@
-"""The site builds without a warning, has every page and every public name, and a browser shows it."""
+"""The site builds without a warning, has every page and public name, and a browser shows it."""
 
 import os
 import re

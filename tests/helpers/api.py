@@ -42,15 +42,15 @@ def reference() -> str:
     for module in (bd3lm, bd3lm.results):
         for name in sorted(module.__all__, key=str.lower):
             value = getattr(module, name)
-            row = f"| `{name}{_signature(value)}` | {_first_line(name, value)} |"
-            rows["results" if module is bd3lm.results else _section(value)].append(row)
+            row = f"| `{name}{_signature(value)}` | {first_line(name, value)} |"
+            rows["results" if module is bd3lm.results else section_of(value)].append(row)
     lines = [HEAD]
     for section, title in SECTIONS.items():
         lines += [f"## {title}", "", "| name | what |", "|---|---|", *rows[section], ""]
     return "\n".join(lines)
 
 
-def _section(value: Any) -> str:
+def section_of(value: Any) -> str:
     """Return the folder of the package in which a value is defined; empty for none."""
     parts = getattr(value, "__module__", "").split(".")
     return parts[1] if len(parts) > 2 and parts[1] in SECTIONS else ""
@@ -67,7 +67,7 @@ def _signature(value: Any) -> str:
     return str(inspect.Signature(bare)).replace("|", "\\|")
 
 
-def _first_line(name: str, value: Any) -> str:
+def first_line(name: str, value: Any) -> str:
     """Return the first paragraph of a docstring, in one line."""
     if isinstance(value, str):
         doc = _doc_of_constant(name)

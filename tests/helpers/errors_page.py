@@ -1,4 +1,4 @@
-"""The messages of ``docs/errors.md``: each snippet, what the page says that it prints, and what it prints.
+"""The messages of ``docs/errors.md``: what the page says of each snippet, and what it prints.
 
 ``python -m tests.helpers.errors_page`` writes what the snippets print into the page.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.helpers import TOP
 
-# The list of pages, of public names and of terms have no code; test_errors_page.py runs that of errors.
+# Lists of pages, public names and terms have no code; test_errors_page.py runs that of errors.
 REFERENCE = {"README.md", "api.md", "errors.md", "glossary.md"}
 PAGES = sorted(page for page in (TOP / "docs").glob("*.md") if page.name not in REFERENCE)
 PRINTED = re.compile(r"^( *)print\((.+)\) +# (?!\[[a-z])(.+)$", re.MULTILINE)
