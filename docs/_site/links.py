@@ -74,8 +74,19 @@ def resolve_page(app: Sphinx, page: str, content: list[str]) -> None:
         content[0] = resolve(content[0], f"docs/{page}.md")
 
 
+def list_the_rest(app: Sphinx, page: str, content: list[str]) -> None:
+    """Put pages that the first page's navigation does not name at its end."""
+    if page == "index":
+        named = set(content[0].splitlines())
+        top = (name for name in sorted(app.env.found_docs) if "/" not in name and name != "index")
+        if rest := [name for name in top if name not in named]:
+            lines = "\n".join(rest)
+            content[0] += f"\n```{{toctree}}\n:hidden:\n:caption: More\n\n{lines}\n```\n"
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the pages and their links."""
     app.connect("builder-inited", write_copies)
     app.connect("source-read", resolve_page)
+    app.connect("source-read", list_the_rest)
     return {"parallel_read_safe": True}
