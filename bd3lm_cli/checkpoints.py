@@ -34,6 +34,7 @@ def _published(model: str, resolved: ModelName) -> dict[str, str]:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
+    from transformer_lens_bd3lm.bridge.boot import DAMAGE
     from transformer_lens_bd3lm.checkpoint.weights import check_weights, weight_shapes
     from transformer_lens_bd3lm.errors import BD3LMError
     from transformer_lens_bd3lm.model.config import BD3LMConfig
@@ -42,7 +43,7 @@ def _published(model: str, resolved: ModelName) -> dict[str, str]:
         config = AutoConfig.from_pretrained(resolved.path)
     except BD3LMError:
         raise
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         raise not_loaded(model, resolved, error) from error
     if not isinstance(config, BD3LMConfig):
         raise typer.BadParameter(f"{model} is a {config.model_type!r} checkpoint, not BD3LM")

@@ -54,13 +54,14 @@ def _load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a folder or Hub id."""
     from transformers import AutoTokenizer
 
+    from transformer_lens_bd3lm.bridge.boot import DAMAGE
     from transformer_lens_bd3lm.errors import BD3LMError
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except BD3LMError:
         raise
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         raise typer.BadParameter(
             f"--tokenizer {name} could not be loaded: {str(error).splitlines()[0]}"
         ) from error

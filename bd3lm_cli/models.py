@@ -174,7 +174,7 @@ def boot(model: str | None, device: str | None = None, **options: Any) -> Any:
     """
     resolved = resolve(model or "tiny")
     with errors.status(f"loading {model or 'tiny'}, {resolved.kind} ..."), quiet():
-        from transformer_lens_bd3lm.bridge.boot import boot_checkpoint
+        from transformer_lens_bd3lm.bridge.boot import DAMAGE, boot_checkpoint
         from transformer_lens_bd3lm.errors import BD3LMError
 
         _check_device(device)
@@ -182,7 +182,7 @@ def boot(model: str | None, device: str | None = None, **options: Any) -> Any:
             return boot_checkpoint(resolved.path, device=device, **options)
         except BD3LMError:
             raise
-        except (OSError, ValueError) as error:
+        except DAMAGE as error:
             raise not_loaded(model, resolved, error) from error
 
 

@@ -12,13 +12,22 @@
     ├── HookReturnError (ValueError)     a hook that returned another shape than it was given
     └── NotExactError (RuntimeError)     a result that cannot be exact, and so is refused
 
-Each message names the argument and its value, the rule, and the way out. ``OffDistributionWarning``
-is a warning and no error, for such input may be intended.
+Each message names the argument and its value, the rule, and the way out. A value may be anything
+that a user or a file holds, so every message is made printable, and cut in its middle where it is
+long: the argument stands at its beginning, the way out at its end. ``OffDistributionWarning`` is a
+warning and no error, for such input may be intended.
 """
+
+from typing import Any
+
+_BEGINNING, _END = 1300, 600  # characters that are kept of a longer message
 
 
 class BD3LMError(Exception):
     """Base of all errors that the package raises on purpose."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*(_readable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(BD3LMError, ValueError):
@@ -59,3 +68,12 @@ class NotExactError(BD3LMError, RuntimeError):
 
 class OffDistributionWarning(UserWarning):
     """Input that the model never saw in training: a block that reads masks in another block."""
+
+
+def _readable(message: str) -> str:
+    """Return a message of bounded length, with escapes for characters that cannot be shown."""
+    if len(message) > _BEGINNING + _END:
+        message = f"{message[:_BEGINNING]} [...] {message[-_END:]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)

@@ -4,7 +4,7 @@ A folder holds ``settings.json``, which identifies the run (its settings, a hash
 and one ``jobs-RANK.jsonl`` a process: a line a finished job, on disk before the next one begins. A
 line that a kill left half-written is dropped, and its job is done again. A job is a dataclass of
 plain values with a ``number`` and a ``mark``, a fingerprint of its inputs, so that other inputs are
-noticed.
+noticed. Each line also has a digest of its values: a line that was damaged or edited is refused.
 
 Numbers are written so that they read back to the bit.
 """
@@ -12,12 +12,15 @@ Numbers are written so that they read back to the bit.
 import json
 import os
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_dataclass, read_json
 
 _SETTINGS = "settings.json"
+_DIGEST = "sha256"
 
 
 class AnyJob(Protocol):
@@ -105,7 +108,8 @@ class Ledger(Generic[JobType]):
         """Write a finished job to disk, if there is a folder."""
         if self.path is None:
             return
-        line = json.dumps(asdict(job)).encode() + b"\n"
+        values = asdict(job)
+        line = json.dumps(values | {_DIGEST: _digest(values)}).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             if file.write(line) < len(line):  # one write a line; a full disk may take a part
@@ -138,7 +142,7 @@ def _check_same_run(folder: Path, what: str, identity: dict[str, Any]) -> None:
         InputError: naming what differs.
     """
     try:
-        theirs = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        theirs = read_json((folder / _SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"out={folder} holds no {what}: {error}") from error
     refuse_other_run(folder, what, theirs, identity)
@@ -177,7 +181,21 @@ def read_jobs(path: Path, job: type[JobType]) -> list[JobType]:
         InputError: if another line is damaged.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    try:
-        return [job(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}; remove it to do its jobs again") from error
+    jobs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = read_json(line)
+            written = values.pop(_DIGEST, None) if isinstance(values, dict) else None
+            if written != _digest(values):
+                raise ValueError("it is not what was written")
+            jobs.append(read_dataclass(job, values))
+        except ValueError as error:
+            raise InputError(
+                f"{path} is damaged in line {number}: {error}; remove it to do its jobs again"
+            ) from error
+    return jobs
+
+
+def _digest(values: Any) -> str:
+    """Return a short digest of the values of a line."""
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -23,6 +23,8 @@ from transformer_lens_bd3lm.checkpoint.lightning import (
 from transformer_lens_bd3lm.checkpoint.pretrained import BD3LM
 from transformer_lens_bd3lm.errors import BD3LMError, CheckpointError, InputError
 
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""Errors that the libraries below raise for files that they cannot read."""
 _EMBEDDED = ("tiny", "grammar")
 _CHECKPOINTS = Path(checkpoint.__file__).parent
 
@@ -50,8 +52,8 @@ def loading(path: str) -> Iterator[None]:
         yield
     except BD3LMError:
         raise
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
+    except DAMAGE as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} could not be loaded: {why}{embedded_hint(path)}") from error
 
 

@@ -12,7 +12,6 @@ such an index is refused.
 No tensor is read here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from transformer_lens_bd3lm.errors import CheckpointError
+from transformer_lens_bd3lm.plain_values import read_json
 
 SAFE, PICKLED = ("model", ".safetensors"), ("pytorch_model", ".bin")
 # Beginnings of the floating point types in the header of a safetensors file: F32, BF16, F8_E4M3.
@@ -71,7 +71,7 @@ def _files_of_index(index: Path, ending: str) -> list[str]:
         CheckpointError: if it is damaged, or names a file of another kind or outside its folder.
     """
     try:
-        content = json.loads(index.read_text())
+        content = read_json(index.read_text(encoding="utf-8"))
         names, about = content["weight_map"].values(), content["metadata"]
         parts = sorted(set(names))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -9,6 +9,8 @@ A tokenizer that does not fit the vocabulary is refused.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +27,7 @@ from transformers.utils.hub import cached_file
 
 from transformer_lens_bd3lm.checkpoint.files import location_of
 from transformer_lens_bd3lm.checkpoint.tokenizer_rules import check_tokenizer
-from transformer_lens_bd3lm.errors import TokenizerError
+from transformer_lens_bd3lm.errors import BD3LMError, TokenizerError
 
 MASK_TOKEN = "[MASK]"
 NO_TOKEN = 2**31 - 1
@@ -66,12 +68,14 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
         location = location_of(kwargs)
         check_files(name, **location)
         if _find_file(name, WHOLE, **location):
-            return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
+            with _reading(name):
+                return _tried(PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs))
         for files, config in OLDER:
             if all(_find_file(name, file, **location) for file in files):
-                if config is BertConfig:
-                    _check_bert(name, **location)
-                return _load_with_bos(name, *args, config=config(), **kwargs)
+                with _reading(name):
+                    if config is BertConfig:
+                        _check_bert(name, **location)
+                    return _tried(_load_with_bos(name, *args, config=config(), **kwargs))
         for file in UNREAD:
             if _find_file(name, file, **location):
                 raise TokenizerError(
@@ -81,6 +85,30 @@ class BD3LMTokenizer(PreTrainedTokenizerFast):
                 )
         size = AutoConfig.from_pretrained(name, **location).vocab_size
         return known_tokenizer(size, f"{name} has no tokenizer files, and")
+
+
+@contextmanager
+def _reading(name: Any) -> Iterator[None]:
+    """Turn whatever a repository's files raise in the libraries below into a TokenizerError.
+
+    Raises:
+        TokenizerError: naming the repository and the reason.
+    """
+    try:
+        yield
+    except (BD3LMError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is not an Exception
+        raise TokenizerError(
+            f"the tokenizer of {name} cannot be read: {type(error).__name__}: {error}; put back "
+            "the files as they were saved, or pass tokenizer=... to boot_transformers"
+        ) from error
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that reads and writes a text: it fails here rather than in use."""
+    tokenizer.decode(tokenizer("a")["input_ids"])
+    return tokenizer
 
 
 def _find_file(name: Any, file: str, **location: Any) -> Path | None:

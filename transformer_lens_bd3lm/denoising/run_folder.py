@@ -24,6 +24,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checkpoint.new_folder import new_folder
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_json
 
 FORMAT = 2
 MANIFEST, TENSORS = "run.json", "run.safetensors"
@@ -133,8 +134,8 @@ def read_manifest(path: Path) -> Manifest:
         InputError: for no manifest of this format, or one that was damaged or edited.
     """
     try:
-        content = json.loads(_read_regular(path / MANIFEST, MAX_MANIFEST))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(_read_regular(path / MANIFEST, MAX_MANIFEST))
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is no saved run: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no saved run: {MANIFEST} holds a {type(content).__name__}")

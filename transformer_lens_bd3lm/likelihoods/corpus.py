@@ -11,7 +11,6 @@ is plain text, whole or split. An iterable is a corpus of its items, as is a dat
 ``datasets``, streamed or not. Rows of ids are texts that were tokenized before.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from transformer_lens_bd3lm.bridge.texts import bos_of, refuse_path, tokens_of, 
 from transformer_lens_bd3lm.checks import check_finished
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.ids import check_ids
+from transformer_lens_bd3lm.plain_values import read_json
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def _read_file(path: Path, field: str, split: str | None) -> Iterator[CorpusText
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path.name}:{number}"
-                    yield CorpusText(where, _text_field(json.loads(line), field, where))
-    except (OSError, ValueError, RecursionError) as error:
+                    yield CorpusText(where, _text_field(read_json(line), field, where))
+    except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read: {error}") from error

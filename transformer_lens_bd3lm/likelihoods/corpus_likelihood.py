@@ -216,6 +216,7 @@ def likelihood(
             mark = fingerprint(windows)
             digest.update(mark.encode())
             if (done := ledger.done(number, mark, "corpus")) is not None:
+                _check_fits(done, windows, settings)
                 jobs[number] = done
             elif number % state.num_processes == state.process_index:
                 jobs[number] = _measure(bridge, windows, number, mark, settings, pass_hooks)
@@ -227,6 +228,26 @@ def likelihood(
     for _, part in shared:
         jobs = part | jobs
     return _assemble(bridge, settings, reader, jobs, state.num_processes)
+
+
+def _check_fits(job: Job, windows: list[Window], settings: LikelihoodSettings) -> None:
+    """Check that a job read from disk has a figure for each window.
+
+    Raises:
+        InputError: if it has others.
+    """
+    exact = settings.method == "exact"
+    replicates = 1 if exact else settings.replicates
+    fits = (
+        job.texts == [window.text for window in windows]
+        and [len(each) for each in job.nelbo] == [replicates] * len(windows)
+        and (len(job.nll or ()) == len(windows) if exact else job.nll is None)
+    )
+    if not fits:
+        raise InputError(
+            f"out= holds job {job.number} with other figures than its {len(windows)} windows "
+            "have: it is damaged; give a new folder"
+        )
 
 
 def _measure(

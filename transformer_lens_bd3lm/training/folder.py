@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_json
 
 BEGUN = "begun.json"
 STATE = "state.safetensors"
@@ -104,7 +105,7 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
             )
         return None
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path.read_text(encoding="utf-8"))
         before, files = dict(begun["made of"]), dict(begun["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged, not as it was written: use another folder") from error
@@ -126,7 +127,7 @@ def read_begun(folder: Path, made_of: dict[str, Any]) -> PreTrainedTokenizerFast
 def begun_values(folder: Path) -> dict[str, Any]:
     """Return the values that a run was begun with; none if no run was, or they cannot be read."""
     try:
-        return dict(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["made of"])
+        return dict(read_json((folder / BEGUN).read_text(encoding="utf-8"))["made of"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -21,6 +21,9 @@ from typing import Any
 from transformer_lens_bd3lm.errors import InputError
 
 
+_COLUMNS = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
+
+
 @dataclass(frozen=True)
 class Word:
     """A word as it stands in its sentence.
@@ -98,15 +101,12 @@ def _read_sentence(lines: str, number: int) -> Sentence:
 
     where = f"the sentence at line {number}"
     for offset, line in enumerate(lines.split("\n")):
-        if line.strip() and not line.startswith("#") and line.count("\t") != 9:
-            raise InputError(
-                f"line {number + offset} has {line.count(chr(9)) + 1} columns, not the ten of "
-                f"CoNLL-U with tabs between them: {line[:60]!r}"
-            )
+        _check_columns(line, number + offset)
     try:
         (parsed,) = conllu.parse(lines + "\n\n")
-    except ParseException as error:
+    except (ParseException, ValueError) as error:
         raise InputError(f"{where} is not CoNLL-U: {error}") from error
+    _check_numbers([token["id"] for token in parsed], where)
     heads = {token["id"]: token["head"] for token in parsed if isinstance(token["id"], int)}
     depths = _depths(heads, where)
     surface = list(_surface_words(parsed))
@@ -123,6 +123,54 @@ def _read_sentence(lines: str, number: int) -> Sentence:
         words.append(Word(at, at + len(form), min(depths[i] for i in own)))
         at += len(form)
     return Sentence(parsed.metadata.get("sent_id", str(number)), text, words)
+
+
+def _check_columns(line: str, number: int) -> None:
+    """Check that a line has the ten columns of CoNLL-U, in the one way that all readers take.
+
+    ``conllu`` also parts columns at two spaces, and lets a comment name other columns: a word of
+    two spaces would shift the columns behind it, in silence.
+
+    Raises:
+        InputError: naming the line.
+    """
+    if line.startswith("#"):
+        key, _, columns = line.partition("=")
+        if key.strip() == "# global.columns" and columns.lower().split() != _COLUMNS:
+            raise InputError(f"line {number} names other columns than CoNLL-U: {line[:90]!r}")
+    elif line.strip():
+        cells = line.split("\t")
+        if len(cells) != len(_COLUMNS):
+            raise InputError(
+                f"line {number} has {len(cells)} columns, not the ten of CoNLL-U with tabs between "
+                f"them: {line[:60]!r}"
+            )
+        wrong = [cell for cell in cells if not cell.strip() or "  " in cell]
+        if wrong:
+            raise InputError(
+                f"line {number} has the column {wrong[0]!r}, empty or with two spaces: CoNLL-U has "
+                "neither; write _ for nothing"
+            )
+
+
+def _check_numbers(numbers: list[Any], where: str) -> None:
+    """Check that the words of a sentence are numbered 1, 2, ..., and that a range of them is one.
+
+    Raises:
+        InputError: naming the first that is not.
+    """
+    words = [number for number in numbers if isinstance(number, int)]
+    for at, number in enumerate(words, 1):
+        if number != at:
+            raise InputError(f"{where} numbers its word {at} as {number}: words count from 1 on")
+    inside = 0
+    for number in numbers:
+        if isinstance(number, int) or isinstance(number, tuple) and number[1] == ".":
+            continue
+        if number is None or not inside < number[0] <= number[2] <= len(words):
+            shown = "_" if number is None else f"{number[0]}-{number[2]}"
+            raise InputError(f"{where} has the line {shown}: a range lies in 1..{len(words)}")
+        inside = number[2]
 
 
 def _depths(heads: dict[int, Any], where: str) -> dict[int, int]:

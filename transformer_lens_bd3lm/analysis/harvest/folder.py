@@ -18,6 +18,7 @@ object stores have no locks: two harvests there do the same work and write the s
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,9 +33,11 @@ from xxhash import xxh3_128
 
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.ledger import refuse_other_run
+from transformer_lens_bd3lm.plain_values import read_dataclass, read_json
 from transformer_lens_bd3lm.training.folder import LOCK, held_alone
 
 SETTINGS, FINISHED = "settings.json", "dataset_dict.json"
+PARTS = ("train", "validation")
 _DRAFT = ".draft"
 _READ = 2**20
 
@@ -65,6 +68,11 @@ class FinishedShard:
     dropped: int
     same: dict[str, int]
     windows: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Every number that is a count."""
+        return (self.bytes, self.rows, self.dropped, self.windows, *self.same.values())
 
 
 class _Checked:
@@ -163,8 +171,12 @@ class HarvestFolder:
             InputError: if it is damaged.
         """
         try:
-            return FinishedShard(**json.loads(self.fs.cat_file(path)))
-        except (ValueError, TypeError) as error:
+            shard = read_dataclass(FinishedShard, read_json(self.fs.cat_file(path)))
+            own = re.fullmatch(rf"{re.escape(shard.part)}/data-\d{{5}}\.arrow", shard.file)
+            if shard.part not in PARTS or own is None or min(shard.counts) < 0:
+                raise ValueError(f"it says file={shard.file!r} and counts {shard.counts}")
+            return shard
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} is damaged: {error}; remove it to redo its shard") from error
 
     def keep(self, shard: FinishedShard) -> None:
@@ -221,7 +233,7 @@ class HarvestFolder:
             InputError: if there is none, or it is damaged.
         """
         try:
-            return json.loads(self.fs.cat_file(self.path(name)))
+            return read_json(self.fs.cat_file(self.path(name)))
         except (OSError, ValueError) as error:
             raise InputError(f"{self.out} holds no harvest: {name} cannot be read") from error
 

@@ -1,6 +1,8 @@
 """The result of a harvest: what lies in its folder, part by part."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +16,7 @@ from transformer_lens_bd3lm.analysis.harvest.folder import (
 )
 from transformer_lens_bd3lm.checks import check_choice
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_dataclass
 from transformer_lens_bd3lm.result import Result
 
 
@@ -78,29 +81,32 @@ class Harvest(Result):
             InputError: if it holds no harvest, one that is not finished, or not all of its files.
         """
         folder = HarvestFolder(out)
-        identity = folder.read_json(SETTINGS)
+        written = _read_settings(folder)
         if not folder.fs.exists(folder.path(FINISHED)):
             raise InputError(
                 f"out={folder.out}: this harvest is not finished: call harvest() with the same "
                 "arguments to go on"
             )
-        shards, settings = folder.finished(), identity["settings"]
-        if len(shards) != identity["shards"]:
-            missing = sorted(set(range(identity["shards"])) - set(shards))
+        shards = folder.finished()
+        missing = list(islice((n for n in range(written.shards) if n not in shards), 5))
+        if missing or len(shards) != written.shards:
             raise InputError(
-                f"out={folder.out}: files of shards {missing} are missing or have another size: "
-                "call harvest() with the same arguments to write them again"
+                f"out={folder.out}: files of shards {missing} are missing or have another size, "
+                f"or {len(shards)} are not the {written.shards} of {SETTINGS}: call harvest() with "
+                "the same arguments to write them again"
             )
         ordered = tuple(shards[number] for number in sorted(shards))
+        if any(set(shard.same) != set(ordered[0].same) for shard in ordered):
+            raise InputError(f"out={folder.out}: its shards have other hook points than each other")
         return cls(
             out=folder.out,
-            names=settings["names"],
-            distribution=settings["distribution"],
-            block_size=settings["block_size"],
-            t=tuple(settings["t"]),
+            names=written.names,
+            distribution=written.distribution,
+            block_size=written.block_size,
+            t=(written.t[0], written.t[1]),
             parts=_parts(ordered),
-            model=identity["model"].rstrip("/").rsplit("/", 1)[-1],
-            trained_at=tuple(identity["trained_at"]),
+            model=written.model.rstrip("/").rsplit("/", 1)[-1],
+            trained_at=tuple(written.trained_at),
             shards=ordered,
         )
 
@@ -136,10 +142,23 @@ class Harvest(Result):
             A dataset of tensors; an activation is ``[row, 1, width]``.
 
         Raises:
-            InputError: for a part that the harvest does not have.
+            InputError: for a part that the harvest does not have, and for files that are damaged
+                or name other files than the harvest's.
         """
         check_choice("part", part, [each.name for each in self.parts])
-        return Dataset.load_from_disk(f"{self.out.rstrip('/')}/{part}").with_format("torch")
+        files = {Path(shard.file).name for shard in self.shards if shard.part == part}
+        state = HarvestFolder(self.out).read_json(f"{part}/state.json")
+        try:
+            if {each["filename"] for each in state["_data_files"]} != files:
+                raise ValueError("it names other files than the harvest's")
+            dataset = Dataset.load_from_disk(f"{self.out.rstrip('/')}/{part}").with_format("torch")
+            dataset[:1]  # fails here rather than in use
+            return dataset
+        except Exception as error:  # a damaged file raises anything in the libraries below
+            raise InputError(
+                f"{part} of {self.out} cannot be read: {type(error).__name__}: {error}; call "
+                "harvest() with the same arguments and a new folder"
+            ) from error
 
     def digest(self) -> str:
         """Return a hash of the rows: of the checksums of all files."""
@@ -170,6 +189,39 @@ class Harvest(Result):
             "bytes": self.bytes,
             "parts": [asdict(part) for part in self.parts],
         }
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What ``settings.json`` says that a harvest holds."""
+
+    names: list[str]
+    distribution: str
+    block_size: int
+    t: list[float]
+    model: str
+    trained_at: list[int]
+    shards: int
+
+
+def _read_settings(folder: HarvestFolder) -> _Written:
+    """Read the settings that a harvest was made with.
+
+    Raises:
+        InputError: if the folder holds none, or they are damaged.
+    """
+    identity = folder.read_json(SETTINGS)
+    try:
+        flat = {**identity, **identity["settings"]}
+        names = [each.name for each in fields(_Written)]
+        written = read_dataclass(_Written, {name: flat[name] for name in names})
+        if len(written.t) != 2:
+            raise ValueError(f"t has {len(written.t)} ends")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"out={folder.out}: {SETTINGS} is damaged ({error}): give a new folder"
+        ) from error
+    return written
 
 
 def _parts(shards: tuple[FinishedShard, ...]) -> tuple[HarvestPart, ...]:

@@ -14,7 +14,6 @@ This is what SAELens computes, without its package: it needs an older Transforme
 train, and reads no other file layout.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int
 from transformer_lens_bd3lm.errors import CheckpointError, InputError
+from transformer_lens_bd3lm.plain_values import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _ENCODER = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -186,7 +186,7 @@ def load_sae(path: str | Path) -> SavedSae:
     """
     folder = Path(path)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
@@ -213,7 +213,7 @@ def _read_settings(path: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: {CONFIG} holds {type(config).__name__}, no settings")
     architecture = config.get("architecture")
-    if architecture not in TENSORS:
+    if not isinstance(architecture, str) or architecture not in TENSORS:
         raise refuse("architecture", f"{', '.join(TENSORS)} are known; convert it with SAELens")
     known = {"d_in", "d_sae", "dtype", "apply_b_dec_to_input", "normalize_activations",
              "reshape_activations", *_IGNORED}  # fmt: skip
@@ -246,8 +246,11 @@ def _read_settings(path: str, config: Any) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": (True, False),
     }
     for key, values in choices.items():
-        if key in config and config[key] not in values:
+        if key in config and not _is_one_of(config[key], values):
             raise refuse(key, f"{', '.join(map(str, values))} are known")
+    metadata = config.get("metadata")
+    if not isinstance(metadata, dict | None):
+        raise refuse("metadata", "it is an object, or left out")
     return {
         "architecture": architecture,
         "k": config["k"] if architecture == "topk" else None,
@@ -255,8 +258,13 @@ def _read_settings(path: str, config: Any) -> dict[str, Any]:
         "bias_first": config.get("apply_b_dec_to_input", True),
         "norm": norm,
         "by_head": config.get("reshape_activations") == "hook_z",
-        "metadata": dict(config.get("metadata") or {}),
+        "metadata": dict(metadata or {}),
     }
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Return whether a value is one of several, of the same type: 1 is not True."""
+    return any(type(value) is type(each) and value == each for each in values)
 
 
 def _shapes(architecture: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
