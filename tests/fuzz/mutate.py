@@ -11,7 +11,8 @@ from pathlib import PurePath
 from typing import Any
 
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**31 - 1, -(2**31), 2**63, 2**64, 10**400, 0.5, -0.0, 1e308,
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**31 - 1, -(2**31), 2**63, 2**64, 10**400,
+    0.5, -0.0, 1e308,
     float("nan"), float("inf"), "", "a", "\0", "\ud800", "😀", "../x", "/etc/passwd", "x" * 5000,
     [], {}, [None], [[]], {"": None}, [1, 2], "auto", "full", "1", "nan", "F32", "cpu", "cuda:9",
 ]  # fmt: skip

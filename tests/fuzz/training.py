@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from tests.fuzz.engine import Reader
-from transformer_lens_bd3lm.training.folder import begin_folder, begun_values, read_begun
 from transformer_lens_bd3lm.training.data import train_tokenizer
+from transformer_lens_bd3lm.training.folder import begin_folder, begun_values, read_begun
 from transformer_lens_bd3lm.training.recipe import Recipe
 from transformer_lens_bd3lm.training.training_run import TrainingRun
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.effects import Effects, mean_effects
 from transformer_lens_bd3lm.analysis.masked_predictions import FinishedTexts, read_finished
-from transformer_lens_bd3lm.bridge.block_size import block_size_of
+from transformer_lens_bd3lm.bridge.block_size import block_size_of, own_block_size
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_int, read_several
@@ -195,7 +195,7 @@ def parallel_cost(
     nats = torch.stack(costs, 1) / tokens[:, None, None]
     return ParallelCost(
         model=Path(bridge.cfg.model_name).name,
-        block_sizes=tuple(bridge.cfg.block_size if size is None else size for size in sizes),
+        block_sizes=tuple(own_block_size(bridge) if size is None else size for size in sizes),
         at_once=tuple(f"T={each.steps}" if each.steps else each.k or "block" for each in columns),
         kinds=kinds,
         order=order,

@@ -2,13 +2,18 @@
 
 ``block_size`` only changes the mask. The bridge keeps it in ``bridge.cfg.block_size``, and a call
 may name another. A checkpoint at another block size than it was trained at is off-distribution.
+
+Within ``with block_size(...)`` it is one thread's: a call of another thread that names none is
+refused, for which of the two block sizes it gets would be chance.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
+from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.inputs import read_block_size
 
 
@@ -36,7 +41,7 @@ def block_size_of(bridge: Bridge, block_size: Any = None, name: str = "block_siz
     """
     config = bridge.original_model.config
     if config.cross_attn:
-        size = bridge.cfg.block_size if block_size is None else block_size
+        size = own_block_size(bridge) if block_size is None else block_size
         return read_block_size(size, config.model_length, name=name)
     size = 1 if config.causal else config.model_length
     if block_size is not None and (isinstance(block_size, bool) or block_size != size):
@@ -73,10 +78,37 @@ def block_size(bridge: Bridge, size: int | str) -> Iterator[Any]:
     Raises:
         BlockSizeError: if ``size`` is not a block size.
         InputError: if ``bridge`` is not a BD3LM bridge.
+        NotExactError: within such a block of another thread.
     """
-    before = require_bridge(bridge).cfg.block_size
+    model = require_bridge(bridge).original_model
+    check_own_block_size(model)
+    before, owner = bridge.cfg.block_size, model.block_size_of_thread
     set_block_size(bridge, size)
+    model.block_size_of_thread = get_ident()
     try:
         yield bridge
     finally:
-        bridge.cfg.block_size = before
+        bridge.cfg.block_size, model.block_size_of_thread = before, owner
+
+
+def own_block_size(bridge: Bridge) -> int:
+    """Return the block size of a bridge, for a call that names none.
+
+    Raises:
+        NotExactError: if another thread has set it for a while.
+    """
+    check_own_block_size(bridge.original_model)
+    return bridge.cfg.block_size
+
+
+def check_own_block_size(model: Any) -> None:
+    """Check that no other thread has set the block size for a while.
+
+    Raises:
+        NotExactError: if one has.
+    """
+    if model.block_size_of_thread not in (None, get_ident()):
+        raise NotExactError(
+            "block_size is that of another thread, which set it with bd3lm.block_size(...): give "
+            "block_size=... in this call, or give each thread its own copy.deepcopy(bridge)"
+        )

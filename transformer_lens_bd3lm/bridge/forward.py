@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_bd3lm.bridge.block_size import ConfigAtBlockSize
+from transformer_lens_bd3lm.bridge.block_size import ConfigAtBlockSize, check_own_block_size
 from transformer_lens_bd3lm.bridge.casts import FollowsCasts, frequencies, keep_frequencies
 from transformer_lens_bd3lm.bridge.conditioning import modulate
 from transformer_lens_bd3lm.bridge.distribution import warn_once
@@ -145,9 +145,12 @@ class HookedForward(FollowsCasts):
     Attributes:
         warned_off_distribution: whether it has warned of blocks that read masks in earlier ones.
         graphs: captured layers, within :func:`.cuda_graphs`.
+        block_size_of_thread: thread that has set the bridge's block size for a while; see
+            :mod:`.block_size`.
     """
 
     warned_off_distribution = False
+    block_size_of_thread: int | None = None
     graphs: Any = None
 
     backbone: Backbone
@@ -193,6 +196,7 @@ class HookedForward(FollowsCasts):
 
         Raises:
             InputError: for an argument that does not fit; nothing has been run then.
+            NotExactError: where another thread set hooks, or the block size for a while.
 
         Warns:
             OffDistributionWarning: once per bridge, where a block reads masks in an earlier one.
@@ -207,6 +211,8 @@ class HookedForward(FollowsCasts):
             )
         cfg = self.tl_cfg
         config = ConfigAtBlockSize(self.config, cfg)
+        if block_size is None:
+            check_own_block_size(self)
         if labels is not None and not config.causal:
             raise InputError(
                 "labels are for the causal loss, which this checkpoint does not have: leave them "

@@ -12,10 +12,15 @@ was cached at an earlier point, and what the caller gave, stay as they were. A h
 hooks copies nothing.
 
 Two hooks at one point share that copy, as TransformerLens's do.
+
+Hooks are state of the bridge, which threads may share, and a pass of one thread is not to be edited
+or recorded by the hooks of another: where it meets one it is refused. A permanent hook
+(``is_permanent=True``) is for the passes of all threads.
 """
 
 from collections.abc import Callable
 from functools import wraps
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -28,7 +33,7 @@ from torch.nn.modules.module import (
 )
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
 def watched(*modules: nn.Module) -> bool:
@@ -91,10 +96,23 @@ class OwningHookPoint(HookPoint):
     """Hook point that hands on a copy while it is watched."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the activation after its hooks."""
+        """Return the activation after its hooks.
+
+        Raises:
+            NotExactError: if another thread set one of them, or changes them meanwhile.
+        """
         if not watched(self):
             return super().__call__(x)
-        y = super().__call__(x.clone())
+        own = (None, get_ident())
+        for handle in list(self.fwd_hooks):
+            if not handle.is_permanent and getattr(handle, "thread", None) not in own:
+                raise _of_another_thread(self.name)
+        try:
+            y = super().__call__(x.clone())
+        except RuntimeError as error:
+            if "mutated during iteration" not in str(error):
+                raise
+            raise _of_another_thread(self.name) from error
         if (self._backward_hooks or self._backward_pre_hooks) and y.requires_grad:
             y.register_hook(Tensor.clone)
         return y
@@ -105,7 +123,22 @@ class OwningHookPoint(HookPoint):
         """Add a hook; a backward hook may return ``(grad,)`` at every hook point."""
         handle = super().add_hook(_unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
         handle.user_hook = hook
+        of_thread(handle, get_ident())
         return handle
+
+
+def of_thread(handle: Any, thread: int | None) -> None:
+    """Note whose passes a hook is for: those of a thread, or of any for None."""
+    handle.thread = thread
+
+
+def _of_another_thread(name: str | None) -> NotExactError:
+    """Return the error for a pass that meets the hooks of another thread."""
+    return NotExactError(
+        f"the hook point {name} has a hook that another thread set, and it would edit or record "
+        "this thread's pass: set hooks in the thread that runs the pass, or with "
+        "is_permanent=True for all threads, or give each thread its own copy.deepcopy(bridge)"
+    )
 
 
 def _unpacked(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block_size import own_block_size
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import bos_of, is_ids, padding, tokens_of, without_padding
 from transformer_lens_bd3lm.checks import check_int, check_tokenizer
@@ -162,7 +163,7 @@ def read_canvas(
     lengths = torch.tensor([len(row) + max_new_tokens for row in rows])
     length = int(lengths.max())
     if config.cross_attn:
-        asked = cfg.block_size if block_size is None else block_size
+        asked = own_block_size(bridge) if block_size is None else block_size
         size = read_block_size(asked, config.model_length)
     else:
         if block_size is not None:

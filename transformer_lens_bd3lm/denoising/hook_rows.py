@@ -25,6 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens_bd3lm.bridge.hook_names import matching, resolve
 from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.bridge.host import Bridge
+from transformer_lens_bd3lm.bridge.watched import of_thread
 from transformer_lens_bd3lm.denoising.step import Step
 from transformer_lens_bd3lm.denoising.step_hooks import StepFn, StepHook, StepHooks
 from transformer_lens_bd3lm.errors import HookReturnError, InputError
@@ -184,6 +185,7 @@ def attached(
             handle = point.add_hook(cast(Any, partial(_in_pass, running, fn)))
             stack.callback(point.fwd_hooks.remove, handle)
             stack.callback(handle.hook.remove)
+            of_thread(handle, None)  # it is silent in other threads' passes
         if step is not None:
             stack.callback(_current_step.reset, _current_step.set(step))
         stack.callback(_running.reset, _running.set(running))

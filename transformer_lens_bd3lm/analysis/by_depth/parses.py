@@ -20,7 +20,6 @@ from typing import Any
 
 from transformer_lens_bd3lm.errors import InputError
 
-
 _COLUMNS = ["id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from transformer_lens_bd3lm.analysis.comparable import SHAPE, check_bridge, unlike
+from transformer_lens_bd3lm.bridge.block_size import own_block_size
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.inputs import read_block_size
@@ -93,5 +94,5 @@ def shared_block_size(a: Any, b: Any, block_size: Any) -> int | None:
             f"the block size of a is {a.cfg.block_size} and that of b {b.cfg.block_size}: give "
             "block_size, one for both"
         )
-    size = a.cfg.block_size if block_size is None else block_size
+    size = own_block_size(a) if block_size is None else block_size
     return read_block_size(size, config.model_length, config.cross_attn)

@@ -29,6 +29,7 @@ from transformer_lens_bd3lm.analysis.heads.masked_text import read_masked_text
 from transformer_lens_bd3lm.analysis.heads.rules import read_pattern
 from transformer_lens_bd3lm.analysis.heads.scores import HeadScores
 from transformer_lens_bd3lm.bridge.block import require_eval
+from transformer_lens_bd3lm.bridge.block_size import own_block_size
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.distribution import masks_anywhere
 from transformer_lens_bd3lm.bridge.host import Bridge
@@ -115,7 +116,7 @@ def detect_heads(
     share = is_key.sum(-1)[counted].cpu().double() / text.readable.sum(-1)[query[counted]].cpu()
     comparable = ~beyond.isnan().flatten(1).any(1)
     stale = text.readable & ~text.readable.mT & (text.read == text.mask_id)
-    size = bridge.cfg.block_size if block_size is None else block_size
+    size = own_block_size(bridge) if block_size is None else block_size
     config = bridge.original_model.config
     return HeadScores(
         model=Path(bridge.cfg.model_name).name,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.bridge.block_size import own_block_size
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.bridge.texts import read_ids
 from transformer_lens_bd3lm.checks import check_bos_given, check_finished, check_noised
@@ -103,7 +104,7 @@ def read_masked_text(bridge: Bridge, tokens: Any, clean: Any, block_size: Any) -
     x_t = read_ids(bridge, tokens)
     x_0 = None if clean is None else read_ids(bridge, clean, "clean")
     if block_size is None and config.cross_attn:
-        block_size = bridge.cfg.block_size
+        block_size = own_block_size(bridge)
     alone = True if x_0 is None else None
     view = read_input(config, x_t, clean=x_0, sample_mode=alone, block_size=block_size)
     columns = view.mask()

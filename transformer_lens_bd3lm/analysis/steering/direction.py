@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from transformer_lens_bd3lm.analysis.noised_text import NoisedText
+from transformer_lens_bd3lm.bridge.block_size import own_block_size
 from transformer_lens_bd3lm.bridge.boot import read_bridge
 from transformer_lens_bd3lm.bridge.host import Bridge
 from transformer_lens_bd3lm.checks import check_choice, check_finished, check_int, check_number
@@ -259,7 +260,7 @@ def direction(
         if not len(means):
             raise InputError(f"{argument} has no {at} position: give longer texts, or more draws")
         sides.append(means)
-    size = bridge.cfg.block_size if block_size is None else block_size
+    size = own_block_size(bridge) if block_size is None else block_size
     contract = Contract(
         target=f"mean residual of the positive texts minus that of the negative ones, at {at} "
         f"positions of {point}",
