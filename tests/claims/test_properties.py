@@ -58,7 +58,8 @@ def bridges(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def left_as_found(bridges):
     """Whatever a test did, no hook is left, and the block size is the checkpoint's."""
-    yield
+    with torch.no_grad():
+        yield
     for bridge in bridges.values():
         assert not [name for name, point in bridge.hook_dict.items() if point.has_hooks()]
         assert bridge.cfg.block_size == 4 and not bridge.training

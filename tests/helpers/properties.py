@@ -131,7 +131,7 @@ def apart(found: Tensor, wanted: Tensor) -> float:
     hidden = ~wanted.isfinite()
     if not torch.equal(found[hidden].isnan(), wanted[hidden].isnan()):
         return float("inf")
-    found, wanted = found.double().masked_fill(hidden, 0), wanted.double().masked_fill(hidden, 0)
+    found, wanted = (x.detach().double().masked_fill(hidden, 0) for x in (found, wanted))
     return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
 
 
