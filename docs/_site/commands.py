@@ -27,7 +27,7 @@ def commands() -> str:
     for panel, functions in bd3lm_cli.COMMANDS.items():
         parts.append(f"## {panel}\n\n")
         for function in functions:
-            name = function.__name__
+            name = function.__name__.replace("_", "-")  # as typer names it
             text = get_docs_for_click(
                 obj=group.commands[name], ctx=context, name=name, indent=2, call_prefix="bd3lm"
             )

@@ -111,7 +111,8 @@ def test_every_command_has_an_entry(links):
     from bd3lm_cli import COMMANDS
 
     for command in (command for commands in COMMANDS.values() for command in commands):
-        assert f"bd3lm-{command.__name__}" in links["reference/command-line.html"].anchors
+        name = command.__name__.replace("_", "-")
+        assert f"bd3lm-{name}" in links["reference/command-line.html"].anchors
 
 
 def test_the_lists_for_language_models_have_every_page(site, links):
