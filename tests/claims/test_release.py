@@ -213,4 +213,6 @@ def test_a_client_is_checked_against_the_types_of_the_package(installed, tmp_pat
     check = [sys.executable, "-m", "pyright", "--pythonpath", installed / "python", "client.py"]
     ended = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert '"bd3lm.__version__" is "str"' in ended.stdout, ended.stdout
-    assert '.seed" is "int"' in ended.stdout
+    assert '.seed" is "int"' in ended.stdout and "-> Exact" in ended.stdout
+    assert ended.returncode == 1 and ended.stdout.count("error:") == 1
+    assert '"seed" of type "int"' in ended.stdout
