@@ -18,6 +18,7 @@ from torch import Tensor
 
 _check = jaxtyping.jaxtyped
 _seen: dict[tuple[Any, ...], dict[Any, set[Any]]] = {}
+_told_by_type: set[type] = set()
 
 
 def check_once_per_kind() -> None:
@@ -44,17 +45,23 @@ def _exec_module(loader: Any, module: ModuleType) -> None:
 
 def kind(value: Any) -> Any:
     """All that an annotation can tell values apart by: tensors of one kind have one shape."""
+    own = type(value)
+    if own in _told_by_type:
+        return own
+    if own is Tensor:
+        return value.dtype, value.shape
+    if own is tuple:
+        return tuple([kind(each) for each in value])
     if isinstance(value, Tensor):
-        return type(value), value.dtype, value.shape
+        return own, value.dtype, value.shape
     if isinstance(value, str):  # one of a Literal
         return value
-    if type(value) is tuple:
-        return tuple(map(kind, value))
-    if type(value) in (list, set, frozenset):
-        return type(value), frozenset(map(kind, value))
-    if type(value) is dict:
+    if own in (list, set, frozenset):
+        return own, frozenset(map(kind, value))
+    if own is dict:
         return dict, frozenset(map(kind, value.items()))
-    return type(value)
+    _told_by_type.add(own)
+    return own
 
 
 def _jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
@@ -74,23 +81,30 @@ def _checked_once(function: Any, check: Callable[[Any], Any]) -> Any:
     # A function that is defined in another one is new at each call of that one: its code is not.
     name = (function.__module__, function.__qualname__, function.__code__)
     seen = _seen.setdefault(name, {})
-    checked = None
+    checked = returning = None
+    results: list[Any] = []
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checked
+        nonlocal checked, returning
         __tracebackhide__ = True
-        given = kind(args), kind(kwargs)
-        if given not in seen:
+        given = kind(args)
+        if kwargs:
+            given = given, None, kind(kwargs)  # None is the kind of nothing
+        returned = seen.get(given)
+        if returned is None:
             checked = checked or check(function)
             result = checked(*args, **kwargs)
             seen.setdefault(given, set()).add(kind(result))
             return result
         result = function(*args, **kwargs)
-        returned = kind(result)
-        if returned not in seen[given]:
-            check(functools.wraps(function)(lambda *_, **__: result))(*args, **kwargs)
-            seen[given].add(returned)
+        if kind(result) not in returned:
+            returning = returning or check(
+                functools.wraps(function)(lambda *_, **__: results.pop())
+            )
+            results.append(result)
+            returning(*args, **kwargs)
+            returned.add(kind(result))
         return result
 
     return called
