@@ -81,6 +81,15 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "golden.safetensors")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give files to the workers of pytest-xdist as they are collected.
+
+    It would begin with the files of most tests, and end with notebooks: few tests, a minute each.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collection, which takes half a second with it."""
     gc.collect()

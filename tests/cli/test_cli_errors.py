@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -322,7 +323,9 @@ def test_an_interrupt_is_one_word_and_exit_status_130():
     assert said.splitlines()[-1].strip() == "interrupted"
 
 
-def test_the_library_as_a_module_is_the_same_command():
-    words = ["-m", "transformer_lens_bd3lm", "--version"]
-    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-    assert ended.stdout == run("--version").stdout
+def test_the_library_as_a_module_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bd3lm", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("transformer_lens_bd3lm", run_name="__main__")
+    assert not ended.value.code
+    assert capsys.readouterr().out == run("--version").stdout
