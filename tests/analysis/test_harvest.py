@@ -16,12 +16,13 @@ import torch
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import TOP, small
-from tests.helpers.forked import forked_together
+from tests.helpers.forked import exit_status, forked, forked_together
 from tests.helpers.passes import boot, shared
 from tests.likelihoods.test_corpus_likelihood import text_of
 from transformer_lens_bd3lm.analysis.harvest.distributions import draw_masks
 from transformer_lens_bd3lm.analysis.harvest.folder import HarvestFolder
 from transformer_lens_bd3lm.analysis.harvest.same_rows import before_attention, text_is_read
+from transformer_lens_bd3lm.analysis.harvest.windows import cut_shards, read_windows
 from transformer_lens_bd3lm.bridge.hook_names import silent
 from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.errors import (
@@ -30,6 +31,7 @@ from transformer_lens_bd3lm.errors import (
     InputError,
     NotExactError,
 )
+from transformer_lens_bd3lm.likelihoods.corpus import read_texts
 
 EXACT = 1e-12
 LATE = ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z", "blocks.1.ln1.hook_scale"]
@@ -332,6 +334,21 @@ def test_limits_take_a_part_of_the_corpus(bridge, tmp_path):
     assert set(first.dataset()["document"][:].tolist()) == {0, 1} and first.rows == 86
 
 
+def test_a_limit_on_windows_leaves_no_part_empty(bridge, tmp_path):
+    texts = [text_of(15, i) for i in range(20)]
+    options = {"distribution": "clean-stream", "names": LATE[0], "out": tmp_path / "out"}
+    few = bd3lm.harvest(bridge, texts, max_windows=3, valid=0.1, **options)
+    assert [part.windows for part in few.parts] == [2, 1]
+    windows = read_windows(bridge, read_texts(texts, "text", None), None, 1e9)
+    for seed, most in itertools.product(range(5), (2, 5, 19)):
+        shards = cut_shards(windows, 0.1, seed, most, 100)
+        sizes = [len(shard.windows) for shard in shards]
+        assert sum(sizes) == most and len(sizes) == 2 and sizes[1] in (1, 2)
+    with pytest.raises(InputError, match="max_windows=1: training and validation need a window"):
+        cut_shards(windows, 0.1, 0, 1, 100)
+    assert [len(shard.windows) for shard in cut_shards(windows, 0, 0, 1, 100)] == [1]
+
+
 # The folder.
 
 
@@ -438,6 +455,27 @@ def test_a_full_disk_is_said_and_loses_no_finished_shard(bridge, alone, tmp_path
     small_shards(bridge, tmp_path / "out")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert files_of(tmp_path / "out") == files_of(alone)
+
+
+def test_a_second_harvest_in_one_folder_is_refused_until_the_first_ends(
+    bridge, alone, tmp_path, monkeypatch
+):
+    keep, said = HarvestFolder.keep, []
+
+    def meanwhile(folder, shard):
+        if not said:
+            process, printed = forked(lambda: small_shards(bridge, tmp_path / "out"))
+            with printed:
+                said.append((printed.read(), exit_status(process)))
+        keep(folder, shard)
+
+    monkeypatch.setattr(HarvestFolder, "keep", meanwhile)
+    small_shards(bridge, tmp_path / "out")
+    ((text, status),) = said
+    assert status == 1 and "InputError another harvest is running in" in text
+    assert files_of(tmp_path / "out") == files_of(alone)
+    assert not (tmp_path / "out" / ".lock").exists()
+    small_shards(bridge, tmp_path / "out")
 
 
 def test_ctrl_c_says_how_to_go_on(bridge, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -394,6 +395,20 @@ def test_scores_are_those_of_loops_over_every_mask_pattern(bridge, size):
     got = torch.cat([result.l0[0], result.l0_by_masks[0]])
     torch.testing.assert_close(got.nan_to_num(), l0.nan_to_num(), rtol=0, atol=1e-10)
     assert result.tokens.tolist() == [4, 2, 6, 4] and int(fits.sum()) >= 2
+
+
+def test_the_exact_effect_of_a_splice_is_the_loss_that_its_scores_have(bridge):
+    sae = Some(16)
+    effect = bd3lm.exact_effect(bridge, TEXTS, bd3lm.Splice(sae, RESID).hooks, block_size=4)
+    scores = bd3lm.sae_scores(bridge, sae, RESID, TEXTS, 4)
+    torch.testing.assert_close(effect.log_p, scores.nll[0] - scores.nll[1], rtol=0, atol=EXACT)
+    assert float(effect.log_p.abs().min()) > 0.01
+    kept = bd3lm.Splice(sae, RESID, error="kept")
+    same = bd3lm.exact_effect(bridge, TEXTS, kept.hooks, block_size=4)
+    assert float(same.log_p.abs().max()) < EXACT
+    ablated = replace(kept, set_to={2: 0.0})
+    other = bd3lm.exact_effect(bridge, TEXTS, ablated.hooks, block_size=4)
+    assert float(other.log_p.abs().min()) > 1e-6
 
 
 def test_losses_are_those_of_exact_and_of_its_ranks(bridge):
