@@ -346,7 +346,7 @@ def test_a_limit_on_windows_leaves_no_part_empty(bridge, tmp_path):
         assert sum(sizes) == most and len(sizes) == 2 and sizes[1] in (1, 2)
     with pytest.raises(InputError, match="max_windows=1: training and validation need a window"):
         cut_shards(windows, 0.1, 0, 1, 100)
-    assert [len(shard.windows) for shard in cut_shards(windows, 0, 0, 1, 100)] == [1]
+    assert [len(shard.windows) for shard in cut_shards(windows, 0.0, 0, 1, 100)] == [1]
 
 
 # The folder.

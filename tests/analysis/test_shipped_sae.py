@@ -35,7 +35,9 @@ def bridge(device):
 def texts(bridge):
     """Four texts of 20 tokens that neither the model nor the SAE was trained on."""
     hamlet = (FIXTURES / "hamlet.txt").read_text()
-    return torch.cat([bridge.to_tokens(hamlet[i:][:150])[:, :20] for i in (3000, 9000, 15000, 2e4)])
+    return torch.cat(
+        [bridge.to_tokens(hamlet[i:][:150])[:, :20] for i in (3000, 9000, 15000, 20000)]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -35,14 +35,26 @@ class _AllSeen(Exception):
 
 
 def activations_of(
-    bridge: Bridge, names: Sequence[str], x_t: Int[Tensor, "batch pos"], **options: Any
-) -> dict[str, Tensor]:
-    """Run a pass until every hook point has been seen; return their activations by name."""
-    kept: dict[str, Tensor] = {}
+    bridge: Bridge,
+    names: Sequence[str],
+    x_t: Int[Tensor, "batch pos"],
+    take: Callable[[str, Tensor], Any] = lambda name, activation: activation,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run a pass until every hook point has been seen; return what was taken of each by name.
+
+    Args:
+        bridge: a BD3LM bridge.
+        names: hook points.
+        x_t: token ids.
+        take: function of a name and its activation that returns what to keep, all by default.
+        options: further arguments of the forward.
+    """
+    kept: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:
-            kept[name] = activation.detach()
+            kept[name] = take(name, activation.detach())
             if len(kept) == len(names):
                 raise _AllSeen
 
@@ -138,11 +150,17 @@ class Collector:
         kept = shown.keep(noised.rows, noised.masked, size)
         device = self.bridge.embed.weight.device
         options = {**self.sized, "clean": x_0.to(device)} if self.dual else self.sized
-        seen = activations_of(self.bridge, settings.names, x_t.to(device), **options)
         flat = kept.flatten().nonzero()[:, 0]
         batch, position = kept.nonzero().unbind(-1)
+
+        def put(name: str, activation: Tensor) -> None:
+            rows.put(name, chosen(activation[:, :length].flatten(0, 1), flat))
+
+        # Each activation becomes rows as soon as it is seen: all of a pass would take more memory
+        # than the pass itself.
+        activations_of(self.bridge, settings.names, x_t.to(device), put, **options)
         rows.add(
-            {name: chosen(x[:, :length].flatten(0, 1), flat) for name, x in seen.items()},
+            {},
             token=x_t[kept],
             final=x_0[kept],
             position=position,

@@ -59,13 +59,17 @@ class Rows:
         self.columns = {name: torch.empty(capacity, dtype=d) for name, d in _COLUMNS.items()}
         self.number = 0
 
+    def put(self, name: str, activation: Float[Tensor, "row width"]) -> None:
+        """Write one hook point's activation of the rows that :meth:`add` appends next."""
+        self.activations[name][self.number : self.number + len(activation)] = activation
+
     def add(
         self, activations: Mapping[str, Float[Tensor, "row width"]], **columns: Tensor
     ) -> Int[Tensor, " row"]:
-        """Append rows; return their numbers."""
-        start, self.number = self.number, self.number + len(columns["token"])
+        """Append rows, with the activations that were not put before; return their numbers."""
         for name, x in activations.items():
-            self.activations[name][start : self.number] = x
+            self.put(name, x)
+        start, self.number = self.number, self.number + len(columns["token"])
         for name, x in columns.items():
             self.columns[name][start : self.number] = x
         return torch.arange(start, self.number)
