@@ -30,7 +30,7 @@ ROUNDS, PASS = 2, 2048
 NAMES = {"layer 6": ["blocks.6.hook_resid_post"], "layer 11": ["blocks.11.hook_resid_post"]}
 
 
-class _Tokenizer:
+class Tokenizer:
     """Stands in for a tokenizer where the corpus is ids: it says which id is BOS."""
 
     bos_token_id = 0
@@ -44,7 +44,7 @@ def main() -> None:
     windows, context = [*sizes, *(8, 1024)[len(sizes) :]]
     model = released_model()
     bridge: Any = build_bridge_from_module(model, "BD3LM", hf_config=model.config)
-    bridge.tokenizer = _Tokenizer()
+    bridge.tokenizer = Tokenizer()
     torch.manual_seed(0)
     corpus = torch.randint(1, model.config.vocab_size - 1, (windows, context))
     corpus[:, 0] = 0
