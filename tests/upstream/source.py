@@ -99,8 +99,8 @@ def tidy(paths: list[Path]) -> None:
         ValueError: if a name is read that nothing defines.
     """
     ruff = [sys.executable, "-m", "ruff"]
-    first_party = 'lint.isort.known-first-party=["transformer_lens"]'
-    check = [*ruff, "check", "--isolated", "--quiet", "--line-length=100", "--config", first_party]
+    imports = 'lint.isort={known-first-party=["transformer_lens"], split-on-trailing-comma=false}'
+    check = [*ruff, "check", "--isolated", "--quiet", "--line-length=88", "--config", imports]
     for command in (
         [*check, "--select=I,F401", "--fix"],
         [*ruff, "format", "--isolated", "--quiet", "--line-length=100"],
