@@ -9,7 +9,8 @@
 Every test runs twice, in processes without network: over the source tree alone, and with this
 package registered. Tests of its adapter run with shapes and types checked, as TransformerLens runs
 them. The integration test needs a released checkpoint; a small random one of the same architecture
-stands in for it. What is not under ``BY_DESIGN`` must have the same outcome in both runs.
+stands in for it. A test that passes without this package must pass with it, unless ``BY_DESIGN``
+says why not.
 """
 
 import argparse
@@ -94,10 +95,15 @@ def outcomes(
     command = ["-m", "pytest", "-v", "--tb=no", "-W", "ignore", "-p", "no:cacheprovider", *plugin]
     also = (plugins, TOP) if ours else ()
     ran = run_python([*command, "-o", f"addopts={checks}", *tests], tree, site, *also, hub=hub)
-    found = {name: outcome.lower() for name, outcome in _OUTCOME.findall(ran.stdout)}
+    found = outcomes_of(ran.stdout)
     if not found:
         raise RuntimeError(f"no test ran: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
     return found
+
+
+def outcomes_of(printed: str) -> dict[str, str]:
+    """Read the outcomes of tests in what ``pytest -v`` printed, in lower case, by name."""
+    return {name: outcome.lower() for name, outcome in _OUTCOME.findall(printed)}
 
 
 def stand_in(hub: Path, folder: Path) -> None:
@@ -153,7 +159,8 @@ def main() -> int:
             row, differ = table(name, before, after)
             rows.append(row)
             for test in differ:
-                reason = BY_DESIGN.get(test.rpartition("::")[2])
+                better = after.get(test) == "passed"
+                reason = "better" if better else BY_DESIGN.get(test.rpartition("::")[2])
                 unexplained += [] if reason else [test]
                 print(f"{test}: {before.get(test)} -> {after.get(test)}: {reason}")  # noqa: T201
     print("| tests | number | TransformerLens alone | with this package | differ |")  # noqa: T201

@@ -16,7 +16,7 @@ def put_in_front(thing: Any, mixin: type) -> None:
         mixin: calls ``super()`` for the object's own.
     """
     if not isinstance(thing, mixin):
-        thing.__class__ = _joined(mixin, type(thing))
+        thing.__class__ = _joined(mixin, thing.__class__)
 
 
 @cache
