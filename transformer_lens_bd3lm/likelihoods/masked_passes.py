@@ -36,7 +36,7 @@ from transformer_lens_bd3lm.bridge.routing import Routing
 from transformer_lens_bd3lm.bridge.texts import read_ids, refuse_path
 from transformer_lens_bd3lm.bridge.token_log_probs import token_log_probs
 from transformer_lens_bd3lm.bridge.watched import watched
-from transformer_lens_bd3lm.checks import check_finished
+from transformer_lens_bd3lm.checks import check_finished, check_int
 from transformer_lens_bd3lm.denoising.pass_hooks import PassHooks, read_pass_hooks
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 from transformer_lens_bd3lm.likelihoods.distinct_masks import (
@@ -344,6 +344,7 @@ def read_masked_passes(
             "depends on t, so no finite sum over mask patterns is exact"
         )
     require_eval(bridge)
+    check_int("rows", rows, 1)
     pass_hooks = read_pass_hooks(bridge, hooks, scope)
     several = tokens if isinstance(tokens, list | tuple) else [tokens]
     texts = [text for text in several if isinstance(text, str)]
