@@ -37,7 +37,7 @@ CALLS: dict[str, list[str]] = {
     "Hooks": [
         "bd3lm.denoise(bridge, ids, hooks=[('blocks.0.hook_rezid_post', hook)])",
         "bd3lm.denoise(bridge, ids, max_new_tokens=2, hooks=[('hook_embed', narrow)])",
-        "bd3lm.StepHooks().add('hook_embed', hook, step='first')",
+        "bd3lm.StepHooks().add('hook_embed', hook, step=-1)",
         "bd3lm.StepHooks().add('hook_embed', hook, scope='all')",
         "bd3lm.exact(bridge, ids, hooks=[('hook_embed', with_step)])",
     ],
