@@ -23,7 +23,7 @@ from tests.helpers import TOP
 NOTEBOOKS = TOP / "docs" / "notebooks"
 STYLE = """:root {color-scheme: light dark} pre {background: #8881; padding: .6em; overflow: auto}
 body {font: 14px system-ui, sans-serif; max-width: 62em; margin: 2em auto}"""
-DONE = re.compile(r".+: [^:]+ in [\d.:]+ s")  # what a bar leaves: how fast this machine is
+DONE = re.compile(r".+: .+ in [\d.:]+ (?:s|min)")  # what a bar leaves: how fast this machine is
 
 
 class ThisPython(AsyncKernelManager):

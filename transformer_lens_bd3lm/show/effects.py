@@ -29,10 +29,12 @@ from transformer_lens_bd3lm.show.tables import new_table
 def effects_table(result: Effects, n: int = 20) -> Table:
     """Lay out a row a cell, the ``n`` with the smallest p-values: mean, interval, p, texts."""
     interval = f"[{result.level:.0%}]"
-    caption = (
-        f"{result.mean.numel()} cells; p is corrected for all of them (max-T). {interval}: of one "
-        "cell, over texts like these."
-    )
+    caption = f"{interval}: over texts like these."
+    if result.mean.numel() != 1:
+        caption = (
+            f"{result.mean.numel()} cells; p is corrected for all of them (max-T). {interval}: of "
+            "one cell, over texts like these."
+        )
     table = new_table(
         "mean effects", ("cell", f"mean {interval}", "p", "texts"), ("cell",), caption
     )

@@ -1,5 +1,6 @@
 """What every figure can be asked for when it is drawn: dark, a width, interactive."""
 
+import sys
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.show.dark import darken
 
 _NARROWEST = 2.0  # inches
+_PICTURES = ("image/png", "image/svg+xml", "image/jpeg", "application/pdf")
 
 
 def finish(figure: Figure, dark: bool, width: float | None, interactive: bool) -> Any:
@@ -34,4 +36,18 @@ def finish(figure: Figure, dark: bool, width: float | None, interactive: bool) -
         from transformer_lens_bd3lm.show.interactive import interactive_figure  # needs an extra
 
         return interactive_figure(figure)
+    _show_in_notebooks()
     return figure
+
+
+def _show_in_notebooks() -> None:
+    """Let a notebook show figures as pictures, as it does by itself once pyplot is imported."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = get_ipython() if get_ipython is not None else None
+    if shell is None:
+        return
+    formatters = shell.display_formatter.formatters
+    if not any(Figure in formatters[kind].type_printers for kind in _PICTURES):
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(shell, {"png"})
