@@ -20,6 +20,12 @@ from transformer_lens_bd3lm.analysis.effect_grid import effect_grid
 from transformer_lens_bd3lm.analysis.effects import mean_effects
 from transformer_lens_bd3lm.analysis.experiment import WordFrequency, experiment
 from transformer_lens_bd3lm.analysis.far_masks import far_masks
+from transformer_lens_bd3lm.analysis.features import (
+    RandomChange,
+    feature,
+    feature_arms,
+    features,
+)
 from transformer_lens_bd3lm.analysis.harvest import Harvest, harvest
 from transformer_lens_bd3lm.analysis.heads import (
     MaskedText,
@@ -144,7 +150,10 @@ __all__ = [
     "exact_effect",
     "experiment",
     "far_masks",
+    "feature",
     "feature_activity",
+    "feature_arms",
+    "features",
     "FirstHitting",
     "ForcedReveals",
     "fork",
@@ -177,6 +186,7 @@ __all__ = [
     "plot_attention",
     "plot_heat_map",
     "probe",
+    "RandomChange",
     "Record",
     "register",
     "repeated_tokens",

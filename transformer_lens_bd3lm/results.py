@@ -14,6 +14,7 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
+from transformer_lens_bd3lm.analysis.features import Context, Feature, Features
 from transformer_lens_bd3lm.analysis.harvest import Harvest
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
@@ -47,6 +48,7 @@ __all__ = [
     "CheckpointComparison",
     "CircuitComparison",
     "Commitment",
+    "Context",
     "Contract",
     "DependencyDepths",
     "DepthRedundancy",
@@ -59,7 +61,9 @@ __all__ = [
     "Experiment",
     "FarMasks",
     "Harvest",
+    "Feature",
     "FeatureActivity",
+    "Features",
     "HeadScores",
     "Influence",
     "Likelihood",

@@ -188,17 +188,25 @@ class MaskedPasses:
         Raises:
             NotExactError: if one is NaN.
         """
+        h = self.block_outputs(stream, blocks)
+        where = torch.arange(h.shape[1], device=h.device)
+        where = torch.stack([torch.zeros_like(where), where], dim=1)
+        return _placed(self._read(h, where, self.true(blocks)[blocks.masked_rows]), blocks.masked)
+
+    def true(self, blocks: NoisyBlocks) -> Int[Tensor, " row"]:
+        """Return the true token of each row of noisy blocks."""
+        return self.tokens[tuple(x.to(self.tokens.device) for x in blocks.sources)]
+
+    def block_outputs(
+        self, stream: CleanStream, blocks: NoisyBlocks
+    ) -> Float[Tensor, "1 masked d_model"]:
+        """Run noisy blocks in one pass; return what the unembedding reads at their masked rows."""
         model, mask_id = self.bridge.original_model, self.bridge.cfg.mask_token_id
-        true = self.tokens[tuple(x.to(self.tokens.device) for x in blocks.sources)]
-        noised = true.clone()
+        noised = self.true(blocks)
         noised[blocks.masked_rows] = mask_id
         x = model.backbone.vocab_embed(noised[None])
         routing = blocks.routing(stream, frequencies(model, x.device), x)
-        h = before_unembedding(model, x, self.sigma(x), routing, blocks.masked_rows)
-        where = torch.arange(h.shape[1], device=h.device)
-        where = torch.stack([torch.zeros_like(where), where], dim=1)
-        log_p = self._read(h, where, true[blocks.masked_rows])
-        return _placed(log_p, blocks.masked)
+        return before_unembedding(model, x, self.sigma(x), routing, blocks.masked_rows)
 
     def of_streams(
         self, stream: CleanStream, masked: Bool[Tensor, "pattern batch pos"]

@@ -19,6 +19,8 @@ from transformer_lens_bd3lm.analysis.effect_grid import EffectGrid
 from transformer_lens_bd3lm.analysis.effects import Effects
 from transformer_lens_bd3lm.analysis.experiment import Experiment
 from transformer_lens_bd3lm.analysis.far_masks import FarMasks
+from transformer_lens_bd3lm.analysis.features import Feature, Features
+from transformer_lens_bd3lm.analysis.features.result import feature_page, feature_pages
 from transformer_lens_bd3lm.analysis.harvest import Harvest
 from transformer_lens_bd3lm.analysis.heads import HeadScores
 from transformer_lens_bd3lm.analysis.influence import Influence
@@ -63,7 +65,9 @@ TABLES = {
     Experiment: "experiment:experiment_table",
     FarMasks: "far_masks:far_masks_table",
     Harvest: "harvest:harvest_table",
+    Feature: "feature:feature_tables",
     FeatureActivity: "sae:activity_table",
+    Features: "feature:features_table",
     HeadScores: "heads:head_table",
     Influence: "influence:influence_table",
     Likelihood: "likelihood:likelihood_table",
@@ -105,6 +109,7 @@ FIGURES = {
     Exact: "exact:exact_figure",
     Experiment: "experiment:experiment_figure",
     FarMasks: "far_masks:far_masks_figure",
+    Feature: "feature:feature_figure",
     FeatureActivity: "sae:activity_figure",
     HeadScores: "heads:head_figure",
     Influence: "influence:influence_figure",
@@ -158,3 +163,5 @@ for _type in (Result, Replay):
     html_of.register(_type, _imported("html_tables:result_html"))
 html_of.register(Run, _imported("page.write:notebook_view"))
 run_page.register(Run, _imported("page.write:write_page"))
+feature_page.register(Feature, _imported("feature_page.write:write_feature"))
+feature_pages.register(Features, _imported("feature_page.write:write_features"))

@@ -4,6 +4,7 @@ What is gathered here is the run's own; nothing is computed by the network.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,12 @@ def gather_words(run: Run, ids: set[int]) -> dict[int, tuple[str, int]]:
 
 def spaces_between(run: Run) -> bool:
     """Return whether the tokenizer puts spaces between tokens that no token holds itself."""
-    tokenizer = run.bridge.tokenizer
+    return spaced(run.bridge.tokenizer, run.final[0, : int(run.ends[0])].tolist())
+
+
+def spaced(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Return whether a tokenizer puts spaces between some tokens that none of them holds."""
     if tokenizer is None:
         return True
-    ids = run.final[0, : int(run.ends[0])].tolist()
     alone = "".join(tokenizer.decode([token]) for token in ids)
-    return tokenizer.decode(ids).count(" ") > alone.count(" ")
+    return tokenizer.decode(list(ids)).count(" ") > alone.count(" ")

@@ -1,18 +1,10 @@
 """The HTML of a run's page: the gathered run as data, inside the page's own text, style and script.
 
 What a model wrote is data, never markup: it stands in a JSON block in which ``<`` is escaped, and
-the script puts it into the page as text. A Content-Security-Policy allows the page's own style and
-script, by their hashes, and nothing else: no network, no frames, no other code.
+the script puts it into the page as text. What makes it one file is in ``document``.
 """
 
-import base64
-import hashlib
 import html
-import json
-import os
-import re
-import secrets
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +19,13 @@ from transformer_lens_bd3lm.show.page.canvas import (
     gather_words,
     model_name,
     spaces_between,
+)
+from transformer_lens_bd3lm.show.page.document import (
+    as_json,
+    asset,
+    document,
+    read_path,
+    write_whole,
 )
 from transformer_lens_bd3lm.show.page.reading import read_run
 
@@ -45,31 +44,12 @@ def write_page(
     progress: bool | None = None,
 ) -> Path:
     """Write the page of a run; see ``Run.to_html``."""
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"path={path!r}: give a file name, as 'page.html'")
-    path = Path(path)
-    try:
-        fits = "\0" not in str(path) and path.absolute().parent.is_dir() and not path.is_dir()
-    except OSError as error:  # a name that is too long, for example
-        raise InputError(f"path={str(path)!r} could not be written: {error.strerror}") from error
-    if not fits:
-        raise InputError(f"path={str(path)!r}: give a file name in a folder that exists")
+    path = read_path(path)
     for name, value in (("lens", lens), ("attention", attention)):
         if not (value is None or isinstance(value, bool)):
             raise InputError(f"{name}={value!r}: give True, False, or None for what fits")
     check_int("top", top, 1, 20)
-    text = page_of(run, _beside(run, other), lens, attention, top, progress)
-    draft = path.with_name(f".{secrets.token_hex(8)}")  # as short as can be: names have a limit
-    try:
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(draft, path)
-    except OSError as error:
-        raise InputError(
-            f"path={str(path)!r} could not be written: {error.strerror or error}"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return write_whole(path, page_of(run, _beside(run, other), lens, attention, top, progress))
 
 
 def notebook_view(run: Run) -> str:
@@ -92,17 +72,11 @@ def page_of(
 ) -> str:
     """Return the page as text."""
     data = gather(run, other, lens, attention, top, progress)
-    style = _asset("page.css")
-    script = "\n".join(["'use strict';", *(_asset(f"{name}.js") for name in _SCRIPTS)])
-    parts = {
-        "title": html.escape(f"Denoising run of {model_name(run)}"),
-        "policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'",
-        "style": style,
-        "data": _json(data),
-        "script": script,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
+    style = asset(page, "base.css") + asset(page, "page.css")
+    script = "\n".join(["'use strict';", *(asset(page, f"{name}.js") for name in _SCRIPTS)])
+    title = html.escape(f"Denoising run of {model_name(run)}")
+    template = asset(page, "page.html")
+    return document(template, style, script, title=title, data=as_json(data))
 
 
 def gather(
@@ -169,19 +143,3 @@ def _names(runs: list[Run]) -> list[str]:
     if isinstance(runs[1], Replay) and runs[0] is runs[1].base:
         kinds[0] = "base"
     return kinds if kinds[0] != kinds[1] else [f"{kinds[0]} A", f"{kinds[1]} B"]
-
-
-def _asset(name: str) -> str:
-    """Return a file of the page."""
-    return (files(page) / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    """Return the hash by which a policy allows a style or a script."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}"
-
-
-def _json(data: Any) -> str:
-    """Return data as JSON that cannot end the block of the page that it stands in."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
