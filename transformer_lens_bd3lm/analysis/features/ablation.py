@@ -117,11 +117,10 @@ def ablate(
     """
     bridge = noised[0].passes.bridge
     words = bridge.original_model.config.vocab_size
-    sums = Ablation(
-        *torch.zeros(3, 2, texts, most, dtype=torch.float64),
-        torch.zeros(texts, most, dtype=torch.float64),
-        *torch.zeros(2, words, dtype=torch.float64),
-    )
+    nelbo, kl, own = torch.zeros(3, 2, texts, most, dtype=torch.float64)
+    measured, direct = torch.zeros(2, words, dtype=torch.float64)
+    own_weight = torch.zeros(texts, most, dtype=torch.float64)
+    sums = Ablation(nelbo, kl, own, own_weight, measured, direct)
     for blocks, values in zip(noised, active, strict=True):
         log_p = torch.full(values.shape, torch.nan, dtype=torch.float64)
         on = values.nan_to_num() != 0

@@ -13,8 +13,8 @@ def feature_arms(
 ) -> dict[str, Any]:
     """Return arms of :func:`experiment` that set a feature, and their controls.
 
-    At every row that a step hook sees, the feature is set to a value, with the SAE's error kept. The
-    control changes the same rows by as much, along one random direction.
+    At every row that a step hook sees, the feature is set to a value, with the SAE's error kept.
+    The control changes the same rows by as much, along one random direction.
 
     Args:
         sae: anything with ``encode(x)`` and ``decode(features)``; see :func:`load_sae`.

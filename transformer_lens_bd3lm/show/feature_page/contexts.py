@@ -50,7 +50,8 @@ def card(feature: Feature, context: Context) -> str:
         about = f"becomes {final} p {p}, without the feature {without}"
     else:
         about = f"at {final}"
-    place = f"text {context.text}, position {context.position}, {count(context.masks_left, 'mask')} left"
+    left = count(context.masks_left, "mask")
+    place = f"text {context.text}, position {context.position}, {left} left"
     return (
         f'<div class="context" title="{place}">{text(feature, context)}'
         f'<div class="about"><span>{about}</span><b>{context.activation:.3g}</b></div></div>'
@@ -68,14 +69,10 @@ def text(feature: Feature, context: Context) -> str:
         kinds = ["token", *(["mask"] if context.masked[i] else [])]
         kinds += [f"a{level}"] if level else []
         kinds += ["peak"] if i == peak else []
-        word = feature.word(token)
+        word = escaped(feature.word(token))
         at = "not read" if math.isnan(value) else f"{value:.3g}"
-        title = (
-            f"{escaped(word)}: {at}"
-            if not context.masked[i]
-            else f"mask, becomes {escaped(word)}: {at}"
-        )
-        inside = "" if context.masked[i] else escaped(word)
+        state = "mask, becomes " if context.masked[i] else ""
+        title, inside = f"{state}{word}: {at}", "" if context.masked[i] else word
         bar = '<i class="block"></i>' if i == block else ""
         shown.append(f'{bar}<span class="{" ".join(kinds)}" title="{title}">{inside}</span>')
     apart = " spaced" if spaced(feature.tokenizer, context.tokens) else ""

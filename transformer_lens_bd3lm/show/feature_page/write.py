@@ -91,12 +91,14 @@ def _facts(feature: Feature) -> str:
     effect, own = feature.effect(), feature.effect_where_active()
     masked, written = feature.mean_density.tolist()
     texts = count(len(feature.tokens), "text")
+    control = "as large a change at random: "
     facts = [
         ("Active at masks", share(masked), f"of {texts}, all t alike"),
         ("Active at written tokens", share(written), "of blocks with a mask left"),
         ("Highest activation", f"{feature.largest:.3g}", ""),
-        ("Ablation costs", f"{cell(effect, 0)}", f"nats a token, {feature.kind}; as large a change at random: {cell(effect, 1)}"),
-        ("Where it is active", f"{cell(own, 0)}", f"nats a mask; as large a change at random: {cell(own, 1)}"),
+        ("Ablation costs", cell(effect, 0), f"nats a token, {feature.kind}; {control}"
+         f"{cell(effect, 1)}"),
+        ("Where it is active", cell(own, 0), f"nats a mask; {control}{cell(own, 1)}"),
     ]  # fmt: skip
     each = (
         f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
@@ -214,8 +216,8 @@ def index_document(features: Features) -> str:
     first = features[0]
     texts = count(len(first.tokens), "text")
     body = (
-        f'<section><p class="quiet">Measured on {texts}. Ablation: {first.kind} change of the NELBO '
-        "with the feature set to 0; 95% intervals over texts. Press a heading to sort.</p>"
+        f'<section><p class="quiet">Measured on {texts}. Ablation: {first.kind} change of the '
+        "NELBO with the feature set to 0; 95% intervals over texts. Press a heading to sort.</p>"
         '<p><label>Search <input id="search" type="search" placeholder="a word, a number"></label> '
         f'<span class="quiet" id="shown">{len(features)} of {len(features)}</span></p>'
         f'<div class="scroll"><table id="index"><thead><tr>{row}</tr></thead>'
