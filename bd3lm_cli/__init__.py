@@ -19,6 +19,7 @@ from bd3lm_cli.convert import convert
 from bd3lm_cli.demo import demo
 from bd3lm_cli.dependency import dependency
 from bd3lm_cli.diff import diff
+from bd3lm_cli.feature import feature
 from bd3lm_cli.generate import generate
 from bd3lm_cli.harvest import harvest
 from bd3lm_cli.measure import exact, likelihood, sweep
@@ -35,7 +36,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], ...]] = {
     "Write": (demo, generate, report, commitment),
     "Measure texts": (exact, likelihood, sweep, compare, parallel, dependency),
     "Explain predictions": (trace, circuit),
-    "Sparse autoencoders": (harvest, train_sae),
+    "Sparse autoencoders": (harvest, train_sae, feature),
     "Checkpoints": (info, diff, verify, convert, train),
     "This machine": (bench,),
 }

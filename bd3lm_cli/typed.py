@@ -231,3 +231,13 @@ def _can_hold_folders(path: Path) -> bool:
         return above.is_dir() and os.access(above, os.W_OK)
     except (OSError, ValueError):
         return False
+
+
+def saved_sae(path: Path) -> Path:
+    """Return the folder of a saved sparse autoencoder."""
+    if (path / "cfg.json").is_file():
+        return path
+    missing = "there is no such folder" if not path.is_dir() else "it has no cfg.json"
+    raise typer.BadParameter(
+        f"{path} is no saved SAE: {missing}; give a folder as SAELens saves it"
+    )

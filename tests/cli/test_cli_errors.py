@@ -181,6 +181,9 @@ TYPED = [
     ("generate grammar a --save folder", "--save: folder cannot be made"),
     ("generate grammar a --save a.txt/run", "a.txt/run cannot be made"),
     ("convert x.ckpt folder", "folder cannot be made"),
+    # Features.
+    ("feature grammar --sae none --name x --text a", "none is no saved SAE: there is no such"),
+    ("feature grammar --sae folder --name x --text a", "it has no cfg.json"),
 ]
 
 

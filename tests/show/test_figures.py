@@ -104,6 +104,7 @@ def results(grammar, texts, run, device, tmp_path_factory) -> dict[str, Any]:
         bd3lm.replay(run, HOOKS),
         run,
         run.logit_lens(),
+        bd3lm.feature(grammar, AsItIs(), "blocks.1.hook_resid_post", 2, texts[:5], block_size=4),
         bd3lm.feature_activity(run, AsItIs(), "blocks.1.hook_resid_post"),
         bd3lm.sae_scores(grammar, AsItIs(), "blocks.1.hook_resid_post", texts[:4], 4),
         bd3lm.train_sae(

@@ -73,7 +73,7 @@ def stratified(passes: MaskedPasses, generator: torch.Generator) -> MaskDraws:
     rank = draw.masked_fill(~counted, 2.0).argsort(-1).argsort(-1)
     m = torch.arange(1, patterns + 1)[:, None, None, None]
     masked = (rank < m) & (m <= k[..., None]) & counted
-    return _join_blocks(passes, masked, (1.0 / m).expand(masked.shape))
+    return _join_blocks(passes, masked, (1.0 / m.double()).expand(masked.shape))
 
 
 def monte_carlo(

@@ -15,7 +15,7 @@ from transformer_lens_bd3lm.analysis.features import Context, Feature, Features
 from transformer_lens_bd3lm.analysis.features.result import ARMS, KINDS
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.page.canvas import spaced
-from transformer_lens_bd3lm.show.page.document import visible
+from transformer_lens_bd3lm.show.page.document import in_line, visible
 from transformer_lens_bd3lm.show.style import (
     BLUE,
     INK,
@@ -72,7 +72,7 @@ def _words(result: Feature, n: int) -> Table:
                 continue
             token, value = several[row]
             shown = f"{value:+.2%}" if which == "measured" else f"{value:+.2f}"
-            cells.append(Text(f"{visible(result.word(token))} {shown}"))
+            cells.append(Text(f"{in_line(result.word(token))} {shown}"))
         table.add_row(*cells)
     return table
 
@@ -85,7 +85,7 @@ def _contexts(result: Feature, kind: str) -> Table:
     for masks in result.ranges:
         several = result.of(kind, masks)[:_SHOWN]
         for context in several:
-            word = visible(result.word(context.tokens[context.position - context.start]))
+            word = in_line(result.word(context.tokens[context.position - context.start]))
             table.add_row(
                 str(context.masks_left), f"{context.activation:.3g}", _text(result, context),
                 Text(word),
@@ -115,7 +115,7 @@ def features_table(result: Features) -> Table:
     caption = f"{first.contract}; {count(len(first.tokens), 'text')}"
     table = new_table(_title(first, False), columns, ("raises",), caption)
     for feature in result:
-        words = ", ".join(visible(feature.word(token)) for token, _ in feature.top_words(n=4))
+        words = " ".join(in_line(feature.word(token)) for token, _ in feature.top_words(n=4))
         shares = ["–" if x != x else f"{x:.2%}" for x in feature.mean_density.tolist()]
         own = feature.effect_where_active().text(0)
         row = (str(feature.number), *shares, feature.effect().text(0), own)

@@ -88,7 +88,7 @@ class Ablation:
     own_weight: Float[Tensor, "text masks"]
     measured: Float[Tensor, " d_vocab"]
     direct: Float[Tensor, " d_vocab"]
-    log_p: list[Float[Tensor, "block place"]] = field(default_factory=list)
+    log_p: list[Tensor] = field(default_factory=list)
 
 
 def writes_residual(name: str) -> bool:
@@ -99,7 +99,7 @@ def writes_residual(name: str) -> bool:
 
 def ablate(
     noised: list[NoisedBlocks],
-    active: list[Float[Tensor, "block place"]],
+    active: list[Tensor],
     splice: Splice,
     seed: int,
     texts: int,

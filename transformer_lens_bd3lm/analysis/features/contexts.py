@@ -73,7 +73,7 @@ class Peak:
 
 def top_peaks(
     noised: list[NoisedBlocks],
-    active: list[Float[Tensor, "block place"]],
+    active: list[Tensor],
     masks: tuple[int, int],
     masked: bool,
     n: int,

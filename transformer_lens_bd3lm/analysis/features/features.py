@@ -166,9 +166,9 @@ class _Read:
         d_sae: number of features of the SAE.
     """
 
-    values: list[Float[Tensor, "block place feature"]]
-    log_p: list[Float[Tensor, "block place"]]
-    earlier: list[Float[Tensor, "batch pos feature"]]
+    values: list[Tensor]
+    log_p: list[Tensor]
+    earlier: list[Tensor]
     d_sae: int
 
 
@@ -340,7 +340,8 @@ def _activity(
     noised: list[NoisedBlocks], values: list[Tensor], texts: int, most: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return density, rate by masks left, and the histogram of activations with its edges."""
-    on = torch.cat([x[x.nan_to_num() != 0] for x in values])
+    counted = [x[b.counted & x.isfinite()] for b, x in zip(noised, values, strict=True)]
+    on = torch.cat([x[x != 0] for x in counted])
     low, high = (float(on.min()), float(on.max())) if len(on) else (0.0, 1.0)
     low = min(low, 0.0)
     edges = torch.linspace(low, high if high > low else low + 1.0, BINS + 1, dtype=torch.float64)

@@ -75,11 +75,11 @@ class NoisedBlocks:
 
     def parts(self, chosen: Bool[Tensor, " block"]) -> Iterator[Tensor]:
         """Yield the numbers of chosen blocks, as many as one pass takes."""
-        size = self.passes.block_size
-        rows = min(
-            self.passes.rows, _AT_ONCE // self.passes.bridge.original_model.config.vocab_size
-        )
-        yield from chosen.nonzero()[:, 0].split(max(rows // size, 1))
+        words = self.passes.bridge.original_model.config.vocab_size
+        rows = min(self.passes.rows, _AT_ONCE // words)
+        at_once = max(rows // self.passes.block_size, 1)
+        if bool(chosen.any()):
+            yield from chosen.nonzero()[:, 0].split(at_once)
 
     def noisy(self, part: Int[Tensor, " block"]) -> NoisyBlocks:
         """Return some blocks as the rows of one pass."""

@@ -1,11 +1,12 @@
 """Contexts of a feature as HTML: the text that the network read, colored by activation."""
 
+import html
 import math
 
 from transformer_lens_bd3lm.analysis.features import Context, Feature
 from transformer_lens_bd3lm.result import count
 from transformer_lens_bd3lm.show.page.canvas import spaced
-from transformer_lens_bd3lm.show.page.document import escaped
+from transformer_lens_bd3lm.show.page.document import escaped, in_line
 
 _LEVELS = 10
 HEADS = {
@@ -43,7 +44,7 @@ def masks_words(masks: tuple[int, int]) -> str:
 def card(feature: Feature, context: Context) -> str:
     """Return one context: its text, its activation, and its final token."""
     peak = context.position - context.start
-    final = f'<span class="word">{escaped(feature.word(context.tokens[peak]))}</span>'
+    final = f'<span class="word">{html.escape(in_line(feature.word(context.tokens[peak])))}</span>'
     if context.kind == "masked":
         p = _probability(context.log_p)
         without = _probability(context.log_p_without)
@@ -54,7 +55,7 @@ def card(feature: Feature, context: Context) -> str:
     place = f"text {context.text}, position {context.position}, {left} left"
     return (
         f'<div class="context" title="{place}">{text(feature, context)}'
-        f'<div class="about"><span>{about}</span><b>{context.activation:.3g}</b></div></div>'
+        f'<p class="about"><b>{context.activation:.3g}</b> {about}</p></div>'
     )
 
 

@@ -19,7 +19,7 @@ from transformer_lens_bd3lm.show.feature_page.contexts import contexts_section, 
 from transformer_lens_bd3lm.show.page.document import (
     asset,
     document,
-    escaped,
+    in_line,
     read_path,
     write_whole,
 )
@@ -137,7 +137,7 @@ def word_list(head: str, unit: str, feature: Feature, which: str, lowered: bool)
     for token, value in feature.top_words(which, WORDS, lowered):
         shown = f"{100 * value:+.2f}" if which == "measured" else f"{value:+.2f}"
         rows.append(
-            f'<tr><td><span class="word">{escaped(feature.word(token))}</span></td>'
+            f'<tr><td><span class="word">{html.escape(in_line(feature.word(token)))}</span></td>'
             f'<td class="figure">{shown.replace("-", "−")}</td></tr>'
         )
     none = '<tr><td class="quiet">none</td></tr>'
@@ -241,10 +241,8 @@ def _index_row(feature: Feature) -> str:
     cells = "".join(
         f'<td class="figure" data-value="{value:.9g}">{shown}</td>' for value, shown in values
     )
-    raised = feature.top_words("measured", 4)
-    words = " ".join(
-        f'<span class="word">{escaped(feature.word(token))}</span>' for token, _ in raised
-    )
+    raised = [feature.word(token) for token, _ in feature.top_words("measured", 4)]
+    words = " ".join(f'<span class="word">{html.escape(in_line(word))}</span>' for word in raised)
     best = max(
         (x for x in feature.contexts if x.kind == "masked"),
         key=lambda x: x.activation,
@@ -266,8 +264,10 @@ def cell(effects: Any, number: int, scale: float = 1.0) -> str:
     mean, low, high = (float(x[number]) * scale for x in (effects.mean, effects.low, effects.high))
     if math.isnan(mean):
         return "–"
-    digits = max(2, min(5, 2 - math.floor(math.log10(max(abs(mean), 1e-9)))))
+    known = not math.isnan(low + high)
+    size = max(high - low if known else abs(mean), 1e-9)
+    digits = min(max(1 - math.floor(math.log10(size)), 0), 6)
     shown = f"{mean:+.{digits}f}"
-    if not math.isnan(low):
+    if known:
         shown += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     return shown.replace("-", "−")

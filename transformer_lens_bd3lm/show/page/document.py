@@ -59,6 +59,14 @@ def visible(text: str) -> str:
     return text.replace("\t", "⇥").replace("\n", "↵") or "∅"
 
 
+def in_line(text: str) -> str:
+    """Return a token by itself, with the spaces around it written out; not escaped."""
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    after = len(text) - len(inner) - before
+    return "␣" * before + (visible(inner) if inner or not text else "") + "␣" * after
+
+
 def escaped(text: str) -> str:
     """Return a token in one line, escaped for HTML; spaces around it are kept."""
     return html.escape(visible(text))
