@@ -137,7 +137,7 @@ def feature_figure(result: Feature) -> Figure:
     for row, (arm, color, dash) in enumerate(zip(ARMS, (INK, QUIET), ("-", "--"), strict=True)):
         _curve(middle, own, row, color, dash, arm)
     middle.axhline(0, color=QUIET, linewidth=0.8)
-    middle.set(xlabel="masks left in the block", ylabel="nats lost at a mask where active")
+    middle.set(xlabel="masks left in the block", ylabel="nats lost where active")
     words = result.top_words("measured", 5) + result.top_words("measured", 5, True)[::-1]
     values = [100 * value for _, value in words]
     right.barh(range(len(words)), values, color=[BLUE if x > 0 else ORANGE for x in values])
