@@ -333,12 +333,12 @@ def test_arms_set_the_feature_at_the_chosen_steps_beside_their_controls(bridge):
 def test_a_feature_of_the_embedded_sae_steers_what_it_means_and_a_random_change_does_not(device):
     """Feature 477 ends clauses: up it writes more marks, down fewer; whole intervals say so."""
     bridge, sae = shared(bd3lm.TINY, device), bd3lm.load_sae(bd3lm.TINY_SAE)
-    prompts = ["O Romeo, Romeo", "To be, or not", "Now is the", "My lord, I", "Good morrow",
-               "What says", "The king", "I pray you"]  # fmt: skip
+    prompts = ["O Romeo, Romeo", "To be, or not", "Now is the winter", "My lord, I",
+               "Good morrow", "What says", "The king", "I pray you"]  # fmt: skip
     result = bd3lm.experiment(
         bridge, prompts, bd3lm.feature_arms(sae, "blocks.3.hook_resid_post", 477, [-1, 0.7]),
         metric=bd3lm.WordFrequency([".", ",", "?", ";", "!", ":"]), seeds=2, max_new_tokens=16,
-        block_size=4, seed=7,
+        block_size=4,
     )  # fmt: skip
     down, random_down, up, random_up = result.effects.mean.tolist()
     assert float(result.effects.high[0]) < 0 < float(result.effects.low[2])

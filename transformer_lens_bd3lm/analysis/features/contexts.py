@@ -45,12 +45,12 @@ class Context:
     position: int
     masks_left: int
     activation: float
-    start: int
+    start: int = field(repr=False)
     tokens: tuple[int, ...] = field(repr=False)
     masked: tuple[bool, ...] = field(repr=False)
     activations: tuple[float, ...] = field(repr=False)
-    log_p: float
-    log_p_without: float
+    log_p: float = field(repr=False)
+    log_p_without: float = field(repr=False)
 
 
 def ranges_of(most: int) -> tuple[tuple[int, int], ...]:
