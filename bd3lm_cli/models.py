@@ -114,8 +114,10 @@ def check_model(name: str | None) -> str | None:
     return name
 
 
-def check_models(names: list[str]) -> list[str]:
+def check_models(names: list[str] | None) -> list[str]:
     """Return several models' names, each checked by :func:`check_model`."""
+    # Optional, as typer on Python 3.10 takes a bare list[str] in a callback for a class, and fails.
+    names = names or []
     for name in names:
         check_model(name)
     return names
