@@ -95,6 +95,47 @@ def test_a_pass_that_meets_another_threads_hook_is_refused(bridge, name):
     assert torch.equal(in_thread(bridge, ids), wanted)
 
 
+def test_no_hook_point_shows_a_pass_to_another_threads_hook(bridge):
+    """In either direction, and at hook points that cannot be edited too."""
+    bridge, ids = copy.deepcopy(bridge), small.prompt_of(1, 4)
+    bridge.set_use_attn_result(True)
+    seen, refused = [], {"fwd": 0, "bwd": 0}
+
+    def descend():
+        with torch.enable_grad():
+            bridge(ids).sum().backward()
+
+    def passes():
+        with torch.no_grad():
+            bridge(ids)
+            bridge(ids, clean=ids)
+
+    for point in {id(point): point for point in bridge.hook_dict.values()}.values():
+        for dir, call in (("fwd", passes), ("bwd", descend)):
+            point.add_hook(lambda x, hook: seen.append(hook.name), dir=dir)
+            try:
+                in_thread(call)
+            except NotExactError:
+                refused[dir] += 1
+            bridge.reset_hooks()
+    assert not seen and refused["fwd"] > 50 and refused["bwd"] > 40, (seen, refused)
+    point.add_hook(lambda x, hook: seen.append(hook.name), dir="bwd")
+    in_thread(passes)  # without a gradient it would not be called
+
+
+def test_a_copy_is_for_any_thread_but_not_with_what_another_thread_set(bridge):
+    ids = small.prompt_of(1, 8)
+    with bridge.hooks(fwd_hooks=[(RESID, flip)]), bd3lm.block_size(bridge, 2):
+        own, wanted = copy.deepcopy(bridge), bridge(ids)
+        others = in_thread(copy.deepcopy, bridge)
+        with pytest.raises(NotExactError, match="block_size is that of another thread"):
+            in_thread(bd3lm.set_block_size, bridge, 8)
+    assert torch.equal(in_thread(own, ids), wanted) and torch.equal(own(ids), wanted)
+    for options in ({}, {"block_size": 2}):
+        with pytest.raises(NotExactError, match="another thread"):
+            in_thread(lambda: others(ids, **options))  # noqa: B023
+
+
 def test_a_permanent_hook_is_for_all_threads(bridge):
     bridge, ids = copy.deepcopy(bridge), small.prompt_of(1, 4)
     bridge.hook_dict[RESID].add_hook(flip, is_permanent=True)

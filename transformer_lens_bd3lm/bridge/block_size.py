@@ -9,10 +9,10 @@ refused, for which of the two block sizes it gets would be chance.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 from transformer_lens_bd3lm.bridge.host import Bridge, require_bridge
+from transformer_lens_bd3lm.bridge.threads import of_another_thread, this_thread
 from transformer_lens_bd3lm.errors import NotExactError
 from transformer_lens_bd3lm.model.inputs import read_block_size
 
@@ -59,8 +59,11 @@ def set_block_size(bridge: Bridge, block_size: int | str) -> None:
     Raises:
         BlockSizeError: if it is not a block size; the bridge keeps its old one.
         InputError: if ``bridge`` is not a BD3LM bridge.
+        NotExactError: within :func:`block_size` of another thread.
     """
-    config = require_bridge(bridge).original_model.config
+    model = require_bridge(bridge).original_model
+    config = model.config
+    check_own_block_size(model)
     bridge.cfg.block_size = read_block_size(block_size, config.model_length, config.cross_attn)
 
 
@@ -84,7 +87,7 @@ def block_size(bridge: Bridge, size: int | str) -> Iterator[Any]:
     check_own_block_size(model)
     before, owner = bridge.cfg.block_size, model.block_size_of_thread
     set_block_size(bridge, size)
-    model.block_size_of_thread = get_ident()
+    model.block_size_of_thread = this_thread()
     try:
         yield bridge
     finally:
@@ -107,7 +110,7 @@ def check_own_block_size(model: Any) -> None:
     Raises:
         NotExactError: if one has.
     """
-    if model.block_size_of_thread not in (None, get_ident()):
+    if of_another_thread(model.block_size_of_thread):
         raise NotExactError(
             "block_size is that of another thread, which set it with bd3lm.block_size(...): give "
             "block_size=... in this call, or give each thread its own copy.deepcopy(bridge)"

@@ -23,6 +23,7 @@ from transformer_lens_bd3lm.bridge.host import Config
 from transformer_lens_bd3lm.bridge.mixin import put_in_front
 from transformer_lens_bd3lm.bridge.padding import complete_block
 from transformer_lens_bd3lm.bridge.routing import Routing
+from transformer_lens_bd3lm.bridge.threads import ThreadMark
 from transformer_lens_bd3lm.bridge.watched import watched
 from transformer_lens_bd3lm.errors import InputError
 from transformer_lens_bd3lm.model.config import BD3LMConfig
@@ -150,7 +151,7 @@ class HookedForward(FollowsCasts):
     """
 
     warned_off_distribution = False
-    block_size_of_thread: int | None = None
+    block_size_of_thread: ThreadMark | None = None
     graphs: Any = None
 
     backbone: Backbone

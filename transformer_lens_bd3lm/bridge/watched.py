@@ -20,7 +20,6 @@ or recorded by the hooks of another: where it meets one it is refused. A permane
 
 from collections.abc import Callable
 from functools import wraps
-from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from torch.nn.modules.module import (
 )
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from transformer_lens_bd3lm.bridge.threads import ThreadMark, of_another_thread, this_thread
 from transformer_lens_bd3lm.errors import InputError, NotExactError
 
 
@@ -92,6 +92,10 @@ class ModuleTree:
         return children + [module.__class__ for module in self._holders]
 
 
+_being_set: list[tuple[HookPoint, ThreadMark]] = []
+"""Hook points at which a thread sets a hook now: torch calls it before TransformerLens lists it."""
+
+
 class OwningHookPoint(HookPoint):
     """Hook point that hands on a copy while it is watched."""
 
@@ -103,16 +107,14 @@ class OwningHookPoint(HookPoint):
         """
         if not watched(self):
             return super().__call__(x)
-        own = (None, get_ident())
-        for handle in list(self.fwd_hooks):
-            if not handle.is_permanent and getattr(handle, "thread", None) not in own:
-                raise _of_another_thread(self.name)
+        _check_threads(self, x)
         try:
             y = super().__call__(x.clone())
         except RuntimeError as error:
             if "mutated during iteration" not in str(error):
                 raise
             raise _of_another_thread(self.name) from error
+        _check_threads(self, x)  # another thread may have set one meanwhile
         if (self._backward_hooks or self._backward_pre_hooks) and y.requires_grad:
             y.register_hook(Tensor.clone)
         return y
@@ -121,15 +123,38 @@ class OwningHookPoint(HookPoint):
         self, hook: Any, dir: Literal["fwd", "bwd"] = "fwd", *args: Any, **kwargs: Any
     ) -> LensHandle:
         """Add a hook; a backward hook may return ``(grad,)`` at every hook point."""
-        handle = super().add_hook(_unpacked(hook) if dir == "bwd" else hook, dir, *args, **kwargs)
-        handle.user_hook = hook
-        of_thread(handle, get_ident())
+        mark = this_thread()
+        _being_set.append((self, mark))
+        try:
+            fn = _unpacked(hook) if dir == "bwd" else hook
+            handle = super().add_hook(fn, dir, *args, **kwargs)
+            handle.user_hook = hook
+            of_thread(handle, mark)
+        finally:
+            _being_set.remove((self, mark))
         return handle
 
 
-def of_thread(handle: Any, thread: int | None) -> None:
+def of_thread(handle: Any, mark: ThreadMark | None) -> None:
     """Note whose passes a hook is for: those of a thread, or of any for None."""
-    handle.thread = thread
+    handle.thread = mark
+
+
+def _check_threads(point: HookPoint, x: Tensor) -> None:
+    """Check that the hooks that a pass meets here were set by its own thread, or are permanent.
+
+    Backward hooks are met by a pass with a gradient alone.
+
+    Raises:
+        NotExactError: if another thread set one of them.
+    """
+    handles = [*point.fwd_hooks]
+    if torch.is_grad_enabled() and x.requires_grad:
+        handles += point.bwd_hooks
+    marks = [getattr(each, "thread", None) for each in handles if not each.is_permanent]
+    marks += [mark for where, mark in list(_being_set) if where is point]
+    if any(map(of_another_thread, marks)):
+        raise _of_another_thread(point.name)
 
 
 def _of_another_thread(name: str | None) -> NotExactError:
@@ -164,11 +189,13 @@ def read_only(hook: HookPoint, x: Tensor, why: str) -> None:
 
     Raises:
         InputError: if the hook wrote into what it was shown, or returned anything else.
+        NotExactError: if another thread set it.
     """
     if not watched(hook):
         return
     shown = x.detach().clone()
     with torch.no_grad():
+        _check_threads(hook, shown)
         untouched = nn.Module.__call__(hook, shown) is shown  # no copy between, to tell by identity
     if not untouched or not bool((shown == x).all()):
         raise InputError(f"an edit at {hook.name} is refused: {why}")

@@ -215,7 +215,9 @@ def _points_of(bridge: Bridge, windows: Windows, settings: HarvestSettings) -> A
     """Return width and dtype of each hook point, from a pass over two tokens."""
     ids = windows.stack([0])[:, :2].to(bridge.embed.weight.device)
     config = bridge.original_model.config
-    options = {"clean": ids} if config.cross_attn and settings.stream == "noisy" else {}
+    options: dict[str, Any] = (
+        {"clean": ids} if config.cross_attn and settings.stream == "noisy" else {}
+    )
     seen = activations_of(bridge, settings.names, ids, **options)
     return {name: width_and_dtype(seen[name]) for name in settings.names}
 
