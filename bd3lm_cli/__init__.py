@@ -44,4 +44,5 @@ for panel, commands in COMMANDS.items():
     for command in commands:
         # Lines of a paragraph are joined, so that they are broken where the terminal ends.
         text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
-        app.command(rich_help_panel=panel, help=text)(command)
+        name = command.__name__.replace("_", "-")
+        app.command(name, rich_help_panel=panel, help=text)(command)

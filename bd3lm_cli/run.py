@@ -97,7 +97,7 @@ def _usage_message(error: Any) -> str:
 
 def _help_hint(words: list[str]) -> str:
     """Return the line that says which help to read."""
-    names = [getattr(command.callback, "__name__", None) for command in app.registered_commands]
+    names = [command.name for command in app.registered_commands]
     command = f"{words[0]} " if words and words[0] in names else ""
     return f"bd3lm {command}--help says what can be typed."
 

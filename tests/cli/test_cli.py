@@ -177,7 +177,7 @@ def test_help_lists_the_commands_by_what_they_are_for():
 
 def test_each_command_has_one_line_and_an_example_that_names_it():
     for command in app.registered_commands:
-        name = command.callback.__name__
+        name = command.name
         result = run(name, "--help", columns=80)
         assert result.exit_code == 0
         assert re.search(rf"Try: bd3lm {name}( |$)", result.stdout, re.M), name

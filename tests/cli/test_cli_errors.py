@@ -154,6 +154,7 @@ TYPED = [
     ("trace grammar a --pairs a.txt", "--pairs a.txt has the texts"),
     ("trace grammar --pairs a.txt", "a.txt: give an object a line"),
     ("train missing.txt out", "TEXT: missing.txt cannot be read: there is no such file"),
+    ("train-sae folder out --k 0", "--k: '0': give a whole number from 1 on"),
     ("exact grammar hello", "'hello' is not expected; a text is --text TEXT"),
     ("report missing", "missing is no saved run: there is no such folder"),
     ("report folder", "folder is no saved run: it has no run.json"),

@@ -34,7 +34,7 @@ def loaded_after(*lines: list[str]) -> list[tuple[int, set[str]]]:
     return [(status, HEAVY & set(modules)) for status, modules in json.loads(ended.stdout)]
 
 
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [command.name for command in app.registered_commands]
 
 
 def test_help_and_a_usage_error_of_each_command_import_no_library():
