@@ -46,8 +46,8 @@ def feature(
     ] = 20,
     text: Texts = None,
     file: Files = None,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens of a text.", parser=typed.whole(1), metavar="N")
+    length: Annotated[
+        int, typer.Option(help="Tokens of a piece.", parser=typed.whole(1), metavar="N")
     ] = 64,
     max_texts: Annotated[
         int,
@@ -68,7 +68,7 @@ def feature(
 ) -> None:
     """Write a page of each feature of an SAE: contexts, words, and what its ablation costs.
 
-    Texts of --text and --file are cut into pieces of --tokens tokens, taken at even distances.
+    Texts of --text and --file are cut into pieces of --length tokens, taken at even distances.
 
     Try: bd3lm feature tiny --sae sae --name blocks.3.hook_resid_post --file play.txt --number 3
     """
@@ -77,7 +77,7 @@ def feature(
     from transformer_lens_bd3lm.analysis.features.corpus import sample_texts
 
     bridge = boot(model, device)
-    pieces = sample_texts(bridge, texts, tokens, max_texts, split, field)
+    pieces = sample_texts(bridge, texts, length, max_texts, split, field)
     result = bd3lm.features(
         bridge, bd3lm.load_sae(sae), name, pieces, number or None, n=top, block_size=block_size,
         max_states=max_states, seed=seed, rows=rows,

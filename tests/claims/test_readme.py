@@ -84,7 +84,12 @@ ALL = [TOP / "README.md", TOP / "contributing.md", *sorted((TOP / "docs").glob("
 @pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(TOP)))
 def test_a_link_to_a_file_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", page.read_text())
-    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    # The site writes docs/reference/ when it is built, and test_site.py follows its links.
+    missing = [
+        t
+        for t in targets
+        if "://" not in t and not t.startswith("reference/") and not (page.parent / t).exists()
+    ]
     assert not missing
 
 

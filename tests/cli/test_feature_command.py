@@ -37,7 +37,7 @@ def sae(tmp_path):
 
 def test_pages_of_chosen_features_are_written_with_their_table_and_values(sae, tmp_path):
     text = "a b c = a b c " * 8
-    words = ("--sae", sae, "--name", "blocks.1.hook_resid_post", "--text", text, "--tokens", 7)
+    words = ("--sae", sae, "--name", "blocks.1.hook_resid_post", "--text", text, "--length", 7)
     out, values = tmp_path / "pages", tmp_path / "values.json"
     result = run(
         "feature", "grammar", *words, "--max-texts", 2, "--number", 4, "--number", 1,
