@@ -1,8 +1,10 @@
 """Trained sparse autoencoders: known directions are found, folders load, stops change nothing."""
 
 import json
+import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
 from tests.helpers.passes import shared
 from transformer_lens_bd3lm.analysis.sae.topk_run import TopKRun
+from transformer_lens_bd3lm.analysis.sae.train import _export
 from transformer_lens_bd3lm.analysis.sae.training_rows import TrainingRows
 from transformer_lens_bd3lm.errors import InputError
 
+CPU = torch.device("cpu")
 RESID = "blocks.1.hook_resid_post"
 SMALL = {"d_sae": 24, "k": 3, "steps": 40, "batch_size": 64, "learning_rate": 1e-2}
 PLAIN = {
@@ -160,6 +164,39 @@ def test_a_stopped_training_goes_on_to_the_same_weights(harvest, trained, tmp_pa
     assert again.reports == trained.reports and same(weights_of(out), weights_of(trained.path))
 
 
+def test_an_sae_of_heads_reads_heads(harvest, tmp_path):
+    name, ids = "blocks.0.attn.hook_z", small.prompt_of(2, 9)
+    options = SMALL | {"steps": 5, "name": name, "device": "cpu"}
+    sae = bd3lm.train_sae(harvest, tmp_path / "heads", **options).sae
+    bridge = shared(str(Path(harvest.out).parent / "model"), torch.device("cpu"), torch.float32)
+    heads = bridge.run_with_cache(ids, names_filter=name)[1][name]
+    assert heads.ndim == 4 and sae.by_head
+    torch.testing.assert_close(sae.encode(heads), sae.encode(heads.flatten(-2)))
+
+
+def test_weights_beyond_half_precision_are_refused_and_saved_in_full(harvest, tmp_path):
+    rows = TrainingRows(harvest, "train", RESID, (0, 8), None, 0).sample(2**15)
+    run = TopKRun(
+        PLAIN | {"d_in": 16, "dtype": "float16", "name": RESID, "masks_left": [0, 8]},
+        rows * 1e6,
+        CPU,
+    )
+    with pytest.raises(InputError, match="dtype='float16': b_dec holds values beyond its range"):
+        _export(run, tmp_path, harvest)
+    assert not (tmp_path / "cfg.json").exists()
+    out, options = tmp_path / "sae", SMALL | {"name": RESID, "device": "cpu", "steps": 5}
+    half = weights_of(bd3lm.train_sae(harvest, out, dtype="float16", **options).path)
+    full = weights_of(bd3lm.train_sae(harvest, out, **options).path)
+    assert all(torch.equal(w.half(), half[name]) for name, w in full.items())
+
+
+def test_rows_that_are_all_one_have_no_explained_variance():
+    rows = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    run = TopKRun(PLAIN, rows, CPU)
+    run.advance(rows[:1].expand(4, -1))
+    assert math.isnan(run.report({})["explained"]) and run.reports[0]["loss"] > 0
+
+
 # The rows.
 
 
@@ -198,6 +235,7 @@ def test_a_dictionary_of_one_number_of_masks_is_another(harvest, trained, tmp_pa
         ({"k": 25}, "k=25: give an int in 1..24"),
         ({"d_sae": 0}, "d_sae=0"),
         ({"steps": 0}, "steps=0"),
+        ({"batch_size": 1}, "batch_size=1: give an int in 2"),
         ({"batch_size": 1025}, "1,024 rows of the harvest fit"),
         ({"masks_left": 9}, "masks_left=9: give a number in 0..8"),
         ({"masks_left": (3, 2)}, r"masks_left=\(3, 2\)"),
@@ -222,7 +260,12 @@ def test_a_folder_of_something_else_is_refused(harvest, trained, tmp_path):
     (out / "cfg.json").write_text("{}")
     with pytest.raises(InputError, match="holds cfg.json, and no training that can go on"):
         bd3lm.train_sae(harvest, out, name=RESID, **SMALL)
-    (out / "cfg.json").unlink()
+    (out / "cfg.json").rename(out / "model.safetensors")
+    with pytest.raises(InputError, match="holds model.safetensors, and no training"):
+        bd3lm.train_sae(harvest, out, name=RESID, **SMALL)
+    with pytest.raises(InputError, match="holds dataset_dict.json, settings.json"):
+        bd3lm.train_sae(harvest, harvest.out, name=RESID, **SMALL)
+    (out / "model.safetensors").unlink()
     (out / "state.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="no training that can go on"):
         bd3lm.train_sae(harvest, out, name=RESID, **SMALL)

@@ -25,7 +25,7 @@ from transformer_lens_bd3lm.plain_values import read_json
 
 BEGUN = "begun.json"
 STATE = "state.safetensors"
-LOCK = ".lock"
+LOCK, DRAFT = ".lock", ".draft"
 RESULTS = (STATE, "config.json", "model.safetensors")
 
 
@@ -61,7 +61,7 @@ def held_alone(folder: Path, work: str = "training") -> Iterator[None]:
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
     """Yield a draft folder, whose files are then moved into the folder, ``BEGUN`` last."""
-    draft = folder / ".draft"
+    draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft

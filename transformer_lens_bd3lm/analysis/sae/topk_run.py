@@ -16,6 +16,7 @@ What is saved reads x itself: b_dec = mu + s b, b_enc s, and features in units o
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.sae.saved import top_k
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_json
 from transformer_lens_bd3lm.training.folder import write_tensors
 
 _WARMUP, _DECAY = 0.05, 0.2  # shares of the steps in which the learning rate rises and falls
@@ -132,7 +134,7 @@ class TopKRun:
             {
                 "step": self.step,
                 "loss": loss / steps,
-                "explained": 1 - squares / spread,
+                "explained": 1 - squares / spread if spread else math.nan,  # if all rows are one
                 "l0": l0 / steps,
                 "dead": float(self.dead.double().mean()),
             }
@@ -183,7 +185,7 @@ class TopKRun:
             with safe_open(path, framework="pt") as saved:
                 metadata = saved.metadata()
                 for name in ("step", "sums", "reports"):
-                    setattr(self, name, json.loads(metadata[name]))
+                    setattr(self, name, read_json(metadata[name]))
                 self.idle = saved.get_tensor("idle").to(self.device)
                 for name, p in self.weights.items():
                     p.data.copy_(saved.get_tensor(name))
@@ -191,7 +193,7 @@ class TopKRun:
                         key: saved.get_tensor(f"{key}/{name}").to(p.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                     }
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"{path} cannot be read as the state of a training ({error}): remove it to train "
                 "anew"

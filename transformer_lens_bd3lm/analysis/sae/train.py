@@ -24,15 +24,25 @@ from transformer_lens_bd3lm.analysis.sae.saved import CONFIG, WEIGHTS
 from transformer_lens_bd3lm.analysis.sae.topk_run import TopKRun
 from transformer_lens_bd3lm.analysis.sae.training_result import SaeTraining
 from transformer_lens_bd3lm.analysis.sae.training_rows import TrainingRows
+from transformer_lens_bd3lm.bridge.hook_points import lookup
 from transformer_lens_bd3lm.checks import check_choice, check_int, check_number, is_int
 from transformer_lens_bd3lm.errors import InputError
+from transformer_lens_bd3lm.plain_values import read_json
 from transformer_lens_bd3lm.progress import progress_bar
 from transformer_lens_bd3lm.training.budget import threads_of
-from transformer_lens_bd3lm.training.folder import STATE, held_alone, whole_files, write_tensors
+from transformer_lens_bd3lm.training.folder import (
+    DRAFT,
+    LOCK,
+    STATE,
+    held_alone,
+    whole_files,
+    write_tensors,
+)
 from transformer_lens_bd3lm.training.interrupt import TrainingStopped, stop_requests
 from transformer_lens_bd3lm.training.train import check_folder, read_device
 
 _LAYOUT = "6.54.12"  # version of SAELens whose layout this is; without one it reads an older one
+_DRAFTS = {LOCK, DRAFT, "state.partial"}  # what a killed training leaves before its first state
 _MOST, _REPORTS, _SAMPLE, _SAVE_SECONDS = 2**31 - 1, 40, 2**15, 30.0
 
 
@@ -71,7 +81,7 @@ def train_sae(
             to the second, both included; all by default.
         masked: train on masks (True) or on other positions (False) alone; both by default.
         steps: number of optimizer steps.
-        batch_size: rows a step.
+        batch_size: rows a step; 2 at least, because one has no variance.
         learning_rate: peak of the learning rate: a linear warm-up over the first twentieth of the
             steps, and a linear decay to zero over the last fifth.
         aux: weight of the loss that revives dead features; 0 for none.
@@ -93,11 +103,11 @@ def train_sae(
     d_in = int(rows.dataset("train").features[name].shape[1])
     d_sae = 4 * d_in if d_sae is None else d_sae
     ends = _read_masks(masks_left, rows.block_size)
-    for argument, value, greatest in (
-        ("d_sae", d_sae, _MOST), ("k", k, d_sae), ("steps", steps, _MOST),
-        ("batch_size", batch_size, 2**24), ("dead_after", dead_after, 2**62),
+    for argument, value, least, greatest in (
+        ("d_sae", d_sae, 1, _MOST), ("k", k, 1, d_sae), ("steps", steps, 1, _MOST),
+        ("batch_size", batch_size, 2, 2**24), ("dead_after", dead_after, 1, 2**62),
     ):  # fmt: skip
-        check_int(argument, value, 1, greatest)
+        check_int(argument, value, least, greatest)
     check_int("seed", seed, 0, 2**40)
     check_number("learning_rate", learning_rate, 1e-12, 1, "give a number in (0, 1], as 0.001")
     check_number("aux", aux, 0, 1e6, "give a number >= 0, as 1/32")
@@ -172,7 +182,11 @@ def _continue(
 
 
 def _export(run: TopKRun, out: Path, harvest: Harvest) -> None:
-    """Write the SAE in the layout of SAELens; float16 on disk loads as float32."""
+    """Write the SAE in the layout of SAELens; float16 on disk loads as float32.
+
+    Raises:
+        InputError: for weights beyond the range of the dtype.
+    """
     settings = run.settings
     config = {
         "architecture": "topk",
@@ -183,7 +197,7 @@ def _export(run: TopKRun, out: Path, harvest: Harvest) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if _has_heads(settings["name"]) else "none",
         "rescale_acts_by_decoder_norm": False,
         "metadata": {
             "sae_lens_version": _LAYOUT,
@@ -199,15 +213,26 @@ def _export(run: TopKRun, out: Path, harvest: Harvest) -> None:
     dtype = getattr(torch, settings["dtype"])
     with whole_files(out) as draft:
         weights = {name: w.to(dtype) for name, w in run.folded().items()}
+        for name, w in weights.items():
+            if not bool(w.isfinite().all()):
+                raise InputError(
+                    f"dtype={settings['dtype']!r}: {name} holds values beyond its range: call "
+                    "again with dtype='float32', or train anew with a smaller learning_rate"
+                )
         write_tensors(weights, draft / WEIGHTS, {})
         (draft / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _has_heads(name: str) -> bool:
+    """Whether a hook point has heads, which a harvest and SAELens join."""
+    return lookup(name).axes.split()[-2:-1] == ["head"]
 
 
 def _begun(out: Path) -> dict[str, Any]:
     """Return the settings that a training in a folder was begun with; none if there is none."""
     try:
         with safe_open(out / STATE, framework="pt") as saved:
-            return dict(json.loads((saved.metadata() or {})["settings"]))
+            return dict(read_json((saved.metadata() or {})["settings"]))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return {}
 
@@ -219,8 +244,8 @@ def _refuse_another(out: Path, begun: dict[str, Any], settings: dict[str, Any]) 
         InputError: naming what differs.
     """
     if not begun:
-        others = os.listdir(out) if out.is_dir() else []
-        if (out / STATE).exists() or (out / CONFIG).exists():
+        others = set(os.listdir(out) if out.is_dir() else []) - _DRAFTS
+        if others:
             raise InputError(
                 f"out={str(out)!r} holds {', '.join(sorted(others))}, and no training that can go "
                 "on: give a new folder"
@@ -228,7 +253,7 @@ def _refuse_another(out: Path, begun: dict[str, Any], settings: dict[str, Any]) 
         return
     now = json.loads(json.dumps(settings))
     changed = [f"{key}={begun.get(key)!r} (now {now[key]!r})" for key in now
-               if begun.get(key) != now[key]]  # fmt: skip
+               if key != "dtype" and begun.get(key) != now[key]]  # fmt: skip
     if changed:
         raise InputError(
             f"out={str(out)!r} was begun with {', '.join(changed)}: give the same, or a new folder"
