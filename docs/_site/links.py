@@ -18,6 +18,7 @@ CARDS = "transformer_lens_bd3lm/checkpoint"
 COPIES = {
     f"{CARDS}/tiny/README.md": "project/tiny.md",
     f"{CARDS}/grammar/README.md": "project/grammar.md",
+    f"{CARDS}/tiny_sae/README.md": "project/tiny-sae.md",
     "contributing.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
 }
