@@ -284,6 +284,12 @@ def test_what_cannot_be_measured_is_refused_and_leaves_no_hook(bridge):
         bd3lm.feature(bridge, Some(), "blocks.0.hook_resid_pots", 1, TEXTS)
     with pytest.raises(InputError, match="run is int"):
         bd3lm.feature(bridge, Some(), RESID, 1, TEXTS, run=3, block_size=SIZE)
+    for row_texts, says in (
+        ([0, 1], r"row_texts=\(2,\): give one number"),
+        ("ab", "row_texts='ab'"),
+    ):
+        with pytest.raises(InputError, match=says):
+            bd3lm.feature(bridge, Some(), RESID, 1, TEXTS, row_texts=row_texts, block_size=SIZE)
     with bridge.hooks([(RESID, lambda x, hook: x * 2)]):
         with pytest.raises(InputError, match="the bridge has hooks"):
             bd3lm.feature(bridge, Some(), RESID, 1, TEXTS, block_size=SIZE)

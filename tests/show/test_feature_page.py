@@ -191,3 +191,11 @@ def test_a_page_is_written_whole_or_refused_by_name(features, tmp_path):
     with pytest.raises(InputError, match="folder=.*could not be made"):
         features.to_html(tmp_path / "file")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["file", "one.html"]
+    place = tmp_path / "site"
+    place.mkdir()
+    (place / "index.html").write_text("of another site")
+    with pytest.raises(InputError, match="folder=.*holds index.html: give a folder that is new"):
+        features.to_html(place)
+    assert (place / "index.html").read_text() == "of another site"
+    (place / "index.html").unlink()
+    assert features[:1].to_html(place).read_text() != features.to_html(place).read_text()

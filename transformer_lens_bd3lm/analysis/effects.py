@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_bd3lm.checks import check_int
@@ -164,11 +164,24 @@ def _read_values(values: Any) -> Float[Tensor, "row *cell"]:
     return values.detach().cpu().double()
 
 
+def read_text_numbers(name: str, texts: Any, rows: int) -> Int[Tensor, " row"]:
+    """Return the number of each row's text, on the CPU.
+
+    Raises:
+        InputError: for anything but one number for each row.
+    """
+    try:
+        numbers = torch.as_tensor(texts).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}={texts!r}: give one number for each of {rows} rows") from error
+    if numbers.shape != (rows,):
+        raise InputError(f"{name}={tuple(numbers.shape)}: give one number for each of {rows}")
+    return numbers
+
+
 def _by_text(flat: Float[Tensor, "row cell"], texts: Any) -> Float[Tensor, "text cell"]:
     """Average the rows of each text; NaN where none of them has a value."""
-    numbers = torch.as_tensor(texts).cpu()
-    if numbers.shape != flat.shape[:1]:
-        raise InputError(f"texts={tuple(numbers.shape)}: give one number for each of {len(flat)}")
+    numbers = read_text_numbers("texts", texts, len(flat))
     kept, of = numbers.unique(return_inverse=True)
     sums = flat.new_zeros(len(kept), flat.shape[1]).index_add(0, of, flat.nan_to_num())
     counts = flat.new_zeros(sums.shape).index_add(0, of, flat.isfinite().double())

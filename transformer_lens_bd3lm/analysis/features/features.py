@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_bd3lm.analysis.effects import read_text_numbers
 from transformer_lens_bd3lm.analysis.features.ablation import Ablation, ablate, writes_residual
 from transformer_lens_bd3lm.analysis.features.contexts import (
     Context,
@@ -126,6 +127,8 @@ def features(
     size = block_size_of(bridge, block_size)
     noised = read_noised(bridge, texts, size, method, replicates, seed, max_states, rows)
     run = _read_run(bridge, run, size, seed)
+    if row_texts is not None:
+        row_texts = read_text_numbers("row_texts", row_texts, len(run.ends))
     reader = _Reader(bridge, sae, name, noised)
     chosen = reader.largest(n) if wanted is None else torch.tensor(wanted)
     read = reader.read(chosen)
@@ -135,7 +138,9 @@ def features(
         for place, number in enumerate(chosen.tolist()):
             values = [x[..., place] for x in read.values]
             splice = Splice(sae, name, error="kept", set_to={number: 0.0})
-            ablation = ablate(noised, values, splice, seed + number, reader.texts, reader.most)
+            ablation = ablate(
+                noised, values, splice, (seed + number) % 2**63, reader.texts, reader.most
+            )
             made.append(
                 _feature(
                     reader,
@@ -291,7 +296,7 @@ def _feature(
         measured=ablation.measured / weight,
         direct=ablation.direct / weight if direct else None,
         run_rate=run_rate,
-        run_texts=None if row_texts is None else torch.as_tensor(row_texts),
+        run_texts=row_texts,
         tokenizer=bridge.tokenizer,
         trained_at=noised[0].passes.trained_at,
         contract=Contract(

@@ -6,6 +6,7 @@ What a model wrote is escaped wherever it stands. Numbers are those of the resul
 import html
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,16 @@ def write_features(features: Features, folder: str | Path) -> Path:
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in place.iterdir()}
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"folder={str(folder)!r} could not be made: {why}") from error
+    own = {name for name in names if re.fullmatch(r"feature-\d+\.html", name)}
+    if others := names - own - ({"index.html"} if own else set()):
+        raise InputError(
+            f"folder={str(folder)!r} holds {min(others)}: give a folder that is new, empty, or of "
+            "such pages"
+        )
     for number, feature in enumerate(features):
         near = [features[i] if 0 <= i < len(features) else None for i in (number - 1, number + 1)]
         write_whole(read_path(place / file_of(feature)), feature_document(feature, near))
