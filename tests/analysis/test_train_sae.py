@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import transformer_lens_bd3lm as bd3lm
 from tests.helpers import small
@@ -195,6 +196,24 @@ def test_rows_that_are_all_one_have_no_explained_variance():
     run = TopKRun(PLAIN, rows, CPU)
     run.advance(rows[:1].expand(4, -1))
     assert math.isnan(run.report({})["explained"]) and run.reports[0]["loss"] > 0
+
+
+def test_a_damaged_state_is_refused(harvest, trained, tmp_path):
+    options = SMALL | {"name": RESID, "device": "cpu"}
+    with safe_open(trained.path / "state.safetensors", framework="pt") as saved:
+        metadata = saved.metadata()
+    tensors = load_file(trained.path / "state.safetensors")
+    for said, changed in (
+        ({"step": '"x"'}, {}), ({"step": "41"}, {}), ({"sums": "[1.0]"}, {}),
+        ({"reports": "[]"}, {}), ({"reports": '[{"step": 40}]'}, {}),
+        ({"reports": "[" * 5000}, {}), ({}, {"b_enc": torch.zeros(1)}),
+        ({}, {"idle": torch.zeros(24)}), ({}, {"exp_avg/W_enc": tensors["W_enc"] * math.nan}),
+    ):  # fmt: skip
+        save_file(tensors | changed, tmp_path / "state.safetensors", metadata | said)
+        with pytest.raises(InputError, match="cannot be read as the state of a training"):
+            bd3lm.train_sae(harvest, tmp_path, **options)
+    save_file(tensors, tmp_path / "state.safetensors", metadata)
+    assert bd3lm.train_sae(harvest, tmp_path, **options).reports == trained.reports
 
 
 # The rows.

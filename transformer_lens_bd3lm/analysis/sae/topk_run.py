@@ -18,6 +18,7 @@ What is saved reads x itself: b_dec = mu + s b, b_enc s, and features in units o
 import json
 import math
 import os
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from torch import Tensor
 
 from transformer_lens_bd3lm.analysis.sae.saved import top_k
 from transformer_lens_bd3lm.errors import InputError
-from transformer_lens_bd3lm.plain_values import read_json
+from transformer_lens_bd3lm.plain_values import read_dataclass, read_json
 from transformer_lens_bd3lm.training.folder import write_tensors
 
+_REPORTED = {"step", "loss", "explained", "l0", "dead"}
 _WARMUP, _DECAY = 0.05, 0.2  # shares of the steps in which the learning rate rises and falls
 
 
@@ -184,17 +186,55 @@ class TopKRun:
         try:
             with safe_open(path, framework="pt") as saved:
                 metadata = saved.metadata()
-                for name in ("step", "sums", "reports"):
-                    setattr(self, name, read_json(metadata[name]))
-                self.idle = saved.get_tensor("idle").to(self.device)
+                names = [each.name for each in fields(_Progress)]
+                values = {name: read_json(metadata[name]) for name in names}
+                read_dataclass(_Progress, values).check(self.settings["steps"])
+                for name, value in values.items():
+                    setattr(self, name, value)
+                self.idle.copy_(_same_kind(saved, "idle", self.idle))
                 for name, p in self.weights.items():
-                    p.data.copy_(saved.get_tensor(name))
+                    p.data.copy_(_same_kind(saved, name, p))
+                    likes = {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
                     self.optimizer.state[p] = {
-                        key: saved.get_tensor(f"{key}/{name}").to(p.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        key: _same_kind(saved, f"{key}/{name}", like).to(p.device)
+                        for key, like in likes.items()
                     }
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read as the state of a training ({error}): remove it to train "
                 "anew"
             ) from error
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far a saved training is."""
+
+    step: int
+    sums: list[float]
+    reports: list[dict[str, float]]
+
+    def check(self, steps: int) -> None:
+        """Check that these are values of a training of so many steps.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if not 0 <= self.step <= steps or len(self.sums) != 4:
+            raise ValueError(f"it says step {self.step} of {steps}, sums {self.sums}")
+        whole = all(_REPORTED <= set(report) for report in self.reports)
+        last = self.reports[-1].get("step", 0) if self.reports else 0
+        if not whole or last > self.step or (self.step == steps and last != steps):
+            raise ValueError(f"its reports do not lead to step {self.step}")
+
+
+def _same_kind(saved: Any, name: str, like: Tensor) -> Tensor:
+    """Return a saved tensor of the same shape and dtype as another, and finite.
+
+    Raises:
+        ValueError: for any other.
+    """
+    x = saved.get_tensor(name)
+    if x.shape != like.shape or x.dtype != like.dtype or not bool(x.isfinite().all()):
+        raise ValueError(f"{name} is not {tuple(like.shape)} of finite {like.dtype}")
+    return x
