@@ -120,6 +120,12 @@ def test_a_block_size_that_it_was_not_trained_at_is_said(size, trained):
         assert told != trained, result.output
 
 
+def test_a_text_within_one_block_is_at_the_block_size_of_its_length():
+    result = run("exact", "tiny", "--text", "hi", "--block-size", "3")  # 2 tokens with BOS
+    assert "block size 2, every order summed" in result.words and "1 token;" in result.words
+    assert "Not trained" not in result.words
+
+
 def test_likelihood_goes_on_where_it_was(corpus, tmp_path):
     words = ["likelihood", "tiny", *corpus, "--out", str(tmp_path / "out"), "--json", "-"]
     first, again = (run(*words) for _ in range(2))

@@ -374,11 +374,12 @@ def read_masked_passes(
     if not config.cross_attn:
         kind = _AutoregressivePasses if config.causal else _FullDiffusionPasses
     characters = tuple(map(len, texts)) if texts and given == 1 else None
+    size = min(asked, ids.shape[1])  # a text within one block is the same at both sizes
     return kind(
         bridge=bridge,
         tokens=ids,
-        block_size=min(asked, ids.shape[1]),
-        trained_at=() if asked in trained else trained,
+        block_size=size,
+        trained_at=() if asked in trained or size in trained else trained,
         hooks=pass_hooks,
         hooked=bool(pass_hooks.fns) or _is_hooked(bridge),
         rows=rows,

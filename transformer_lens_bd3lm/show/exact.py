@@ -41,7 +41,8 @@ def exact_table(result: Exact, row: int = 0) -> Table:
         ("token",),
         f"NLL {nll:.4f} nats ({result.bits_per_token:.4f} bits a token{characters}); NELBO "
         f"{float(result.nelbo[row]):.4f}; gap {float(result.gap[row]):.4f}. "
-        f"{tokens} tokens; BOS is given.{off_distribution(result.trained_at)}",
+        f"{tokens} {'token' if tokens == 1 else 'tokens'}; BOS is given."
+        f"{off_distribution(result.trained_at)}",
     )
     for i in result.counted[row].nonzero()[:, 0].tolist():
         last = i == len(result.counted[row]) - 1 or (i + 1) % size == 0
