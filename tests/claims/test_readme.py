@@ -54,9 +54,6 @@ def test_the_snippets_of_the_readme_run(capsys):
     names: dict = {"prints": prints}
     exec(snippets[0], names)
     assert "O Romeo, Romeo" in capsys.readouterr().out
-    names["x_0"] = names["bridge"].to_tokens("To be, or not to be")
-    names["x_t"] = names["x_0"].clone()
-    names["x_t"][0, 3] = names["bridge"].cfg.mask_token_id
     for snippet in snippets[1:]:
         exec(snippet, names)
     assert names["bridge"].cfg.block_size == 8
