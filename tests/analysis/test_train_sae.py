@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -270,6 +271,18 @@ def test_a_dictionary_of_one_number_of_masks_is_another(harvest, trained, tmp_pa
 def test_arguments_that_do_not_fit_are_refused(harvest, tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         bd3lm.train_sae(harvest, tmp_path / "out", **{"name": RESID} | SMALL | changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_harvest_with_a_changed_number_is_refused(harvest, tmp_path):
+    folder = tmp_path / "harvest"
+    shutil.copytree(harvest.out, folder)
+    shard = next(iter(sorted((folder / "train").glob("*.arrow"))))
+    bytes_ = bytearray(shard.read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    shard.write_bytes(bytes_)
+    with pytest.raises(InputError, match=f"{shard.name} .* changed since"):
+        bd3lm.train_sae(folder, tmp_path / "out", name=RESID, **SMALL)
     assert not (tmp_path / "out").exists()
 
 

@@ -93,9 +93,10 @@ def train_sae(
         report: function called with each point of the curve, as in ``result.reports``.
 
     Raises:
-        InputError: for a value outside its range, a hook point that the harvest does not have, too
-            few rows, a folder that holds something else or was begun with other settings, and one
-            in which another process trains.
+        InputError: for a value outside its range, a hook point that the harvest does not have, a
+            file of the harvest that has changed, too few rows, a folder that holds something else
+            or was begun with other settings, and one in which another process trains.
+        OSError: if the state cannot be written (a full disk, say); the last one is kept.
         KeyboardInterrupt: after a stop by Ctrl-C or SIGTERM; the state is saved.
     """
     rows = harvest if isinstance(harvest, Harvest) else Harvest.load(harvest)
@@ -116,6 +117,7 @@ def train_sae(
         raise InputError(f"masked={masked!r}: give True, False or None")
     check_folder(out)
     chosen, begun = read_device(device), _begun(out)
+    rows.check()
     train = TrainingRows(rows, "train", name, ends, masked, seed)
     if len(train) < batch_size:
         raise InputError(
