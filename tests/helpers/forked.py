@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -28,6 +29,8 @@ def forked(work: Callable[[], object]) -> tuple[int, TextIO]:
     status = 1
     try:
         sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)
+        # A shell that starts the tests in the background makes them ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         torch.set_num_threads(1)
         work()
         status = 0
