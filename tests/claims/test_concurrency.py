@@ -1,6 +1,7 @@
 """Threads that share a bridge, and processes that share a folder: exact or refused."""
 
 import copy
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,7 +134,7 @@ def test_a_copy_is_for_any_thread_but_not_with_what_another_thread_set(bridge):
     assert torch.equal(in_thread(own, ids), wanted) and torch.equal(own(ids), wanted)
     for options in ({}, {"block_size": 2}):
         with pytest.raises(NotExactError, match="another thread"):
-            in_thread(lambda: others(ids, **options))  # noqa: B023
+            in_thread(functools.partial(others, ids, **options))
 
 
 def test_a_permanent_hook_is_for_all_threads(bridge):

@@ -14,7 +14,6 @@ def bridge(tmp_path_factory):
     return boot(folder, torch.device("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore::transformer_lens_bd3lm.OffDistributionWarning")
 def test_after_many_runs_as_much_is_held_as_after_a_few(bridge):
     first, last = soak(bridge, runs=40)
     assert last.tensors == first.tensors and last.files == first.files
